@@ -1,0 +1,340 @@
+"""Rewrite every site: planes come in where the cache did, writes become `append`, reads become `attend`."""
+
+import math
+import operator
+
+import torch
+from torch import fx
+
+from tqcompile import ops, reference, tables
+from tqcompile.layout import layout_of
+from tqcompile.passes.canonicalize import spelling, tensor_of
+from tqcompile.passes.context import CacheInput, Context, Fallback, Output
+from tqcompile.passes.sites import Site, heads_of, name_of, where
+from tqcompile.passes.views import View, full, index_items, shape_only
+
+
+def compress(gm: fx.GraphModule, context: Context) -> int:
+    """Replace the caches of `context.sites` by their planes; returns how many nodes were rewritten."""
+    if not context.sites and not context.decoded_inputs:
+        _plan_untouched(gm, context)
+        return 0
+    return _Rewriter(gm, context).run()
+
+
+def _plan_untouched(gm: fx.GraphModule, context: Context) -> None:
+    output = next(node for node in reversed(gm.graph.nodes) if node.op == "output")
+    context.outputs = [Output("tensor", index) for index in range(len(output.args[0]))]
+
+
+class _Rewriter:
+    """One walk over the graph, holding the plane nodes of every value that is compressed at that point."""
+
+    def __init__(self, gm: fx.GraphModule, context: Context):
+        self.gm, self.graph, self.context, self.survey = gm, gm.graph, context, context.survey
+        self.sites = {site.root: site for site in context.sites}
+        self.planes: dict[fx.Node, tuple[fx.Node, ...]] = {}
+        self.changed = 0
+        self.bases: dict[tuple, fx.Node] = {}
+
+    def run(self) -> int:
+        placeholders = [node for node in self.graph.nodes if node.op == "placeholder"]
+        for index, node in enumerate(placeholders):
+            if node in self.sites:
+                self._open(index, node)
+            elif node in self.context.decoded_inputs:
+                self.context.inputs.append(CacheInput(index, None, name_of(node), ()))
+        for node in list(self.graph.nodes):
+            if node.op in ("call_function", "call_method"):
+                with self.graph.inserting_before(node):
+                    self._visit(node)
+        output = next(node for node in reversed(self.graph.nodes) if node.op == "output")
+        with self.graph.inserting_before(output):
+            self._close(output, placeholders)
+        self._sweep()
+        return self.changed
+
+    def _view(self, node) -> View | None:
+        view = self.survey.views.get(node) if isinstance(node, fx.Node) else None
+        return view if view is not None and view.root in self.sites else None
+
+    def _visit(self, node: fx.Node) -> None:
+        read = self.survey.reads.get(node)
+        views = [view for view in map(self._view, node.all_input_nodes) if view is not None]
+        if not views:
+            return
+        if node in self.survey.writes:
+            self._write(node, self.survey.writes[node])
+        elif node in self.survey.appends and self.sites[views[0].root].append is not None:
+            self._append(node, self.sites[views[0].root])
+        elif read is not None and all(v is None or v.root in self.sites for v in (read.key, read.value)):
+            self._read(node, read)
+        elif node in self.survey.views:
+            self._move(node, self.survey.views[node])
+        else:
+            self._fall_back(node)
+
+    def _open(self, index: int, root: fx.Node) -> None:
+        """Placeholders for the planes, in front of the cache's own."""
+        site = self.sites[root]
+        value = tensor_of(site.append.node if site.append else root)
+        layout = layout_of(site.codec, int(value.shape[-1]), value.dtype, value.device.type)
+        nodes, strides = [], []
+        with self.graph.inserting_before(root):
+            for plane in layout.planes:
+                node = self.graph.placeholder(f"{root.name}_{plane.plane.name}")
+                shape = (*value.shape[:-1], plane.width)
+                stride = _strides(shape, site.append.dim if site.append else None)
+                fake = value.new_empty_strided(shape, stride, dtype=plane.dtype)
+                node.meta = {"example_value": fake, "tensor_dict": dict(root.meta.get("tensor_dict", {}))}
+                nodes.append(node)
+                strides.append(tuple(fake.stride()))
+        tokens = tensor_of(site.append.tokens).shape[site.append.dim] if site.append else None
+        self.context.inputs.append(CacheInput(index, site, name_of(root), tuple(strides), tokens))
+        self.planes[root] = tuple(nodes)
+
+    def _call(self, target, *args, **kwargs) -> fx.Node:
+        return self.graph.call_function(target, args, kwargs)
+
+    def _basis(self, site: Site, device: torch.device, head_dim: int) -> fx.Node | None:
+        matrix = tables.basis_matrix(site.codec, head_dim, device)
+        if matrix is None:
+            return None
+        name = f"basis_{site.codec.basis}_{head_dim}"
+        if not hasattr(self.gm, name):
+            self.gm.register_buffer(name, matrix)
+        return self.graph.get_attr(name)
+
+    def _rotated(self, node: fx.Node, site: Site) -> fx.Node:
+        value = tensor_of(node)
+        basis = self._basis(site, value.device, int(value.shape[-1]))
+        return node if basis is None else self._call(reference.rotate, node, basis)
+
+    def _append(self, node: fx.Node, site: Site) -> None:
+        append = site.append
+        tokens = self._call(torch.ops.aten.sym_size.int, append.tokens, append.dim)
+        region = []
+        for plane in self.planes[site.root]:
+            end = self._call(torch.ops.aten.sym_size.int, plane, append.dim)
+            start = self._call(operator.sub, end, tokens)
+            region.append(self._call(torch.narrow, plane, append.dim, start, tokens))
+        self._encode(region, append.tokens, None, site)
+        self.planes[node] = self.planes[site.root]
+        self.changed += 1
+
+    def _encode(self, planes: list[fx.Node], source: fx.Node, positions: fx.Node | None, site: Site) -> None:
+        self._call(ops.append, list(planes), self._rotated(source, site), positions, site.codec.name)
+
+    def _write(self, node: fx.Node, view: View) -> None:
+        site, name = self.sites[view.root], spelling(node)
+        planes = list(self.planes[view.base])
+        self.changed += 1
+        if name == "zero_":
+            for plane in planes:
+                self.graph.call_method("zero_", (plane,))
+        elif name == "index_copy_":
+            self._write_positions(planes, node.args[1] % len(view.axes), node.args[2], node.args[3], site)
+        elif name == "copy_":
+            self._write_region(planes, node.args[1], site)
+        else:
+            self._write_items(planes, view, node.args[1], node.args[2], site)
+
+    def _write_positions(self, planes, dim: int, positions: fx.Node, source: fx.Node, site: Site) -> None:
+        """An indexed write, with the indexed dimension brought to where `append` has it."""
+        rank = tensor_of(source).dim()
+        order = [other for other in range(rank - 1) if other != dim]
+        order = (*order[: rank - 2], dim, rank - 1)
+        planes = [self._call(torch.permute, plane, order) for plane in planes]
+        self._encode(planes, self._call_like(torch.permute, source, order), positions, site)
+
+    def _call_like(self, target, source: fx.Node, *args) -> fx.Node:
+        node = self._call(target, source, *args)
+        node.meta["example_value"] = target(tensor_of(source), *args)
+        return node
+
+    def _write_region(self, planes, source: fx.Node, site: Site) -> None:
+        source = self._call_like_shape(source, planes[0], site)
+        self._encode(planes, source, None, site)
+
+    def _call_like_shape(self, source: fx.Node, plane: fx.Node, site: Site) -> fx.Node:
+        """`source` broadcast to the leading dimensions of a plane."""
+        node = self._call(_broadcast, source, plane)
+        node.meta["example_value"] = tensor_of(source)
+        return node
+
+    def _write_items(self, planes, view: View, index, source: fx.Node, site: Site) -> None:
+        cache = tensor_of(view.node)
+        items = index_items(index, cache.dim())
+        indexed = [dim for dim, item in enumerate(items) if tensor_of(item) is not None]
+        value = tensor_of(source)
+        lone = len(indexed) == 1 and tensor_of(items[indexed[0]]).dim() == 1 and value.dim() == cache.dim()
+        if lone and all(full(item, cache.shape[d]) for d, item in enumerate(items) if d not in indexed):
+            self._write_positions(planes, indexed[0], items[indexed[0]], source, site)
+        elif not indexed:
+            region = [self._call(operator.getitem, plane, _plane_index(items)) for plane in planes]
+            self._write_region(region, source, site)
+        else:
+            rotated = self._rotated(source, site)
+            self._call(_encode_items, planes, rotated, _plane_index(items), site.codec.name)
+
+    def _move(self, node: fx.Node, view: View) -> None:
+        """A view on the planes: the same operator on each of them where it moves tokens, nothing where it relabels."""
+        if view.base is not node:
+            return
+        parents = self.planes[self.survey.views[view.parent].base]
+        moved = []
+        for plane in parents:
+            copy = self.graph.node_copy(node, lambda old, plane=plane: plane if old is node.args[0] else old)
+            if spelling(node) == "getitem":
+                rank = tensor_of(node.args[0]).dim()
+                copy.args = (plane, _plane_index(index_items(node.args[1], rank)))
+            copy.meta = {"stack_trace": node.stack_trace}
+            moved.append(copy)
+        self.planes[node] = tuple(moved)
+
+    def _ordered(self, view: View, token_axis: int) -> list[fx.Node]:
+        batch, heads, tokens = heads_of(view, token_axis)
+        order = (batch, heads, tokens, 3)
+        planes = self.planes[view.base]
+        return list(planes) if order == (0, 1, 2, 3) else [self._call(torch.permute, p, order) for p in planes]
+
+    def _read(self, node: fx.Node, read) -> None:
+        result, value = tensor_of(node), read.value or read.key
+        site, width = self.sites[value.root], int(tensor_of(value.base).shape[-1])
+        if read.kind == "mix":
+            weights = node.args[0]
+            out = self._call(ops.mix, weights, self._ordered(value, 2), site.codec.name, width)
+        elif read.kind == "logits":
+            query = self._rotated(node.args[0], site)
+            out = self._call(ops.logits, query, self._ordered(read.key, 3), site.codec.name, width)
+        else:
+            out = self._attend(node, read)
+        basis = None if read.kind == "logits" else self._basis(site, result.device, width)
+        final = self._call(reference.rotate_back, out, basis, result.dtype)
+        final.meta = dict(node.meta)
+        node.replace_all_uses_with(final)
+        self.context.reads += 1
+        self.changed += 1
+
+    def _attend(self, node: fx.Node, read) -> fx.Node:
+        keys, values = self.sites[read.key.root], self.sites[read.value.root]
+        query = tensor_of(node.args[0])
+        scale = node.kwargs["scale"]
+        return self._call(
+            ops.attend,
+            self._rotated(node.args[0], keys),
+            self._ordered(read.key, 2),
+            self._ordered(read.value, 2),
+            node.kwargs["attn_mask"],
+            bool(node.kwargs["is_causal"]),
+            1 / math.sqrt(int(query.shape[-1])) if scale is None else float(scale),
+            keys.codec.name,
+            values.codec.name,
+            int(tensor_of(read.key.base).shape[-1]),
+            int(tensor_of(read.value.base).shape[-1]),
+        )
+
+    def _fall_back(self, node: fx.Node) -> None:
+        """Decode in front of an operator that no rule knows, as late as can be."""
+        dense = {operand: self._rebuild(operand) for operand in node.all_input_nodes if self._view(operand)}
+        node.args = fx.map_arg(node.args, lambda old: dense.get(old, old))
+        node.kwargs = fx.map_arg(node.kwargs, lambda old: dense.get(old, old))
+        if not shape_only(node):
+            root = next(self._view(operand).root for operand in dense)
+            self.context.fallbacks.append(Fallback(name_of(root), spelling(node), where(node)))
+        self.changed += 1
+
+    def _rebuild(self, node: fx.Node) -> fx.Node:
+        """The dense value of a view: its planes decoded, then the model's own relabelling on top."""
+        view = self.survey.views[node]
+        if view.base is node or view.parent is None:
+            return self._decode(view)
+        parent = self._decode(view) if view.parent is view.base else self._rebuild(view.parent)
+        return self.graph.node_copy(node, lambda old: parent if old is view.parent else old)
+
+    def _decode(self, view: View) -> fx.Node:
+        value, site = tensor_of(view.base), self.sites[view.root]
+        width = int(value.shape[-1])
+        rows = self._call(_decode, list(self.planes[view.base]), site.codec.name, width)
+        dense = self._call(reference.rotate_back, rows, self._basis(site, value.device, width), value.dtype)
+        dense.meta = {"example_value": value}
+        return dense
+
+    def _close(self, output: fx.Node, placeholders: list[fx.Node]) -> None:
+        values: list[fx.Node] = []
+        created = {site.root: site for site in self.context.sites if site.kind == "create"}
+        for original in output.args[0]:
+            view = self._view(original)
+            if view is not None and original in placeholders:
+                self.context.outputs.append(Output("argument", placeholders.index(original)))
+            elif view is not None and original in self.survey.appends:
+                self.context.outputs.append(Output("appended", placeholders.index(view.root), name=name_of(view.root)))
+            elif view is not None and view.base is original:
+                self._emit_planes(values, self.planes[original], self.sites[view.root], original)
+            elif view is not None:
+                self.context.fallbacks.append(Fallback(name_of(view.root), "output", where(original)))
+                self.context.outputs.append(Output("tensor", len(values)))
+                values.append(self._rebuild(original))
+            elif original in created:
+                site = created[original]
+                planes = self._call(_encode, self._rotated(original, site), site.codec.name)
+                parts = [self._call(operator.getitem, planes, i) for i in range(len(site.codec.planes))]
+                self._emit_planes(values, parts, site, original)
+            else:
+                self.context.outputs.append(Output("tensor", len(values)))
+                values.append(original)
+        output.args = (tuple(values),)
+
+    def _emit_planes(self, values: list[fx.Node], planes, site: Site, original: fx.Node) -> None:
+        value = tensor_of(original)
+        self.context.outputs.append(
+            Output("planes", len(values), len(planes), site.codec, int(value.shape[-1]), value.dtype, name_of(original))
+        )
+        values.extend(planes)
+        self.changed += 1
+
+    def _sweep(self) -> None:
+        """Erase what the rewritten nodes replaced, last first."""
+        for node in reversed(list(self.graph.nodes)):
+            rewritten = node in self.survey.views or node in self.survey.reads
+            if rewritten and not node.users and (self._view(node) or node in self.survey.reads) and node.op != "output":
+                self.graph.erase_node(node)
+
+
+def _strides(shape, seq_dim: int | None) -> tuple:
+    """Row-major strides; with `seq_dim`, of planes whose storage has the sequence outermost."""
+    order = list(range(len(shape)))
+    if seq_dim is not None:
+        order.remove(seq_dim)
+        order.insert(0, seq_dim)
+    strides, step = [0] * len(shape), 1
+    for dim in reversed(order):
+        strides[dim] = step
+        step = step * shape[dim]
+    return tuple(strides)
+
+
+def _plane_index(items: list) -> tuple:
+    """An index of the cache as an index of its planes, whose last dimension is another."""
+    return (*items[:-1], slice(None))
+
+
+def _broadcast(source: torch.Tensor, plane: torch.Tensor) -> torch.Tensor:
+    return source.expand(*plane.shape[:-1], source.shape[-1])
+
+
+def _encode(y: torch.Tensor, codec: str) -> tuple[torch.Tensor, ...]:
+    from tqcompile import formats
+
+    return tuple(plane.contiguous() for plane in reference.encode(formats.codec(codec), y))
+
+
+def _encode_items(planes: list[torch.Tensor], y: torch.Tensor, index: tuple, codec: str) -> None:
+    for plane, code in zip(planes, _encode(y, codec)):
+        plane[index] = code.to(plane.dtype)
+
+
+def _decode(planes: list[torch.Tensor], codec: str, head_dim: int) -> torch.Tensor:
+    from tqcompile import formats
+
+    return reference.decode(formats.codec(codec), planes, head_dim)

@@ -1,0 +1,66 @@
+"""What the passes hand to each other and to the backend."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import fx
+
+from tqcompile.codec import Codec
+from tqcompile.options import Options
+from tqcompile.passes.sites import Refusal, Site, Survey
+
+
+@dataclass(frozen=True)
+class Fallback:
+    """A read that no rule knows: the cache is decoded in front of it, for the length of that operator."""
+
+    name: str
+    operator: str
+    where: str
+
+
+@dataclass(frozen=True)
+class CacheInput:
+    """How the caller turns argument `index` of Dynamo's graph into planes.
+
+    `kind` is that of the site; `tokens` is how many an append adds: a number, or the node that says it.
+    """
+
+    index: int
+    site: Site
+    name: str
+    strides: tuple[tuple, ...]
+    tokens: object = None
+
+
+@dataclass(frozen=True)
+class Output:
+    """What the caller puts at one place of the model's outputs.
+
+    `tensor`: value `index` of the compiled graph. `argument`: argument `index`, as it is. `appended`: the cache that
+    grew out of argument `index`. `planes`: a new cache of the values `index .. index + count`.
+    """
+
+    kind: str
+    index: int
+    count: int = 1
+    codec: Codec | None = None
+    head_dim: int = 0
+    dtype: torch.dtype | None = None
+    name: str = ""
+
+
+@dataclass
+class Context:
+    """One graph's journey through the pipeline."""
+
+    options: Options
+    survey: Survey | None = None
+    sites: tuple[Site, ...] = ()
+    refusals: tuple[Refusal, ...] = ()
+    decoded_inputs: set[fx.Node] = field(default_factory=set)
+    fallbacks: list[Fallback] = field(default_factory=list)
+    reads: int = 0
+    inputs: list[CacheInput] = field(default_factory=list)
+    outputs: list[Output] = field(default_factory=list)
+    counts: dict[str, int] = field(default_factory=dict)

@@ -1,0 +1,213 @@
+"""How a value that the model computes from a cache relates to the cache's planes."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import fx
+
+from tqcompile.passes.canonicalize import example, spelling, tensor_of
+
+Axis = tuple  # the plane dimensions that one dimension of a view is made of, "r" where a token is repeated
+
+_SHAPE_ONLY = {"size", "numel", "dim", "stride", "shape", "dtype", "device", "ndim", "is_contiguous", "nelement"}
+_CASTS = {"to", "type", "type_as", "float", "half", "bfloat16", "_to_copy"}
+_COPIES = {"contiguous", "detach", "alias"}
+
+
+@dataclass(frozen=True)
+class View:
+    """Node `node` of the model, seen from the cache `root`.
+
+    The planes of `base` hold its tokens: `base` is the cache or a value that moves whole tokens of it, and its
+    planes come from the same operator on the planes of its parent. `axes` says which plane dimension each
+    dimension of the node is. A write to a node with `writable` reaches those planes.
+    """
+
+    node: fx.Node
+    root: fx.Node
+    base: fx.Node
+    parent: fx.Node | None
+    axes: tuple[Axis, ...]
+    writable: bool
+
+    @property
+    def plain(self) -> bool:
+        """Whether the dimensions of the node are those of the planes, one for one."""
+        return self.axes == _identity(len(self.axes))
+
+
+def root_view(node: fx.Node) -> View:
+    """The view a cache has of itself."""
+    return View(node, node, node, None, _identity(tensor_of(node).dim()), True)
+
+
+def shape_only(node: fx.Node) -> bool:
+    """Whether a node asks for a tensor's shape or type and never for its numbers."""
+    return spelling(node) in _SHAPE_ONLY and tensor_of(node) is None
+
+
+def derived(node: fx.Node, parent: View) -> View | None:
+    """The view that `node` is of the cache its first argument views, or None where no rule says."""
+    value = tensor_of(node)
+    if value is None or node.args[0] is not parent.node:
+        return None
+    name = spelling(node)
+    rule = _RULES.get(name)
+    return rule(node, parent, value) if rule is not None else None
+
+
+def _identity(rank: int) -> tuple[Axis, ...]:
+    return tuple((dim,) for dim in range(rank))
+
+
+def _moved(node: fx.Node, parent: View, value: torch.Tensor, fresh: bool = False) -> View:
+    """`node` moves whole tokens: its planes are those of its parent under the same operator, copied where `fresh`."""
+    return View(node, parent.root, node, parent.node, _identity(value.dim()), fresh or parent.writable)
+
+
+def _relabelled(node: fx.Node, parent: View, axes) -> View:
+    """`node` shows the same planes under other labels."""
+    return replace(parent, node=node, parent=parent.node, axes=tuple(axes), writable=False)
+
+
+def _same_size(left, right) -> bool:
+    return left is right or str(left) == str(right)
+
+
+def index_items(index, rank: int) -> list | None:
+    """An index as one item a dimension (None items apart), or None where a boolean mask takes several at once."""
+    items = list(index) if isinstance(index, (tuple, list)) else [index]
+    for item in items:
+        tensor = tensor_of(item)
+        if isinstance(item, (list, bool)) or (tensor is not None and tensor.dtype == torch.bool):
+            return None
+    if any(item is Ellipsis for item in items):
+        at = next(place for place, item in enumerate(items) if item is Ellipsis)
+        missing = rank - sum(item is not None and item is not Ellipsis for item in items)
+        items[at : at + 1] = [slice(None)] * missing
+    return items + [slice(None)] * (rank - sum(item is not None for item in items))
+
+
+def full(item, size=None) -> bool:
+    """Whether an index item takes a whole dimension as it is."""
+    if not isinstance(item, slice) or item.step not in (None, 1) or item.start not in (None, 0):
+        return False
+    return item.stop is None or (size is not None and _same_size(example(item.stop), size))
+
+
+def _getitem(node: fx.Node, parent: View, value: torch.Tensor) -> View | None:
+    source = tensor_of(parent.node)
+    items = index_items(node.args[1], source.dim())
+    if items is None:
+        return None
+    if any(item is None for item in items):
+        if not all(item is None or full(item) for item in items):
+            return None
+        axes, kept = [], iter(parent.axes)
+        for item in items:
+            axes.append(() if item is None else next(kept))
+        return _relabelled(node, parent, axes)
+    if all(full(item) for item in items):
+        return replace(parent, node=node, parent=parent.node)
+    if not parent.plain or not full(items[-1], source.shape[-1]):
+        return None
+    return _moved(node, parent, value, fresh=any(tensor_of(item) is not None for item in items))
+
+
+def _permute(node: fx.Node, parent: View, value: torch.Tensor) -> View:
+    order = node.args[1]
+    if parent.plain and order[-1] == value.dim() - 1:
+        return _moved(node, parent, value)
+    return _relabelled(node, parent, [parent.axes[dim] for dim in order])
+
+
+def _along(node: fx.Node, parent: View, value: torch.Tensor) -> View | None:
+    dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
+    rank = tensor_of(parent.node).dim()
+    if not parent.plain or not isinstance(dim, int) or dim % rank == rank - 1:
+        return None
+    return _moved(node, parent, value, fresh=spelling(node) == "index_select")
+
+
+def _clone(node: fx.Node, parent: View, value: torch.Tensor) -> View:
+    return _moved(node, parent, value, fresh=True) if parent.plain else _relabelled(node, parent, parent.axes)
+
+
+def _roll(node: fx.Node, parent: View, value: torch.Tensor) -> View | None:
+    dims = node.kwargs.get("dims", node.args[2] if len(node.args) > 2 else None)
+    dims = (dims,) if isinstance(dims, int) else dims
+    if not parent.plain or not dims or any(dim % value.dim() == value.dim() - 1 for dim in dims):
+        return None
+    return _moved(node, parent, value, fresh=True)
+
+
+def _copy(node: fx.Node, parent: View, value: torch.Tensor) -> View:
+    return _relabelled(node, parent, parent.axes)
+
+
+def _cast(node: fx.Node, parent: View, value: torch.Tensor) -> View | None:
+    if value.device != tensor_of(parent.node).device or not value.dtype.is_floating_point:
+        return None
+    return _relabelled(node, parent, parent.axes)
+
+
+def _unsqueeze(node: fx.Node, parent: View, value: torch.Tensor) -> View:
+    axes = list(parent.axes)
+    axes.insert(node.args[1] % value.dim(), ())
+    return _relabelled(node, parent, axes)
+
+
+def _expand(node: fx.Node, parent: View, value: torch.Tensor) -> View | None:
+    source = tensor_of(parent.node)
+    if value.dim() != source.dim():
+        return None
+    axes = []
+    for axis, old, new in zip(parent.axes, source.shape, value.shape):
+        if _same_size(old, new):
+            axes.append(axis)
+        elif axis == ():
+            axes.append(("r",))
+        else:
+            return None
+    return _relabelled(node, parent, axes)
+
+
+def _reshape(node: fx.Node, parent: View, value: torch.Tensor) -> View | None:
+    """Only the two reshapes that repeating heads needs: none at all, and merging a dimension with its repeats."""
+    old, new = list(tensor_of(parent.node).shape), list(value.shape)
+    if len(new) == len(old):
+        return _relabelled(node, parent, parent.axes) if all(map(_same_size, old, new)) else None
+    if len(new) != len(old) - 1:
+        return None
+    for at in range(len(new)):
+        head = all(map(_same_size, old[:at], new[:at]))
+        if head and all(map(_same_size, old[at + 2 :], new[at + 1 :])):
+            first, second = parent.axes[at : at + 2]
+            if second in ((), ("r",)) and "r" not in first:
+                return _relabelled(node, parent, [*parent.axes[:at], first + second, *parent.axes[at + 2 :]])
+    return None
+
+
+def _repeat_interleave(node: fx.Node, parent: View, value: torch.Tensor) -> View | None:
+    repeats = node.kwargs.get("repeats", node.args[1] if len(node.args) > 1 else None)
+    dim = node.kwargs.get("dim", node.args[2] if len(node.args) > 2 else None)
+    if not isinstance(repeats, int) or not isinstance(dim, int):
+        return None
+    axes = list(parent.axes)
+    axes[dim] = axes[dim] + ("r",)
+    return _relabelled(node, parent, axes)
+
+
+_RULES = {
+    "getitem": _getitem,
+    "permute": _permute,
+    **dict.fromkeys(("narrow", "select", "index_select"), _along),
+    "clone": _clone,
+    "roll": _roll,
+    **dict.fromkeys(_COPIES, _copy),
+    **dict.fromkeys(_CASTS, _cast),
+    "unsqueeze": _unsqueeze,
+    "expand": _expand,
+    **dict.fromkeys(("reshape", "view", "flatten"), _reshape),
+    "repeat_interleave": _repeat_interleave,
+}

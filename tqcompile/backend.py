@@ -1,0 +1,158 @@
+"""The entry point: Dynamo's graph in, a callable out. The only file that names Dynamo, AOTAutograd or Inductor."""
+
+import weakref
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx
+from torch._dynamo.source import AttrSource, ConstantSource
+
+from tqcompile import ops
+from tqcompile import report as reports
+from tqcompile.options import Options, resolve
+from tqcompile.passes.context import Context
+from tqcompile.passes.pipeline import run
+from tqcompile.passes.sites import real
+from tqcompile.runtime import CompiledGraph
+
+
+def turboquant_backend(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], *, mode: str | None = None, options: dict | None = None
+) -> Callable:
+    """The backend named "turboquant", found by torch.compile through its entry point.
+
+    `mode` is Inductor's; `options` are the fields of `tqcompile.options.Options`.
+    """
+    return _compile(gm, example_inputs, resolve(options), mode)
+
+
+class Backend:
+    """The same backend as a callable with its options bound: `torch.compile(model, backend=turboquant(...))`."""
+
+    def __init__(self, options: Options):
+        self.options = options
+        self.__name__ = "turboquant"
+
+    def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any], *, mode: str | None = None, **_) -> Callable:
+        return _compile(gm, example_inputs, self.options, mode)
+
+    def __eq__(self, other) -> bool:
+        return isinstance(other, Backend) and other.options == self.options
+
+    def __hash__(self) -> int:
+        return hash(self.options)
+
+
+def turboquant(
+    *,
+    preset: str | None = None,
+    keys: str | None = None,
+    values: str | None = None,
+    strict: bool | None = None,
+    disable: Sequence[str] | None = None,
+    inner: str | None = None,
+    dump: str | Path | None = None,
+) -> Backend:
+    """The backend with options; those left out come from TQCOMPILE_OPTIONS. See `tqcompile.options.Options`.
+
+    Raises:
+        ValueError: an option's value is not one of those allowed.
+    """
+    given = {name: value for name, value in locals().items() if value is not None}
+    return Backend(resolve(given))
+
+
+def _compile(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, mode: str | None) -> Callable:
+    if options.inner == "inductor":
+        ops.use_row_compiler(_compile_rows)
+    context, copy = Context(options), _copy(gm)
+    run(copy, context)
+    record = reports.record(_record(gm, context))
+    if not context.inputs and not any(site.kind == "create" for site in context.sites):
+        return _inner(gm, example_inputs, options, mode)
+    if options.dump is not None:
+        record.dump = _dump(options.dump, record.name, gm, copy)
+    given = {node.name: value for node, value in zip(_placeholders(gm), example_inputs)}
+    examples = [given.get(node.name, node.meta.get("example_value")) for node in _placeholders(copy)]
+    _name_sources(gm, copy, context)
+    compiled = _inner(copy, examples, options, mode)
+    return CompiledGraph(gm, compiled, context, record)
+
+
+def _placeholders(gm: fx.GraphModule) -> list[fx.Node]:
+    return [node for node in gm.graph.nodes if node.op == "placeholder"]
+
+
+def _copy(gm: fx.GraphModule) -> fx.GraphModule:
+    """A graph of our own: Dynamo keeps using its one, and reads facts about the inputs off these attributes."""
+    graph, mapping = fx.Graph(), {}
+    result = graph.graph_copy(gm.graph, mapping)
+    graph.output(result)
+    copy = fx.GraphModule(gm, graph)
+    copy.meta = dict(gm.meta)
+    copy._param_name_to_source = dict(getattr(gm, "_param_name_to_source", {}))
+    for old, new in mapping.items():
+        if hasattr(old, "_dynamo_source"):
+            new._dynamo_source = old._dynamo_source
+    return copy
+
+
+def _name_sources(gm: fx.GraphModule, copy: fx.GraphModule, context: Context) -> None:
+    """AOTAutograd asks each input where it comes from; planes come from an attribute of the cache they replace."""
+    originals = _placeholders(gm)
+    plane_source = {}
+    for entry in context.inputs:
+        if entry.site is not None:
+            root = originals[entry.index]
+            for plane in entry.site.codec.planes:
+                plane_source[f"{root.name}_{plane.name}"] = AttrSource(root._dynamo_source, plane.name)
+    for node in _placeholders(copy):
+        if not hasattr(node, "_dynamo_source"):
+            node._dynamo_source = plane_source[node.target]
+    for name, _ in (*copy.named_parameters(), *copy.named_buffers()):
+        copy._param_name_to_source.setdefault(name, ConstantSource(source_name=f"tqcompile_{name}"))
+
+
+def _inner(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, mode: str | None) -> Callable:
+    if options.inner != "inductor":
+        return torch._dynamo.lookup_backend(options.inner)(gm, list(example_inputs))
+    from torch._inductor import list_mode_options
+    from torch._inductor.compile_fx import compile_fx
+
+    return compile_fx(gm, list(example_inputs), config_patches=list_mode_options(mode) if mode else None)
+
+
+def _compile_rows(function: Callable, rows: Sequence[torch.Tensor]) -> Callable:
+    """`function` of 2-D planes, compiled for any number of rows."""
+    from torch._inductor.compile_fx import compile_fx
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    with torch._guards.tracing(None), torch.no_grad():
+        gm = make_fx(function, tracing_mode="symbolic")(*rows)
+        examples = [node.meta["val"] for node in _placeholders(gm)]
+        return compile_fx(gm, examples)
+
+
+def _record(gm: fx.GraphModule, context: Context) -> reports.Graph:
+    held = [real(node) for node in _placeholders(gm)]
+    owners = tuple(weakref.ref(t) for t in held if isinstance(t, torch.nn.Parameter))
+    identity = gm.meta.get("dynamo_compile_id")
+    return reports.Graph(
+        name=str(identity) if identity is not None else "graph",
+        owners=owners,
+        sites=context.sites,
+        refusals=context.refusals,
+        fallbacks=tuple(context.fallbacks),
+        counts=context.counts,
+        reads=context.reads,
+    )
+
+
+def _dump(folder: Path, name: str, before: fx.GraphModule, after: fx.GraphModule) -> str:
+    folder.mkdir(parents=True, exist_ok=True)
+    stem = name.replace("/", "_")
+    for suffix, gm in (("before", before), ("after", after)):
+        (folder / f"{stem}.{suffix}.py").write_text(gm.print_readable(print_output=False))
+    return str(folder / f"{stem}.after.py")

@@ -1,0 +1,260 @@
+"""`CompressedKV`: the tensor that a model holds where its dense cache was, and the buffer it grows in.
+
+It has the shape and dtype of the cache it stands for and no storage of its own. Its planes keep the leading
+dimensions in the model's order, so that whatever moves whole tokens is done on the planes; anything else decodes.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+
+from tqcompile import formats, reference, tables
+from tqcompile.codec import Codec
+from tqcompile.layout import layout_of
+
+Planes = tuple[torch.Tensor, ...]
+
+
+class Buffer:
+    """Growing storage of one functional cache: planes [capacity, *others, width], the sequence outermost.
+
+    With the sequence outermost a view's strides depend on neither length nor capacity, so a compiled step fits
+    every length. `shared` says that more than one cache has been handed out of it: an append leaves the older
+    cache's tokens where they are, and a write would change both.
+    """
+
+    def __init__(self, planes: Planes, seq_dim: int, room: int):
+        length = planes[0].shape[seq_dim]
+        # A sixteenth of slack bounds both the bytes that idle and the copies a growing cache makes.
+        self.capacity = length + room + max(32, length // 16)
+        self.seq_dim = seq_dim
+        self.used = length
+        self.shared = False
+        with torch.inference_mode(False):
+            self.storage = tuple(self._allocate(plane) for plane in planes)
+        for target, plane in zip(self.view(0, length), planes):
+            target.copy_(plane)
+
+    def _allocate(self, plane: torch.Tensor) -> torch.Tensor:
+        others = [size for dim, size in enumerate(plane.shape) if dim != self.seq_dim]
+        return plane.new_empty((self.capacity, *others))
+
+    def view(self, start: int, stop: int) -> Planes:
+        """Tokens start..stop, in the cache's own order of dimensions."""
+        return tuple(_sequence_view(plane, self.seq_dim, start, stop) for plane in self.storage)
+
+
+def _sequence_view(storage: torch.Tensor, seq_dim: int, start: int, stop: int) -> torch.Tensor:
+    size, stride = list(storage.shape[1:]), list(storage.stride()[1:])
+    size.insert(seq_dim, stop - start)
+    stride.insert(seq_dim, storage.stride(0))
+    return storage.as_strided(size, stride, start * storage.stride(0))
+
+
+class CompressedKV(torch.Tensor):
+    """A cache of keys or values [..., head_dim] kept as the planes [..., width] of a codec."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    planes: Planes
+    codec: Codec
+    buffer: Buffer | None
+    start: int
+
+    @staticmethod
+    def __new__(
+        cls,
+        planes: Planes,
+        codec: Codec,
+        head_dim: int,
+        dtype: torch.dtype,
+        buffer: Buffer | None = None,
+        start: int = 0,
+    ) -> "CompressedKV":
+        shape = (*planes[0].shape[:-1], head_dim)
+        with torch.inference_mode(False):
+            self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=planes[0].device)
+        torch._C._set_throw_on_mutable_data_ptr(self)
+        self.planes, self.codec, self.buffer, self.start = tuple(planes), codec, buffer, start
+        return self
+
+    @classmethod
+    def encode(cls, dense: torch.Tensor, codec: Codec) -> "CompressedKV":
+        """A compressed copy of `dense` [..., head_dim]."""
+        return cls(encode_dense(dense, codec), codec, dense.shape[-1], dense.dtype)
+
+    def decode(self) -> torch.Tensor:
+        """The dense tensor this cache stands for, decoded anew: [..., head_dim] in the cache's dtype."""
+        basis = tables.basis_matrix(self.codec, self.shape[-1], self.device)
+        rows = reference.decode(self.codec, self.planes, self.shape[-1])
+        dense = reference.rotate_back(rows, basis, self.dtype)
+        return dense.clone() if self.codec.fit == "exact" else dense
+
+    def like(self, planes: Planes, dtype: torch.dtype | None = None) -> "CompressedKV":
+        """A cache of other planes in the same codec; it writes through where the planes are views of these."""
+        other = CompressedKV(planes, self.codec, self.shape[-1], dtype or self.dtype)
+        other.buffer, other.start = self.buffer, -1
+        return other
+
+    def room(self, tokens: int, seq_dim: int) -> "CompressedKV":
+        """A cache with `tokens` more places after this one's; the codes there are not written yet.
+
+        In place where nothing was appended to this cache before; a second continuation gets a copy (a fork).
+        """
+        length = self.shape[seq_dim]
+        buffer, start = self.buffer, self.start
+        in_place = (
+            buffer is not None
+            and start >= 0
+            and buffer.seq_dim == seq_dim
+            and start + length == buffer.used
+            and buffer.used + tokens <= buffer.capacity
+        )
+        if in_place:
+            buffer.shared = True
+        else:
+            buffer, start = Buffer(self.planes, seq_dim, tokens), 0
+        buffer.used += tokens
+        planes = buffer.view(start, start + length + tokens)
+        return CompressedKV(planes, self.codec, self.shape[-1], self.dtype, buffer, start)
+
+    def own(self, strides: tuple[tuple[int, ...], ...]) -> None:
+        """Make the planes this cache's alone, and of these strides, before a compiled graph writes into them."""
+        alone = self.buffer is None or not self.buffer.shared
+        if alone and all(plane.stride() == stride for plane, stride in zip(self.planes, strides)):
+            return
+        with torch.inference_mode(False):
+            self.planes = tuple(plane.clone(memory_format=torch.contiguous_format) for plane in self.planes)
+        self.buffer, self.start = None, 0
+
+    def forget_length(self) -> None:
+        """Ask Dynamo to compile the next step for any length, where this cache grows."""
+        if self.buffer is not None:
+            torch._dynamo.maybe_mark_dynamic(self, self.buffer.seq_dim)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of live storage behind this cache, spare capacity included."""
+        return sum(storage.nbytes() for storage in storages(self).values())
+
+    def __tensor_flatten__(self):
+        # No inner tensors: Dynamo sees a dense tensor of this shape, and guards on the codec alone.
+        return [], (self.codec.name, self.dtype, self.device)
+
+    @classmethod
+    def __metadata_guard__(cls, expected, found) -> bool:
+        return expected == found
+
+    @staticmethod
+    def __tensor_unflatten__(inner, context, outer_size, outer_stride):
+        mode = torch._guards.detect_fake_mode()
+        assert mode is not None, "a compressed cache is only flattened while a compiler traces"
+        with mode:
+            return torch.empty_strided(outer_size, outer_stride, dtype=context[1], device=context[2])
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        from tqcompile import dispatch
+
+        return dispatch.run(func, args, kwargs or {})
+
+    def __repr__(self, *, tensor_contents=None) -> str:
+        shape = tuple(self.shape)
+        return f"CompressedKV({self.codec.name}, shape={shape}, dtype={self.dtype}, {self.nbytes} bytes)"
+
+    def __deepcopy__(self, memo) -> "CompressedKV":
+        copy = self.clone()
+        memo[id(self)] = copy
+        return copy
+
+    def __reduce_ex__(self, protocol):
+        planes = tuple(plane.clone(memory_format=torch.contiguous_format) for plane in self.planes)
+        return _rebuild, (planes, self.codec.name, self.shape[-1], self.dtype)
+
+    def numpy(self, *, force: bool = False):
+        return self.decode().numpy(force=force)
+
+    def tolist(self) -> list:
+        return self.decode().tolist()
+
+    def __array__(self, dtype=None, copy=None):
+        return self.decode().numpy().astype(dtype) if dtype else self.decode().numpy()
+
+    def __dlpack__(self, *args, **kwargs):
+        raise RuntimeError("a compressed cache has no dense memory to share; call .decode() first")
+
+
+def _rebuild(planes: Planes, codec: str, head_dim: int, dtype: torch.dtype) -> CompressedKV:
+    return CompressedKV(planes, formats.codec(codec), head_dim, dtype)
+
+
+torch.serialization.add_safe_globals([_rebuild])
+
+
+def storages(cache: torch.Tensor) -> dict[int, torch.UntypedStorage]:
+    """The live storages behind a dense or compressed cache, by address of their data."""
+    planes = cache.planes if isinstance(cache, CompressedKV) else (cache,)
+    found = (plane.untyped_storage() for plane in planes)
+    return {storage.data_ptr(): storage for storage in found}
+
+
+def encode_dense(dense: torch.Tensor, codec: Codec) -> Planes:
+    """Planes [..., width] of a dense tensor [..., head_dim], encoded a block at a time."""
+    head_dim = dense.shape[-1]
+    layout = layout_of(codec, head_dim, dense.dtype, dense.device.type)
+    basis = tables.basis_matrix(codec, head_dim, dense.device)
+    with torch.inference_mode(False), torch.no_grad():
+        planes = layout.allocate(tuple(dense.shape[:-1]), dense.device)
+    if dense.numel() == 0:
+        return planes
+    longest = max(range(dense.dim() - 1), key=lambda dim: dense.shape[dim]) if dense.dim() > 1 else None
+    if longest is None:
+        parts: list[Callable] = [lambda x: x]
+    else:
+        step = max(1, reference.BLOCK_ELEMENTS * dense.shape[longest] // dense.numel())
+        starts = range(0, dense.shape[longest], step)
+        parts = [lambda x, at=at: x.narrow(longest, at, min(step, x.shape[longest] - at)) for at in starts]
+    with torch.no_grad():
+        for part in parts:
+            block = reference.encode(codec, reference.rotate(part(dense.detach()), basis))
+            for plane, code in zip(planes, block):
+                part(plane).copy_(code)
+    return planes
+
+
+def refusal(tensor: torch.Tensor) -> str | None:
+    """Why this dense tensor cannot be turned into a compressed cache where it stands, or None."""
+    if tensor.requires_grad:
+        return "it requires grad"
+    if tensor._is_view():
+        return "it is a view of another tensor"
+    if torch._C._storage_Use_Count(tensor.untyped_storage()._cdata) > 2:
+        return "other tensors share its memory"
+    if tensor.untyped_storage().nbytes() != tensor.numel() * tensor.element_size():
+        return "it covers a part of its memory only"
+    if not math.prod(tensor.shape):
+        return "it is empty"
+    return None
+
+
+def adopt(tensor: torch.Tensor, codec: Codec) -> str | None:
+    """Turn a dense cache into a `CompressedKV`, the same Python object: every holder sees it, its memory is freed.
+
+    Returns why it could not be done, and leaves the tensor as it was; None when it was.
+    """
+    reason = refusal(tensor)
+    if reason is not None:
+        return reason
+    kept = dict(tensor.__dict__)
+    shell = CompressedKV.encode(tensor, codec)
+    try:
+        torch._C._swap_tensor_impl(tensor, shell)
+    except RuntimeError as error:
+        return f"PyTorch holds another reference to it ({str(error).splitlines()[0]})"
+    state = dict(shell.__dict__)
+    tensor.__class__, shell.__class__ = CompressedKV, torch.Tensor
+    tensor.__dict__.update(state)
+    shell.__dict__.clear()
+    tensor.__dict__.update({name: value for name, value in kept.items() if name.startswith("_dynamo")})
+    return None

@@ -1,0 +1,137 @@
+"""Where each bit of a compressed token lives.
+
+A code of b bits is cut into sections of 8, 4, 2 or 1 bits. A section keeps `fields` pieces in a byte, and piece d
+goes to byte `d mod run` at bit `bits * (d div run)`: neighbouring bytes hold neighbouring coordinates, so a whole
+run is unpacked by one shift and one mask. The expressions are stated once, in sympy: allocation evaluates them,
+the kernels print them, the tests prove them injective and in bounds.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import sympy
+import torch
+
+from tqcompile.codec import Codec, Plane
+
+COORDINATE = sympy.Symbol("d", integer=True, nonnegative=True)
+
+
+@dataclass(frozen=True)
+class Section:
+    """Bits `shift .. shift + bits` of every code of a plane, in bytes `offset .. offset + run` of its token."""
+
+    bits: int
+    shift: int
+    offset: int
+    run: int
+
+    @property
+    def fields(self) -> int:
+        return 8 // self.bits
+
+    @property
+    def byte(self) -> sympy.Expr:
+        """Byte of the token that holds code `d`."""
+        return self.offset + sympy.Mod(COORDINATE, self.run)
+
+    @property
+    def bit(self) -> sympy.Expr:
+        """Lowest bit of that byte that belongs to code `d`."""
+        return self.bits * sympy.floor(COORDINATE / self.run)
+
+
+@dataclass(frozen=True)
+class PlaneLayout:
+    """One plane of one token: `count` codes in `width` elements of `dtype`."""
+
+    plane: Plane
+    dtype: torch.dtype
+    width: int
+    count: int
+    sections: tuple[Section, ...]
+
+    @property
+    def bytes_per_token(self) -> int:
+        return self.width * self.dtype.itemsize
+
+    def pack(self, codes: torch.Tensor) -> torch.Tensor:
+        """[..., count] integer codes -> [..., width] uint8."""
+        assert self.sections, f"plane {self.plane.name!r} stores numbers, not codes"
+        codes = codes.to(torch.int32)
+        packed = []
+        for section in self.sections:
+            pieces = (codes >> section.shift) & (2**section.bits - 1)
+            pieces = torch.nn.functional.pad(pieces, (0, section.run * section.fields - self.count))
+            byte = pieces[..., : section.run]
+            for field in range(1, section.fields):
+                byte = byte | (pieces[..., field * section.run : (field + 1) * section.run] << (field * section.bits))
+            packed.append(byte)
+        return torch.cat(packed, -1).to(torch.uint8)
+
+    def unpack(self, packed: torch.Tensor) -> torch.Tensor:
+        """[..., width] uint8 -> [..., count] int32 codes. The inverse of `pack`."""
+        assert self.sections, f"plane {self.plane.name!r} stores numbers, not codes"
+        codes = None
+        for section in self.sections:
+            run = packed[..., section.offset : section.offset + section.run].to(torch.int32)
+            pieces = [(run >> (field * section.bits)) & (2**section.bits - 1) for field in range(section.fields)]
+            piece = torch.cat(pieces, -1)[..., : self.count] << section.shift
+            codes = piece if codes is None else codes | piece
+        return codes
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The planes of one codec for one head_dim, dtype and kind of device."""
+
+    codec: Codec
+    head_dim: int
+    dtype: torch.dtype
+    device_type: str
+    planes: tuple[PlaneLayout, ...]
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes that one token of one head takes, scalars included."""
+        return sum(plane.bytes_per_token for plane in self.planes)
+
+    @property
+    def bits_per_element(self) -> float:
+        return 8 * self.bytes_per_token / self.head_dim
+
+    def plane(self, name: str) -> PlaneLayout:
+        return next(layout for layout in self.planes if layout.plane.name == name)
+
+    def allocate(self, leading: tuple[int, ...], device: torch.device | str) -> tuple[torch.Tensor, ...]:
+        """Zeroed planes [*leading, width]; all-zero planes decode to zeros in every codec."""
+        return tuple(torch.zeros((*leading, plane.width), dtype=plane.dtype, device=device) for plane in self.planes)
+
+
+@lru_cache(maxsize=None)
+def layout_of(codec: Codec, head_dim: int, dtype: torch.dtype, device_type: str) -> Layout:
+    """The layout of `codec` for vectors of `head_dim` numbers of `dtype` on a kind of device.
+
+    Raises:
+        ValueError: the codec is not defined for so small a head_dim, or dtype is not a real float.
+    """
+    if head_dim < codec.minimum_head_dim:
+        raise ValueError(f"head_dim={head_dim}; {codec.name} needs at least {codec.minimum_head_dim}")
+    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise ValueError(f"dtype={dtype}; a cache holds float32, float16 or bfloat16")
+    tables = {factor.plane: factor.table for term in codec.terms for factor in term.factors}
+    planes = tuple(_plane_layout(plane, tables[plane], head_dim, dtype) for plane in codec.planes)
+    return Layout(codec, head_dim, dtype, device_type, planes)
+
+
+def _plane_layout(plane: Plane, table: str, head_dim: int, dtype: torch.dtype) -> PlaneLayout:
+    count = plane.count(head_dim)
+    if table in ("half", "native"):
+        return PlaneLayout(plane, torch.float16 if table == "half" else dtype, count, count, ())
+    sections, offset, shift = [], 0, 0
+    for bits in (8, 4, 2, 1):
+        if plane.bits & bits:
+            run = -(-count * bits // 8)
+            sections.append(Section(bits, shift, offset, run))
+            offset, shift = offset + run, shift + bits
+    return PlaneLayout(plane, torch.uint8, offset, count, tuple(sections))

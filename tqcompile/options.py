@@ -1,0 +1,114 @@
+"""Every option of the backend on one page. The only reader of the environment."""
+
+import difflib
+import hashlib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from tqcompile import formats
+from tqcompile.codec import Codec
+
+ENVIRONMENT = "TQCOMPILE_OPTIONS"
+PASSES = ("canonicalize", "sites", "compress", "lower")
+INNERS = ("inductor", "aot_eager", "eager")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the backend may do. Given as `torch.compile(..., options={...})`, `tqcompile.turboquant(...)` or the
+    environment variable TQCOMPILE_OPTIONS ("keys=turboquant:4,values=q8_0"), the later ones as defaults.
+    """
+
+    preset: str = "balanced"
+    """A pair of codecs by name; `keys` and `values` override its halves."""
+
+    keys: str | None = None
+    """Codec of the key cache, such as "turboquant:4" or "q8_0"."""
+
+    values: str | None = None
+    """Codec of the value cache."""
+
+    strict: bool = False
+    """Raise where a cache cannot be compressed, instead of leaving it dense and saying so in the report."""
+
+    disable: tuple[str, ...] = ()
+    """Passes to leave out, by name."""
+
+    inner: str = "inductor"
+    """The compiler that gets the rewritten graph: inductor, aot_eager or eager."""
+
+    dump: Path | None = None
+    """Folder that receives the graph before and after the passes, and generated sources."""
+
+    def __post_init__(self):
+        _one_of("preset", self.preset, tuple(formats.PRESETS))
+        for name in ("keys", "values"):
+            if getattr(self, name) is not None:
+                _one_of(name, getattr(self, name), tuple(formats.REGISTRY))
+        if not isinstance(self.strict, bool):
+            raise ValueError(f"strict={self.strict!r}; allowed are True and False")
+        disable = (self.disable,) if isinstance(self.disable, str) else tuple(self.disable)
+        for name in disable:
+            _one_of("disable", name, PASSES)
+        object.__setattr__(self, "disable", disable)
+        _one_of("inner", self.inner, INNERS)
+        if self.dump is not None:
+            object.__setattr__(self, "dump", Path(self.dump))
+
+    @property
+    def key_codec(self) -> Codec:
+        return formats.codec(self.keys or formats.PRESETS[self.preset][0])
+
+    @property
+    def value_codec(self) -> Codec:
+        return formats.codec(self.values or formats.PRESETS[self.preset][1])
+
+    def digest(self) -> str:
+        """Equal exactly where two sets of options compile a graph alike."""
+        content = (self.key_codec.digest(), self.value_codec.digest(), self.strict, sorted(self.disable), self.inner)
+        return hashlib.sha256(repr(content).encode()).hexdigest()[:12]
+
+
+def resolve(given: Mapping[str, Any] | None = None) -> Options:
+    """Options from the environment, overridden by `given`.
+
+    Raises:
+        ValueError: an unknown name or value; says what was given, what is allowed, and the nearest match.
+    """
+    return _updated(_updated(Options(), _from_environment()), given or {})
+
+
+def _updated(options: Options, given: Mapping[str, Any]) -> Options:
+    allowed = tuple(field.name for field in fields(Options))
+    for name in given:
+        _one_of("option", name, allowed)
+    return replace(options, **given)
+
+
+def _from_environment() -> dict[str, Any]:
+    given: dict[str, Any] = {}
+    for item in filter(None, (part.strip() for part in os.environ.get(ENVIRONMENT, "").split(","))):
+        name, equals, value = (part.strip() for part in item.partition("="))
+        if not equals:
+            raise ValueError(f"{ENVIRONMENT}: {item!r} is not name=value; an example is keys=turboquant:4,values=q8_0")
+        if name == "strict":
+            given[name] = _boolean(value)
+        else:
+            given[name] = tuple(value.split("+")) if name == "disable" else value
+    return given
+
+
+def _boolean(value: str) -> bool:
+    words = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
+    _one_of(f"{ENVIRONMENT}: strict", value.lower(), tuple(words))
+    return words[value.lower()]
+
+
+def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+    if value in allowed:
+        return
+    near = difflib.get_close_matches(str(value), allowed, n=1, cutoff=0.0)[0]
+    raise ValueError(f"{name}={value!r} is unknown; did you mean {near!r}? Allowed: {', '.join(allowed)}")

@@ -1,0 +1,230 @@
+"""Encode, decode and attend for any codec, in plain PyTorch: the truth, and the path that runs on a CPU.
+
+All of it works in the codec's own basis: a caller rotates x before `encode`, q before `attend`, and rotates the
+result of `decode` and `attend` back (`rotate`, `rotate_back`). Nothing here materialises a decoded cache.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+
+from tqcompile import tables
+from tqcompile.codec import Codec, Lookup
+from tqcompile.layout import layout_of
+
+Planes = Sequence[torch.Tensor]
+RowDecoder = Callable[[Codec, Planes, int], torch.Tensor]
+
+# Numbers in one decoded block of keys or of values: about a megabyte of float32, the size of a core's cache.
+BLOCK_ELEMENTS = 2**18
+
+
+def rotate(x: torch.Tensor, basis: torch.Tensor | None) -> torch.Tensor:
+    """x [..., head_dim] -> its coordinates in `basis` (rows of [head_dim, head_dim]), float32; None leaves x as it is."""
+    return x if basis is None else x.float() @ basis.T
+
+
+def rotate_back(y: torch.Tensor, basis: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+    """The inverse of `rotate`, in `dtype`."""
+    return (y if basis is None else y.float() @ basis).to(dtype)
+
+
+def encode(codec: Codec, y: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """y [..., head_dim] in the codec's basis -> its planes [..., width], in the codec's order of planes.
+
+    A token that holds NaN or Inf, or whose scale is beyond float16, gets a non-finite scale: it decodes to
+    non-finite numbers, and no other token's codes depend on it.
+    """
+    return _ENCODERS[codec.fit](codec, y)
+
+
+def _encode_exact(codec: Codec, y: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return (y,)
+
+
+def _encode_absmax(codec: Codec, y: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    head_dim, block = y.shape[-1], codec.scale.plane.per
+    limit = 2 ** (codec.codes.plane.bits - 1) - 1
+    padded = torch.nn.functional.pad(y.float(), (0, -head_dim % block))
+    blocks = padded.unflatten(-1, (-1, block))
+    scale = (blocks.abs().amax(-1) / limit).half()
+    step = scale.float().unsqueeze(-1)
+    codes = torch.where(step > 0, blocks / step, 0.0).round().nan_to_num(0.0).clamp(-limit, limit)
+    codes = codes.to(torch.int32).flatten(-2)[..., :head_dim]
+    return _in_order(codec, y, scale, codes)
+
+
+def _encode_sphere(codec: Codec, y: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    y = y.float()
+    head_dim = y.shape[-1]
+    codebook = tables.numbers(codec.codes, head_dim)
+    peak = y.abs().amax(-1, keepdim=True)
+    shape = torch.where(peak > 0, y / peak, 0.0)
+    size = (shape * shape).sum(-1, keepdim=True).sqrt()
+    unit = torch.where(size > 0, shape / size, 0.0) * math.sqrt(head_dim)
+    codes = torch.bucketize(unit, torch.tensor(tables.boundaries(codebook), device=y.device))
+    fitted = (unit * lookup(codec.codes, codes, head_dim)).sum(-1, keepdim=True)
+    # |x|^2 / <x, c> with x = peak * size / sqrt(head_dim) * unit: no square of a large norm is formed.
+    scale = peak * torch.where(size > 0, size, 1.0) * math.sqrt(head_dim) / fitted
+    scale = torch.where(peak == 0, 0.0, scale)
+    return _in_order(codec, y, scale.half(), codes)
+
+
+_ENCODERS = {"exact": _encode_exact, "absmax": _encode_absmax, "sphere": _encode_sphere}
+
+
+def _in_order(codec: Codec, y: torch.Tensor, scale: torch.Tensor, codes: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    layout = layout_of(codec, y.shape[-1], torch.float32, y.device.type)
+    packed = layout.plane(codec.codes.plane.name).pack(codes)
+    return tuple(packed if plane is codec.codes.plane else scale for plane in codec.planes)
+
+
+def lookup(factor: Lookup, codes: torch.Tensor, head_dim: int) -> torch.Tensor:
+    """Codes [...] -> numbers [...], float32.
+
+    Small tables are a tree of selects on the code's bits: it vectorises where a gather does not.
+    """
+    if factor.table == "signed":
+        limit = 2 ** (factor.plane.bits - 1)
+        return ((codes + limit) % (2 * limit) - limit).float()
+    table = tables.numbers(factor, head_dim)
+    if len(table) > 32:
+        return torch.tensor(table, device=codes.device)[codes]
+    return _select(codes, table)
+
+
+def _select(codes: torch.Tensor, table: tuple[float, ...]) -> torch.Tensor:
+    level: list = list(table)
+    bit = 1
+    while len(level) > 1:
+        chosen = (codes & bit) != 0
+        level = [torch.where(chosen, high, low) for low, high in zip(level[::2], level[1::2])]
+        bit *= 2
+    return level[0]
+
+
+def decode(codec: Codec, planes: Planes, head_dim: int) -> torch.Tensor:
+    """Planes [..., width] -> coordinates [..., head_dim] in the codec's basis, float32 (`identity`: its own dtype)."""
+    if codec.fit == "exact":
+        return planes[0]
+    codes, scale = split(codec, planes)
+    layout = layout_of(codec, head_dim, torch.float32, codes.device.type).plane(codec.codes.plane.name)
+    number = lookup(codec.codes, layout.unpack(codes), head_dim)
+    block = codec.scale.plane.per
+    if block is not None:
+        scale = scale.repeat_interleave(block, -1)[..., :head_dim]
+    return number * scale.float()
+
+
+def split(codec: Codec, planes: Planes) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The planes of codes and of scale out of a codec's planes; scale is None where the codec has none."""
+    named = dict(zip((plane.name for plane in codec.planes), planes))
+    return named[codec.codes.plane.name], named[codec.scale.plane.name] if codec.scale else None
+
+
+def append(codec: Codec, planes: Planes, y: torch.Tensor, positions: torch.Tensor | None) -> None:
+    """Encode y [A, B, T, head_dim] and write it into planes [A, B, S, width], in place.
+
+    `positions` int64 [T] are places along S; None means that y fills the planes (T == S).
+
+    Raises:
+        IndexError, RuntimeError: a position outside the planes, as an indexed write to a dense tensor would.
+    """
+    for plane, code in zip(planes, encode(codec, y)):
+        if positions is None:
+            plane.copy_(code)
+        else:
+            plane.index_copy_(2, positions, code.to(plane.dtype))
+
+
+def attend(
+    q: torch.Tensor,
+    keys: Planes,
+    values: Planes,
+    mask: torch.Tensor | None,
+    causal: bool,
+    scale: float,
+    key_codec: Codec,
+    value_codec: Codec,
+    head_dims: tuple[int, int],
+    row_decoder: RowDecoder = decode,
+) -> torch.Tensor:
+    """Attention over compressed keys and values, one block of tokens at a time (online softmax).
+
+    q [B, Hq, T, D] in the key basis; planes [B, Hkv, S, width]; mask broadcasts to [B, Hq, T, S], bool (True
+    keeps) or additive; `causal` keeps key s for query t where s <= t, as SDPA does. Returns [B, Hq, T, Dv] in the
+    value basis, float32. A query that may see nothing gets zeros.
+    """
+    batch, query_heads, queries, _ = q.shape
+    kv_heads, length = keys[0].shape[1], keys[0].shape[2]
+    groups = query_heads // kv_heads
+    rows = (q.float() * scale).reshape(batch, kv_heads, groups * queries, q.shape[-1])
+    peak = rows.new_full((batch, kv_heads, groups * queries, 1), -math.inf)
+    total = torch.zeros_like(peak)
+    out = rows.new_zeros(batch, kv_heads, groups * queries, head_dims[1])
+    for start, stop in _blocks(keys, max(head_dims)):
+        key = row_decoder(key_codec, [plane[:, :, start:stop] for plane in keys], head_dims[0])
+        scores = rows @ key.float().transpose(-1, -2)
+        scores = masked(scores, mask, causal, (batch, query_heads, queries, length), start, stop)
+        new_peak = torch.maximum(peak, scores.amax(-1, keepdim=True))
+        pivot = torch.where(new_peak == -math.inf, 0.0, new_peak)
+        weights = (scores - pivot).exp()
+        rescale = (peak - pivot).exp()
+        value = row_decoder(value_codec, [plane[:, :, start:stop] for plane in values], head_dims[1])
+        out = out * rescale + weights @ value.float()
+        total = total * rescale + weights.sum(-1, keepdim=True)
+        peak = new_peak
+    out = torch.where(total == 0, 0.0, out / total)
+    return out.reshape(batch, query_heads, queries, head_dims[1])
+
+
+def masked(
+    scores: torch.Tensor, mask: torch.Tensor | None, causal: bool, shape: tuple[int, int, int, int], start: int, stop: int
+) -> torch.Tensor:
+    """Scores [B, Hkv, G*T, stop - start] of keys start..stop, with the mask [B, Hq, T, S] applied."""
+    batch, heads, queries, _ = shape
+    if mask is None and not causal:
+        return scores
+    full = scores.reshape(batch, heads, queries, stop - start)
+    if causal:
+        position = torch.arange(queries, device=scores.device).unsqueeze(-1)
+        full = full.masked_fill(torch.arange(start, stop, device=scores.device) > position, -math.inf)
+    if mask is not None:
+        part = mask if mask.shape[-1] == 1 else mask[..., start:stop]
+        full = full.masked_fill(~part, -math.inf) if mask.dtype == torch.bool else full + part
+    return full.reshape(scores.shape)
+
+
+def logits(
+    q: torch.Tensor, keys: Planes, codec: Codec, head_dim: int, row_decoder: RowDecoder = decode
+) -> torch.Tensor:
+    """q [B, Hq, T, D] in the key basis times compressed keys [B, Hkv, S, width] -> [B, Hq, T, S], float32."""
+    batch, query_heads, queries, _ = q.shape
+    kv_heads, length = keys[0].shape[1], keys[0].shape[2]
+    rows = q.float().reshape(batch, kv_heads, -1, head_dim)
+    out = rows.new_empty(batch, kv_heads, rows.shape[2], length)
+    for start, stop in _blocks(keys, head_dim):
+        key = row_decoder(codec, [plane[:, :, start:stop] for plane in keys], head_dim)
+        out[..., start:stop] = rows @ key.float().transpose(-1, -2)
+    return out.view(batch, query_heads, queries, length)
+
+
+def mix(
+    weights: torch.Tensor, values: Planes, codec: Codec, head_dim: int, row_decoder: RowDecoder = decode
+) -> torch.Tensor:
+    """weights [B, Hq, T, S] times compressed values [B, Hkv, S, width] -> [B, Hq, T, D] in their basis, float32."""
+    batch, query_heads, queries, length = weights.shape
+    kv_heads = values[0].shape[1]
+    rows = weights.float().reshape(batch, kv_heads, -1, length)
+    out = rows.new_zeros(batch, kv_heads, rows.shape[2], head_dim)
+    for start, stop in _blocks(values, head_dim):
+        value = row_decoder(codec, [plane[:, :, start:stop] for plane in values], head_dim)
+        out += rows[..., start:stop] @ value.float()
+    return out.view(batch, query_heads, queries, head_dim)
+
+
+def _blocks(planes: Planes, head_dim: int):
+    batch, heads, length = planes[0].shape[:3]
+    block = max(64, BLOCK_ELEMENTS // max(1, batch * heads * head_dim))
+    return [(start, min(start + block, length)) for start in range(0, length, block)]

@@ -1,0 +1,92 @@
+"""What happens at a call: caches become planes on the way in, and planes become caches on the way out."""
+
+from collections.abc import Callable
+
+import sympy
+import torch
+from torch import fx
+
+from tqcompile.cache import CompressedKV, adopt
+from tqcompile.passes.context import CacheInput, Context
+from tqcompile.report import Graph
+
+
+class CompiledGraph:
+    """The callable that Dynamo runs in place of its graph, over the one that Inductor made of the rewritten graph."""
+
+    def __init__(self, original: fx.GraphModule, compiled: Callable, context: Context, record: Graph):
+        self.original, self.compiled, self.record = original, compiled, record
+        self.inputs = {entry.index: entry for entry in context.inputs}
+        self.outputs = tuple(context.outputs)
+        self.tokens = {e.index: _token_count(e.tokens, original) for e in context.inputs if e.tokens is not None}
+
+    def __call__(self, *args):
+        caches = {}
+        for index, entry in self.inputs.items():
+            cache, reason = self._cache(entry, args)
+            if reason is not None:
+                self.record.events[entry.name] = reason
+                return self.original(*args)
+            caches[index] = cache
+        results = self.compiled(*self._planes(args, caches))
+        return tuple(self._output(output, args, caches, results) for output in self.outputs)
+
+    def _planes(self, args: tuple, caches: dict) -> list:
+        values = []
+        for index, argument in enumerate(args):
+            cache = caches.get(index)
+            if isinstance(cache, CompressedKV):
+                values.extend(cache.planes)
+            else:
+                values.append(argument if cache is None else cache)
+        return values
+
+    def _cache(self, entry: CacheInput, args: tuple) -> tuple[torch.Tensor | None, str | None]:
+        """The cache whose planes the graph works on, or why this call cannot be run on planes."""
+        held = args[entry.index]
+        if entry.site is None:
+            return held.decode() if isinstance(held, CompressedKV) else held, None
+        if entry.site.kind == "append":
+            if not isinstance(held, CompressedKV):
+                held = CompressedKV.encode(held, entry.site.codec)
+            return held.room(self.tokens[entry.index](args), entry.site.append.dim), None
+        if entry.site.kind == "read" and not isinstance(held, CompressedKV):
+            return CompressedKV.encode(held, entry.site.codec), None
+        if not isinstance(held, CompressedKV):
+            reason = adopt(held, entry.site.codec)
+            if reason is not None:
+                return None, reason
+        if entry.site.kind == "in_place":
+            held.own(entry.strides)
+        self.record.track(entry.name, held)
+        return held, None
+
+    def _output(self, output, args: tuple, caches: dict, results):
+        if output.kind == "tensor":
+            return results[output.index]
+        if output.kind == "argument":
+            return args[output.index]
+        if output.kind == "appended":
+            cache = caches[output.index]
+        else:
+            planes = tuple(results[output.index : output.index + output.count])
+            cache = CompressedKV(planes, output.codec, output.head_dim, output.dtype)
+        cache.forget_length()
+        self.record.track(output.name, cache)
+        return cache
+
+
+def _token_count(tokens, original: fx.GraphModule) -> Callable[[tuple], int]:
+    """How many tokens a call appends, as a function of its arguments."""
+    if not isinstance(tokens, torch.SymInt):
+        return lambda args, count=int(tokens): count
+    symbols = {}
+    for index, node in enumerate(n for n in original.graph.nodes if n.op == "placeholder"):
+        value = node.meta.get("example_value")
+        if isinstance(value, torch.SymInt):
+            symbols[value.node.expr] = index
+    expression = tokens.node.expr
+    names = sorted(expression.free_symbols, key=str)
+    evaluate = sympy.lambdify(names, expression, "math")
+    places = [symbols[name] for name in names]
+    return lambda args: int(evaluate(*(args[place] for place in places)))

@@ -1,0 +1,98 @@
+"""Every number a format needs, derived from its definition: rotations and Lloyd-Max codebooks."""
+
+from functools import lru_cache
+
+import numpy as np
+import torch
+from scipy.optimize import root
+from scipy.special import betainc, betaincinv, gammaln
+
+from tqcompile.codec import Codec, Lookup
+
+ROTATION_SEED = 2504_19874
+
+
+@lru_cache(maxsize=None)
+def sphere_codebook(bits: int, head_dim: int) -> tuple[float, ...]:
+    """Lloyd-Max centroids of one coordinate of a uniform point on the sphere of radius sqrt(head_dim).
+
+    Each centroid is the mean of the density between the midpoints to its neighbours (TurboQuant, arXiv
+    2504.19874, eq. 4). The coordinate divided by sqrt(head_dim) has density ~ (1 - x^2)^((head_dim - 3) / 2),
+    so cell probabilities are incomplete Beta functions and cell means are elementary. Ascending, symmetric
+    about zero, 2^bits entries.
+
+    Raises:
+        ValueError: `bits` outside 1..8, or `head_dim` under 2, where the density does not exist.
+    """
+    if not 1 <= bits <= 8:
+        raise ValueError(f"bits={bits}; a codebook has 1 to 8 bits")
+    if head_dim < 2:
+        raise ValueError(f"head_dim={head_dim}; a coordinate on the sphere needs at least 2")
+    levels = 2 ** (bits - 1)
+    # Panter-Dite: the best cells of a fine quantiser are uniform under the cube root of the density.
+    tail = (head_dim - 3) / 6 + 1
+    start = np.sqrt(betaincinv(0.5, max(tail, 0.5), (np.arange(levels) + 0.5) / levels))
+    solution = root(lambda c: _cell_means(_edges(c), head_dim) - c, start, method="hybr", tol=1e-13)
+    centroids = np.sort(solution.x)
+    residual = np.abs(_cell_means(_edges(centroids), head_dim) - centroids).max()
+    assert residual < 1e-9, f"no Lloyd-Max solution at {bits} bits, head_dim {head_dim}: residual {residual}"
+    positive = centroids * np.sqrt(head_dim)
+    return tuple(float(c) for c in np.concatenate([-positive[::-1], positive]))
+
+
+def sphere_distortion(bits: int, head_dim: int) -> float:
+    """Mean squared error of the codebook, for a vector of unit length: E|x - Q(x)|^2.
+
+    At a Lloyd-Max solution this is 1 - head_dim * E[c^2], because a centroid is the mean of its cell.
+    """
+    centroids = np.array(sphere_codebook(bits, head_dim)[2 ** (bits - 1) :]) / np.sqrt(head_dim)
+    mass, _ = _cells(_edges(centroids), head_dim)
+    return float(1 - head_dim * (mass * centroids**2).sum())
+
+
+def boundaries(codebook: tuple[float, ...]) -> tuple[float, ...]:
+    """The midpoints between neighbouring centroids: where a nearest-centroid quantiser changes its code."""
+    return tuple((low + high) / 2 for low, high in zip(codebook, codebook[1:]))
+
+
+@lru_cache(maxsize=None)
+def rotation(head_dim: int, seed: int = ROTATION_SEED) -> torch.Tensor:
+    """A Haar-distributed orthogonal matrix [head_dim, head_dim], float32 on the CPU; `x @ rotation.T` rotates rows.
+
+    QR of a Gaussian matrix with the signs of R's diagonal moved into Q (Mezzadri, 2007).
+    """
+    gaussian = np.random.default_rng((seed, head_dim)).standard_normal((head_dim, head_dim))
+    q, r = np.linalg.qr(gaussian)
+    return torch.from_numpy((q * np.sign(np.diag(r))).astype(np.float32))
+
+
+@lru_cache(maxsize=None)
+def basis_matrix(codec: Codec, head_dim: int, device: torch.device | str = "cpu") -> torch.Tensor | None:
+    """The matrix whose rows are the codec's basis, or None where that is the model's own."""
+    return rotation(head_dim).to(device) if codec.basis == "rotation" else None
+
+
+def numbers(lookup: Lookup, head_dim: int) -> tuple[float, ...]:
+    """The table of a codebook look-up: the number of each code, in order of the code."""
+    assert lookup.table == "codebook", f"{lookup.table} look-ups are computed, not tabled"
+    return sphere_codebook(lookup.plane.bits, head_dim)
+
+
+def _edges(centroids: np.ndarray) -> np.ndarray:
+    return np.concatenate([[0.0], (centroids[1:] + centroids[:-1]) / 2, [1.0]])
+
+
+def _cells(edges: np.ndarray, head_dim: int) -> tuple[np.ndarray, np.ndarray]:
+    """Probability and first moment of |x| between edges."""
+    edges = np.clip(edges, 0.0, 1.0)
+    half = (head_dim - 1) / 2
+    mass = np.diff(betainc(0.5, half, edges**2))
+    peak = 2 * np.exp(gammaln(head_dim / 2) - gammaln(half)) / np.sqrt(np.pi)
+    moment = -np.diff((1 - edges**2) ** half) * peak / (2 * half)
+    return mass, moment
+
+
+def _cell_means(edges: np.ndarray, head_dim: int) -> np.ndarray:
+    mass, moment = _cells(edges, head_dim)
+    middle = (edges[1:] + edges[:-1]) / 2
+    return np.where(mass > 1e-300, moment / np.maximum(mass, 1e-300), middle)
