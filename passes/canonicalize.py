@@ -74,12 +74,12 @@ def _einsum(node: fx.Node) -> bool:
     inner, outer = first[-1], result[-1]
     if set(second) != {*result[: rank - 2], inner, outer}:
         return False
-    order = [second.index(letter) for letter in (*result[: rank - 2], inner, outer)]
-    with node.graph.inserting_before(node):
-        permuted = node.graph.call_function(torch.permute, (operands[1], tuple(order)))
     value = tensor_of(operands[1])
     if value is None:
         return False
+    order = [second.index(letter) for letter in (*result[: rank - 2], inner, outer)]
+    with node.graph.inserting_before(node):
+        permuted = node.graph.call_function(torch.permute, (operands[1], tuple(order)))
     permuted.meta = {**node.meta, "example_value": value.permute(order)}
     return _respell(node, torch.matmul, (operands[0], permuted))
 
@@ -124,9 +124,17 @@ def _item_assignment(node: fx.Node) -> bool:
     return _respell(node, operator.setitem, node.args) if len(node.args) == 3 else False
 
 
+def _cat(node: fx.Node) -> bool:
+    given = {**dict(zip(("tensors", "dim"), node.args)), **node.kwargs}
+    if "tensors" not in given or not set(given) <= {"tensors", "dim"}:
+        return False
+    return _respell(node, torch.cat, (given["tensors"], given.get("dim", 0)))
+
+
 _RULES = {
     **dict.fromkeys(_MATMULS, _matmul),
     "einsum": _einsum,
+    **dict.fromkeys(("cat", "concat", "concatenate"), _cat),
     **dict.fromkeys(("transpose", "swapaxes", "swapdims"), _transpose),
     **dict.fromkeys(("mT", "adjoint"), _matrix_transpose),
     "permute": _permute,

@@ -5,13 +5,15 @@ import operator
 
 import torch
 from torch import fx
+from tqcompile.passes import rewrite
+from tqcompile.passes.canonicalize import spelling, tensor_of
+from tqcompile.passes.context import CacheInput, Context, Fallback, Output
+from tqcompile.passes.sites import Site, name_of, where
+from tqcompile.passes.survey import heads_of
+from tqcompile.passes.views import View, full, index_items, same_size, shape_only, written_value
 
 from tqcompile import ops, reference, tables
 from tqcompile.layout import layout_of
-from tqcompile.passes.canonicalize import spelling, tensor_of
-from tqcompile.passes.context import CacheInput, Context, Fallback, Output
-from tqcompile.passes.sites import Site, heads_of, name_of, where
-from tqcompile.passes.views import View, full, index_items, shape_only
 
 
 def compress(gm: fx.GraphModule, context: Context) -> int:
@@ -43,7 +45,8 @@ class _Rewriter:
             if node in self.sites:
                 self._open(index, node)
             elif node in self.context.decoded_inputs:
-                self.context.inputs.append(CacheInput(index, None, name_of(node), ()))
+                writes_back = node in self.survey.losses
+                self.context.inputs.append(CacheInput(index, None, name_of(node), (), writes_back=writes_back))
         for node in list(self.graph.nodes):
             if node.op in ("call_function", "call_method"):
                 with self.graph.inserting_before(node):
@@ -84,7 +87,7 @@ class _Rewriter:
             for plane in layout.planes:
                 node = self.graph.placeholder(f"{root.name}_{plane.plane.name}")
                 shape = (*value.shape[:-1], plane.width)
-                stride = _strides(shape, site.append.dim if site.append else None)
+                stride = rewrite.strides(shape, site.append.dim if site.append else None)
                 fake = value.new_empty_strided(shape, stride, dtype=plane.dtype)
                 node.meta = {"example_value": fake, "tensor_dict": dict(root.meta.get("tensor_dict", {}))}
                 nodes.append(node)
@@ -105,7 +108,12 @@ class _Rewriter:
             self.gm.register_buffer(name, matrix)
         return self.graph.get_attr(name)
 
+    def _dense(self, node):
+        """`node`, decoded where it shows a cache that is compressed."""
+        return self._rebuild(node) if self._view(node) else node
+
     def _rotated(self, node: fx.Node, site: Site) -> fx.Node:
+        node = self._dense(node)
         value = tensor_of(node)
         basis = self._basis(site, value.device, int(value.shape[-1]))
         return node if basis is None else self._call(reference.rotate, node, basis)
@@ -129,15 +137,21 @@ class _Rewriter:
         site, name = self.sites[view.root], spelling(node)
         planes = list(self.planes[view.base])
         self.changed += 1
+        source = None if name == "zero_" else self._as_stored(node.args[-1 if name != "copy_" else 1], view)
         if name == "zero_":
             for plane in planes:
                 self.graph.call_method("zero_", (plane,))
         elif name == "index_copy_":
-            self._write_positions(planes, node.args[1] % len(view.axes), node.args[2], node.args[3], site)
+            self._write_positions(planes, node.args[1] % len(view.axes), node.args[2], source, site)
         elif name == "copy_":
-            self._write_region(planes, node.args[1], site)
+            self._write_region(planes, source, site)
         else:
-            self._write_items(planes, view, node.args[1], node.args[2], site)
+            self._write_items(planes, view, node.args[1], source, site)
+
+    def _as_stored(self, source: fx.Node, view: View) -> fx.Node:
+        """`source` in the dtype of the cache: an assignment casts before it stores."""
+        dtype, source = tensor_of(view.node).dtype, self._dense(source)
+        return source if tensor_of(source).dtype == dtype else self._call_like(torch.Tensor.to, source, dtype)
 
     def _write_positions(self, planes, dim: int, positions: fx.Node, source: fx.Node, site: Site) -> None:
         """An indexed write, with the indexed dimension brought to where `append` has it."""
@@ -158,7 +172,7 @@ class _Rewriter:
 
     def _call_like_shape(self, source: fx.Node, plane: fx.Node, site: Site) -> fx.Node:
         """`source` broadcast to the leading dimensions of a plane."""
-        node = self._call(_broadcast, source, plane)
+        node = self._call(rewrite.broadcast, source, plane)
         node.meta["example_value"] = tensor_of(source)
         return node
 
@@ -167,15 +181,16 @@ class _Rewriter:
         items = index_items(index, cache.dim())
         indexed = [dim for dim, item in enumerate(items) if tensor_of(item) is not None]
         value = tensor_of(source)
+        others = [dim for dim in range(cache.dim()) if dim not in indexed]
         lone = len(indexed) == 1 and tensor_of(items[indexed[0]]).dim() == 1 and value.dim() == cache.dim()
-        if lone and all(full(item, cache.shape[d]) for d, item in enumerate(items) if d not in indexed):
+        if lone and all(full(items[d], cache.shape[d]) and same_size(value.shape[d], cache.shape[d]) for d in others):
             self._write_positions(planes, indexed[0], items[indexed[0]], source, site)
         elif not indexed:
-            region = [self._call(operator.getitem, plane, _plane_index(items)) for plane in planes]
+            region = [self._call(operator.getitem, plane, rewrite.plane_index(items)) for plane in planes]
             self._write_region(region, source, site)
         else:
             rotated = self._rotated(source, site)
-            self._call(_encode_items, planes, rotated, _plane_index(items), site.codec.name)
+            self._call(rewrite.encode_items, planes, rotated, rewrite.plane_index(items), site.codec.name)
 
     def _move(self, node: fx.Node, view: View) -> None:
         """A view on the planes: the same operator on each of them where it moves tokens, nothing where it relabels."""
@@ -187,7 +202,7 @@ class _Rewriter:
             copy = self.graph.node_copy(node, lambda old, plane=plane: plane if old is node.args[0] else old)
             if spelling(node) == "getitem":
                 rank = tensor_of(node.args[0]).dim()
-                copy.args = (plane, _plane_index(index_items(node.args[1], rank)))
+                copy.args = (plane, rewrite.plane_index(index_items(node.args[1], rank)))
             copy.meta = {"stack_trace": node.stack_trace}
             moved.append(copy)
         self.planes[node] = tuple(moved)
@@ -202,7 +217,7 @@ class _Rewriter:
         result, value = tensor_of(node), read.value or read.key
         site, width = self.sites[value.root], int(tensor_of(value.base).shape[-1])
         if read.kind == "mix":
-            weights = node.args[0]
+            weights = self._dense(node.args[0])
             out = self._call(ops.mix, weights, self._ordered(value, 2), site.codec.name, width)
         elif read.kind == "logits":
             query = self._rotated(node.args[0], site)
@@ -225,7 +240,7 @@ class _Rewriter:
             self._rotated(node.args[0], keys),
             self._ordered(read.key, 2),
             self._ordered(read.value, 2),
-            node.kwargs["attn_mask"],
+            self._dense(node.kwargs["attn_mask"]),
             bool(node.kwargs["is_causal"]),
             1 / math.sqrt(int(query.shape[-1])) if scale is None else float(scale),
             keys.codec.name,
@@ -246,6 +261,7 @@ class _Rewriter:
 
     def _rebuild(self, node: fx.Node) -> fx.Node:
         """The dense value of a view: its planes decoded, then the model's own relabelling on top."""
+        node = written_value(node)
         view = self.survey.views[node]
         if view.base is node or view.parent is None:
             return self._decode(view)
@@ -255,7 +271,7 @@ class _Rewriter:
     def _decode(self, view: View) -> fx.Node:
         value, site = tensor_of(view.base), self.sites[view.root]
         width = int(value.shape[-1])
-        rows = self._call(_decode, list(self.planes[view.base]), site.codec.name, width)
+        rows = self._call(rewrite.decode, list(self.planes[view.base]), site.codec.name, width)
         dense = self._call(reference.rotate_back, rows, self._basis(site, value.device, width), value.dtype)
         dense.meta = {"example_value": value}
         return dense
@@ -264,8 +280,9 @@ class _Rewriter:
         values: list[fx.Node] = []
         created = {site.root: site for site in self.context.sites if site.kind == "create"}
         for original in output.args[0]:
+            original = written_value(original) if isinstance(original, fx.Node) else original
             view = self._view(original)
-            if view is not None and original in placeholders:
+            if original in self.context.decoded_inputs or (view is not None and original in placeholders):
                 self.context.outputs.append(Output("argument", placeholders.index(original)))
             elif view is not None and original in self.survey.appends:
                 self.context.outputs.append(Output("appended", placeholders.index(view.root), name=name_of(view.root)))
@@ -277,7 +294,7 @@ class _Rewriter:
                 values.append(self._rebuild(original))
             elif original in created:
                 site = created[original]
-                planes = self._call(_encode, self._rotated(original, site), site.codec.name)
+                planes = self._call(rewrite.encode, self._rotated(original, site), site.codec.name)
                 parts = [self._call(operator.getitem, planes, i) for i in range(len(site.codec.planes))]
                 self._emit_planes(values, parts, site, original)
             else:
@@ -295,46 +312,8 @@ class _Rewriter:
 
     def _sweep(self) -> None:
         """Erase what the rewritten nodes replaced, last first."""
+        written = {node for node, view in self.survey.writes.items() if view.root in self.sites}
         for node in reversed(list(self.graph.nodes)):
-            rewritten = node in self.survey.views or node in self.survey.reads
-            if rewritten and not node.users and (self._view(node) or node in self.survey.reads) and node.op != "output":
+            replaced = node in self.survey.reads or node in written or self._view(node)
+            if replaced and not node.users and node.op != "output":
                 self.graph.erase_node(node)
-
-
-def _strides(shape, seq_dim: int | None) -> tuple:
-    """Row-major strides; with `seq_dim`, of planes whose storage has the sequence outermost."""
-    order = list(range(len(shape)))
-    if seq_dim is not None:
-        order.remove(seq_dim)
-        order.insert(0, seq_dim)
-    strides, step = [0] * len(shape), 1
-    for dim in reversed(order):
-        strides[dim] = step
-        step = step * shape[dim]
-    return tuple(strides)
-
-
-def _plane_index(items: list) -> tuple:
-    """An index of the cache as an index of its planes, whose last dimension is another."""
-    return (*items[:-1], slice(None))
-
-
-def _broadcast(source: torch.Tensor, plane: torch.Tensor) -> torch.Tensor:
-    return source.expand(*plane.shape[:-1], source.shape[-1])
-
-
-def _encode(y: torch.Tensor, codec: str) -> tuple[torch.Tensor, ...]:
-    from tqcompile import formats
-
-    return tuple(plane.contiguous() for plane in reference.encode(formats.codec(codec), y))
-
-
-def _encode_items(planes: list[torch.Tensor], y: torch.Tensor, index: tuple, codec: str) -> None:
-    for plane, code in zip(planes, _encode(y, codec)):
-        plane[index] = code.to(plane.dtype)
-
-
-def _decode(planes: list[torch.Tensor], codec: str, head_dim: int) -> torch.Tensor:
-    from tqcompile import formats
-
-    return reference.decode(formats.codec(codec), planes, head_dim)

@@ -4,10 +4,11 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import fx
+from tqcompile.passes.sites import Refusal, Site
+from tqcompile.passes.survey import Survey
 
 from tqcompile.codec import Codec
 from tqcompile.options import Options
-from tqcompile.passes.sites import Refusal, Site, Survey
 
 
 @dataclass(frozen=True)
@@ -23,14 +24,16 @@ class Fallback:
 class CacheInput:
     """How the caller turns argument `index` of Dynamo's graph into planes.
 
-    `kind` is that of the site; `tokens` is how many an append adds: a number, or the node that says it.
+    Without a site the graph reads a decoded copy, which is encoded again after the call where it `writes_back`.
+    `tokens` is how many an append adds: a number, or the symbol that says it.
     """
 
     index: int
-    site: Site
+    site: Site | None
     name: str
     strides: tuple[tuple, ...]
     tokens: object = None
+    writes_back: bool = False
 
 
 @dataclass(frozen=True)

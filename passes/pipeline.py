@@ -1,11 +1,9 @@
 """The passes in the order they run, and the one doorway that runs them."""
 
 from torch import fx
-
 from tqcompile.passes.canonicalize import canonicalize
 from tqcompile.passes.compress import compress
 from tqcompile.passes.context import Context
-from tqcompile.passes.lower import lower
 from tqcompile.passes.sites import sites
 from tqcompile.passes.verify import verify
 
@@ -13,7 +11,6 @@ PIPELINE = (
     canonicalize,
     sites,
     compress,
-    lower,
     verify,
 )
 

@@ -1,7 +1,6 @@
 """What must hold of a graph that is handed to the inner compiler. Runs in production."""
 
 from torch import fx
-
 from tqcompile.passes.context import Context
 
 

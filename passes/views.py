@@ -4,13 +4,13 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import fx
-
 from tqcompile.passes.canonicalize import example, spelling, tensor_of
 
 Axis = tuple  # the plane dimensions that one dimension of a view is made of, "r" where a token is repeated
 
 _SHAPE_ONLY = {"size", "numel", "dim", "stride", "shape", "dtype", "device", "ndim", "is_contiguous", "nelement"}
 _CASTS = {"to", "type", "type_as", "float", "half", "bfloat16", "_to_copy"}
+_RETURN_SELF = {"index_copy_", "copy_", "zero_"}
 _COPIES = {"contiguous", "detach", "alias"}
 
 
@@ -20,7 +20,8 @@ class View:
 
     The planes of `base` hold its tokens: `base` is the cache or a value that moves whole tokens of it, and its
     planes come from the same operator on the planes of its parent. `axes` says which plane dimension each
-    dimension of the node is. A write to a node with `writable` reaches those planes.
+    dimension of the node is. A write to a node with `writable` reaches those planes. They lie in the memory that
+    stands for the dense memory of `owner`.
     """
 
     node: fx.Node
@@ -29,6 +30,7 @@ class View:
     parent: fx.Node | None
     axes: tuple[Axis, ...]
     writable: bool
+    owner: fx.Node
 
     @property
     def plain(self) -> bool:
@@ -38,12 +40,19 @@ class View:
 
 def root_view(node: fx.Node) -> View:
     """The view a cache has of itself."""
-    return View(node, node, node, None, _identity(tensor_of(node).dim()), True)
+    return View(node, node, node, None, _identity(tensor_of(node).dim()), True, node)
 
 
 def shape_only(node: fx.Node) -> bool:
     """Whether a node asks for a tensor's shape or type and never for its numbers."""
     return spelling(node) in _SHAPE_ONLY and tensor_of(node) is None
+
+
+def written_value(node: fx.Node) -> fx.Node:
+    """The tensor whose object an in-place operator hands back: `cache` for `cache.index_copy_(...)`."""
+    while node.op.startswith("call_") and spelling(node) in _RETURN_SELF and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+    return node
 
 
 def derived(node: fx.Node, parent: View) -> View | None:
@@ -62,7 +71,8 @@ def _identity(rank: int) -> tuple[Axis, ...]:
 
 def _moved(node: fx.Node, parent: View, value: torch.Tensor, fresh: bool = False) -> View:
     """`node` moves whole tokens: its planes are those of its parent under the same operator, copied where `fresh`."""
-    return View(node, parent.root, node, parent.node, _identity(value.dim()), fresh or parent.writable)
+    owner, axes = node if fresh else parent.owner, _identity(value.dim())
+    return View(node, parent.root, node, parent.node, axes, fresh or parent.writable, owner)
 
 
 def _relabelled(node: fx.Node, parent: View, axes) -> View:
@@ -70,7 +80,7 @@ def _relabelled(node: fx.Node, parent: View, axes) -> View:
     return replace(parent, node=node, parent=parent.node, axes=tuple(axes), writable=False)
 
 
-def _same_size(left, right) -> bool:
+def same_size(left, right) -> bool:
     return left is right or str(left) == str(right)
 
 
@@ -92,7 +102,7 @@ def full(item, size=None) -> bool:
     """Whether an index item takes a whole dimension as it is."""
     if not isinstance(item, slice) or item.step not in (None, 1) or item.start not in (None, 0):
         return False
-    return item.stop is None or (size is not None and _same_size(example(item.stop), size))
+    return item.stop is None or (size is not None and same_size(example(item.stop), size))
 
 
 def _getitem(node: fx.Node, parent: View, value: torch.Tensor) -> View | None:
@@ -163,7 +173,7 @@ def _expand(node: fx.Node, parent: View, value: torch.Tensor) -> View | None:
         return None
     axes = []
     for axis, old, new in zip(parent.axes, source.shape, value.shape):
-        if _same_size(old, new):
+        if same_size(old, new):
             axes.append(axis)
         elif axis == ():
             axes.append(("r",))
@@ -176,12 +186,12 @@ def _reshape(node: fx.Node, parent: View, value: torch.Tensor) -> View | None:
     """Only the two reshapes that repeating heads needs: none at all, and merging a dimension with its repeats."""
     old, new = list(tensor_of(parent.node).shape), list(value.shape)
     if len(new) == len(old):
-        return _relabelled(node, parent, parent.axes) if all(map(_same_size, old, new)) else None
+        return _relabelled(node, parent, parent.axes) if all(map(same_size, old, new)) else None
     if len(new) != len(old) - 1:
         return None
     for at in range(len(new)):
-        head = all(map(_same_size, old[:at], new[:at]))
-        if head and all(map(_same_size, old[at + 2 :], new[at + 1 :])):
+        head = all(map(same_size, old[:at], new[:at]))
+        if head and all(map(same_size, old[at + 2 :], new[at + 1 :])):
             first, second = parent.axes[at : at + 2]
             if second in ((), ("r",)) and "r" not in first:
                 return _relabelled(node, parent, [*parent.axes[:at], first + second, *parent.axes[at + 2 :]])

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._dynamo.source import AttrSource, ConstantSource
+from torch._dynamo.source import AttrSource, ConstantSource, LocalSource
 
 from tqcompile import ops
 from tqcompile import report as reports
@@ -125,14 +125,23 @@ def _inner(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, 
 
 
 def _compile_rows(function: Callable, rows: Sequence[torch.Tensor]) -> Callable:
-    """`function` of 2-D planes, compiled for any number of rows."""
-    from torch._inductor.compile_fx import compile_fx
+    """`function` of 2-D planes, compiled for any number of rows; straight to Inductor, for a call costs less so."""
+    from torch._inductor.compile_fx import compile_fx_inner
+    from torch._inductor.decomposition import select_decomp_table
+    from torch._inductor.virtualized import V
+    from torch._subclasses import FakeTensorMode
     from torch.fx.experimental.proxy_tensor import make_fx
+    from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
-    with torch._guards.tracing(None), torch.no_grad():
-        gm = make_fx(function, tracing_mode="symbolic")(*rows)
-        examples = [node.meta["val"] for node in _placeholders(gm)]
-        return compile_fx(gm, examples)
+    with torch._guards.tracing(None), torch.no_grad(), torch.inference_mode(False):
+        mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+        any_rows = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC, DimDynamic.STATIC])
+        sources = [LocalSource(f"rows{place}") for place in range(len(rows))]
+        fakes = [mode.from_tensor(r, source=s, symbolic_context=any_rows) for r, s in zip(rows, sources)]
+        gm = make_fx(function, decomposition_table=select_decomp_table(), tracing_mode="symbolic")(*fakes)
+        with V.set_fake_mode(mode):
+            compiled = compile_fx_inner(gm, fakes)
+    return lambda *rows: compiled(list(rows))
 
 
 def _record(gm: fx.GraphModule, context: Context) -> reports.Graph:

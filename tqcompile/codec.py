@@ -27,7 +27,9 @@ class Plane:
 
     def __post_init__(self):
         if self.bits is not None and not 1 <= self.bits <= 16:
-            raise ValueError(f"plane {self.name!r}: bits={self.bits}; allowed are 1 to 16, or None for the tensor's dtype")
+            raise ValueError(
+                f"plane {self.name!r}: bits={self.bits}; allowed are 1 to 16, or None for the tensor's dtype"
+            )
         if self.per is not None and self.per < 1:
             raise ValueError(f"plane {self.name!r}: per={self.per}; allowed are positive counts, or None for a vector")
 

@@ -9,7 +9,6 @@ from collections.abc import Callable
 import torch
 from torch.utils._pytree import tree_map_only
 
-from tqcompile import reference, tables
 from tqcompile.cache import CompressedKV, encode_dense
 
 aten = torch.ops.aten
@@ -189,7 +188,9 @@ def _to_copy(func, cache, *, dtype=None, device=None, layout=None, pin_memory=No
 
 def _cat(func, tensors, dim=0):
     first = tensors[0]
-    if all(isinstance(part, CompressedKV) and part.codec is first.codec and part.dtype == first.dtype for part in tensors):
+    if all(
+        isinstance(part, CompressedKV) and part.codec is first.codec and part.dtype == first.dtype for part in tensors
+    ):
         axis = _leading(first, dim)
         if axis is not None:
             return _fresh(first, tuple(func(list(planes), axis) for planes in zip(*(part.planes for part in tensors))))

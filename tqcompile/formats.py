@@ -1,7 +1,7 @@
 """One constructor a format, and the registry. The only file in which a format's name appears."""
 
 import difflib
-from functools import lru_cache
+from functools import cache
 
 from tqcompile.codec import Codec, Lookup, Plane, Term
 
@@ -51,7 +51,7 @@ PRESETS: dict[str, tuple[str, str]] = {
 }
 
 
-@lru_cache(maxsize=None)
+@cache
 def codec(name: str) -> Codec:
     """The codec called `name`.
 

@@ -7,7 +7,7 @@ the kernels print them, the tests prove them injective and in bounds.
 """
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 import sympy
 import torch
@@ -69,16 +69,31 @@ class PlaneLayout:
             packed.append(byte)
         return torch.cat(packed, -1).to(torch.uint8)
 
-    def unpack(self, packed: torch.Tensor) -> torch.Tensor:
-        """[..., width] uint8 -> [..., count] int32 codes. The inverse of `pack`."""
+    def pieces(self, packed: torch.Tensor) -> list[tuple[slice, torch.Tensor]]:
+        """Codes as runs of coordinates that lie in one field of each section: (coordinates, int32 [..., run]).
+
+        A run costs a shift and a mask over neighbouring bytes, so it vectorises; put end to end they are all codes.
+        """
         assert self.sections, f"plane {self.plane.name!r} stores numbers, not codes"
+        starts = sorted({start for section in self.sections for start in range(0, self.count, section.run)})
+        return [
+            (slice(start, stop), self._run(packed, start, stop))
+            for start, stop in zip(starts, [*starts[1:], self.count])
+        ]
+
+    def _run(self, packed: torch.Tensor, start: int, stop: int) -> torch.Tensor:
         codes = None
         for section in self.sections:
-            run = packed[..., section.offset : section.offset + section.run].to(torch.int32)
-            pieces = [(run >> (field * section.bits)) & (2**section.bits - 1) for field in range(section.fields)]
-            piece = torch.cat(pieces, -1)[..., : self.count] << section.shift
+            field, byte = divmod(start, section.run)
+            at = section.offset + byte
+            piece = packed[..., at : at + stop - start].to(torch.int32) >> (field * section.bits)
+            piece = (piece & (2**section.bits - 1)) << section.shift
             codes = piece if codes is None else codes | piece
         return codes
+
+    def unpack(self, packed: torch.Tensor) -> torch.Tensor:
+        """[..., width] uint8 -> [..., count] int32 codes. The inverse of `pack`."""
+        return torch.cat([codes for _, codes in self.pieces(packed)], -1)
 
 
 @dataclass(frozen=True)
@@ -108,7 +123,7 @@ class Layout:
         return tuple(torch.zeros((*leading, plane.width), dtype=plane.dtype, device=device) for plane in self.planes)
 
 
-@lru_cache(maxsize=None)
+@cache
 def layout_of(codec: Codec, head_dim: int, dtype: torch.dtype, device_type: str) -> Layout:
     """The layout of `codec` for vectors of `head_dim` numbers of `dtype` on a kind of device.
 

@@ -28,33 +28,46 @@ logits = torch.ops.tqcompile.logits.default
 mix = torch.ops.tqcompile.mix.default
 
 _compile_rows: Callable | None = None
-_row_decoders: dict[tuple, Callable] = {}
+_row_functions: dict[tuple, Callable] = {}
 
 
 def use_row_compiler(compile_rows: Callable | None) -> None:
-    """Install the compiler of row decoders: `compile_rows(function, example planes) -> function`. None: run eagerly."""
+    """Install the compiler of row codecs: `compile_rows(function, example rows) -> function`. None: run eagerly."""
     global _compile_rows
     if compile_rows is not _compile_rows:
-        _row_decoders.clear()
+        _row_functions.clear()
         _compile_rows = compile_rows
 
 
 def decode_rows(codec: Codec, planes: Tensors, head_dim: int) -> torch.Tensor:
-    """`reference.decode` of planes [..., width], folded into rows and compiled once a codec, head_dim and dtype."""
-    if _compile_rows is None or codec.fit == "exact":
+    """`reference.decode` of planes [..., width], folded into rows and compiled once a codec and head_dim."""
+    if _compile_rows is None or codec.fit == "exact" or planes[0].shape[:-1].numel() < 2:
         return reference.decode(codec, planes, head_dim)
-    leading = planes[0].shape[:-1]
-    rows = [plane.reshape(-1, plane.shape[-1]) for plane in planes]
-    if rows[0].shape[0] < 2:
-        return reference.decode(codec, planes, head_dim)
-    key = (codec.name, head_dim, rows[0].device)
-    if key not in _row_decoders:
-        _row_decoders[key] = _compile_rows(lambda *planes: reference.decode(codec, planes, head_dim), rows)
-    return _row_decoders[key](*rows).view(*leading, head_dim)
+    # Rows in the order they lie in memory: whatever the model's order of dimensions is, nothing is copied.
+    order = sorted(range(planes[0].dim() - 1), key=planes[0].stride, reverse=True)
+    ordered = [plane.permute(*order, -1) for plane in planes]
+    leading = ordered[0].shape[:-1]
+    rows = [plane.reshape(-1, plane.shape[-1]) for plane in ordered]
+    key = ("decode", codec.name, head_dim, rows[0].device)
+    if key not in _row_functions:
+        _row_functions[key] = _compile_rows(lambda *planes: (reference.decode(codec, planes, head_dim),), rows)
+    back = sorted(range(len(order)), key=order.__getitem__)
+    return _row_functions[key](*rows)[0].view(*leading, head_dim).permute(*back, -1)
+
+
+def encode_rows(codec: Codec, y: torch.Tensor) -> Tensors:
+    """`reference.encode` of y [..., head_dim], folded into rows and compiled once a codec, head_dim and dtype."""
+    if _compile_rows is None or codec.fit == "exact" or y.shape[:-1].numel() < 2:
+        return reference.encode(codec, y)
+    rows = y.reshape(-1, y.shape[-1])
+    key = ("encode", codec.name, rows.shape[-1], rows.device, rows.dtype)
+    if key not in _row_functions:
+        _row_functions[key] = _compile_rows(lambda row: reference.encode(codec, row), [rows])
+    return [plane.view(*y.shape[:-1], plane.shape[-1]) for plane in _row_functions[key](rows)]
 
 
 def _append_reference(planes: Tensors, y: torch.Tensor, positions: torch.Tensor | None, codec: str) -> None:
-    reference.append(formats.codec(codec), planes, y, positions)
+    reference.append(formats.codec(codec), planes, y, positions, encode_rows)
 
 
 def _append_cuda(planes: Tensors, y: torch.Tensor, positions: torch.Tensor | None, codec: str) -> None:

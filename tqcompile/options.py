@@ -12,7 +12,7 @@ from tqcompile import formats
 from tqcompile.codec import Codec
 
 ENVIRONMENT = "TQCOMPILE_OPTIONS"
-PASSES = ("canonicalize", "sites", "compress", "lower")
+PASSES = ("canonicalize", "sites", "compress")
 INNERS = ("inductor", "aot_eager", "eager")
 
 

@@ -15,6 +15,7 @@ from tqcompile.layout import layout_of
 
 Planes = Sequence[torch.Tensor]
 RowDecoder = Callable[[Codec, Planes, int], torch.Tensor]
+RowEncoder = Callable[[Codec, torch.Tensor], Sequence[torch.Tensor]]
 
 # Numbers in one decoded block of keys or of values: about a megabyte of float32, the size of a core's cache.
 BLOCK_ELEMENTS = 2**18
@@ -46,13 +47,16 @@ def _encode_exact(codec: Codec, y: torch.Tensor) -> tuple[torch.Tensor, ...]:
 def _encode_absmax(codec: Codec, y: torch.Tensor) -> tuple[torch.Tensor, ...]:
     head_dim, block = y.shape[-1], codec.scale.plane.per
     limit = 2 ** (codec.codes.plane.bits - 1) - 1
-    padded = torch.nn.functional.pad(y.float(), (0, -head_dim % block))
-    blocks = padded.unflatten(-1, (-1, block))
-    scale = (blocks.abs().amax(-1) / limit).half()
-    step = scale.float().unsqueeze(-1)
-    codes = torch.where(step > 0, blocks / step, 0.0).round().nan_to_num(0.0).clamp(-limit, limit)
-    codes = codes.to(torch.int32).flatten(-2)[..., :head_dim]
-    return _in_order(codec, y, scale, codes)
+    scales, codes = [], []
+    # Blocks one by one, not padded and folded: Inductor miscompiles the ragged last block of the folded form.
+    for start in range(0, head_dim, block):
+        part = y[..., start : start + block].float()
+        scale = (part.abs().amax(-1, keepdim=True) / limit).half()
+        step = scale.float()
+        code = torch.where(step > 0, part / step, 0.0).round().nan_to_num(0.0).clamp(-limit, limit)
+        scales.append(scale)
+        codes.append(code.to(torch.int32))
+    return _in_order(codec, y, torch.cat(scales, -1), torch.cat(codes, -1))
 
 
 def _encode_sphere(codec: Codec, y: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -63,7 +67,8 @@ def _encode_sphere(codec: Codec, y: torch.Tensor) -> tuple[torch.Tensor, ...]:
     shape = torch.where(peak > 0, y / peak, 0.0)
     size = (shape * shape).sum(-1, keepdim=True).sqrt()
     unit = torch.where(size > 0, shape / size, 0.0) * math.sqrt(head_dim)
-    codes = torch.bucketize(unit, torch.tensor(tables.boundaries(codebook), device=y.device))
+    edges = torch.tensor(tables.boundaries(codebook), dtype=torch.float32, device=y.device)
+    codes = torch.bucketize(unit, edges)
     fitted = (unit * lookup(codec.codes, codes, head_dim)).sum(-1, keepdim=True)
     # |x|^2 / <x, c> with x = peak * size / sqrt(head_dim) * unit: no square of a large norm is formed.
     scale = peak * torch.where(size > 0, size, 1.0) * math.sqrt(head_dim) / fitted
@@ -90,12 +95,19 @@ def lookup(factor: Lookup, codes: torch.Tensor, head_dim: int) -> torch.Tensor:
         return ((codes + limit) % (2 * limit) - limit).float()
     table = tables.numbers(factor, head_dim)
     if len(table) > 32:
-        return torch.tensor(table, device=codes.device)[codes]
+        return torch.tensor(table, dtype=torch.float32, device=codes.device)[codes]
     return _select(codes, table)
 
 
 def _select(codes: torch.Tensor, table: tuple[float, ...]) -> torch.Tensor:
-    level: list = list(table)
+    half = len(table) // 2
+    if len(table) > 2 and table[:half] == tuple(-number for number in reversed(table[half:])):
+        # The lower half mirrors the upper one: half the selects, and a sign.
+        upper = (codes & half) != 0
+        magnitude = _select(torch.where(upper, codes, ~codes), table[half:])
+        return torch.where(upper, magnitude, -magnitude)
+    # Of two plain numbers `where` would make the default dtype, which a program may have set to bfloat16.
+    level = [torch.full((), number, dtype=torch.float32, device=codes.device) for number in table]
     bit = 1
     while len(level) > 1:
         chosen = (codes & bit) != 0
@@ -110,11 +122,15 @@ def decode(codec: Codec, planes: Planes, head_dim: int) -> torch.Tensor:
         return planes[0]
     codes, scale = split(codec, planes)
     layout = layout_of(codec, head_dim, torch.float32, codes.device.type).plane(codec.codes.plane.name)
-    number = lookup(codec.codes, layout.unpack(codes), head_dim)
-    block = codec.scale.plane.per
-    if block is not None:
-        scale = scale.repeat_interleave(block, -1)[..., :head_dim]
-    return number * scale.float()
+    scale, block = scale.float(), codec.scale.plane.per or head_dim
+    pieces = []
+    for coordinates, code in layout.pieces(codes):
+        number = lookup(codec.codes, code, head_dim)
+        edges = [coordinates.start, *range(-(-(coordinates.start + 1) // block) * block, coordinates.stop, block)]
+        for start, stop in zip(edges, [*edges[1:], coordinates.stop]):
+            part = number[..., start - coordinates.start : stop - coordinates.start]
+            pieces.append(part * scale[..., start // block : start // block + 1])
+    return torch.cat(pieces, -1)
 
 
 def split(codec: Codec, planes: Planes) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -123,7 +139,9 @@ def split(codec: Codec, planes: Planes) -> tuple[torch.Tensor, torch.Tensor | No
     return named[codec.codes.plane.name], named[codec.scale.plane.name] if codec.scale else None
 
 
-def append(codec: Codec, planes: Planes, y: torch.Tensor, positions: torch.Tensor | None) -> None:
+def append(
+    codec: Codec, planes: Planes, y: torch.Tensor, positions: torch.Tensor | None, row_encoder: RowEncoder = encode
+) -> None:
     """Encode y [A, B, T, head_dim] and write it into planes [A, B, S, width], in place.
 
     `positions` int64 [T] are places along S; None means that y fills the planes (T == S).
@@ -131,7 +149,7 @@ def append(codec: Codec, planes: Planes, y: torch.Tensor, positions: torch.Tenso
     Raises:
         IndexError, RuntimeError: a position outside the planes, as an indexed write to a dense tensor would.
     """
-    for plane, code in zip(planes, encode(codec, y)):
+    for plane, code in zip(planes, row_encoder(codec, y)):
         if positions is None:
             plane.copy_(code)
         else:
@@ -150,19 +168,35 @@ def attend(
     head_dims: tuple[int, int],
     row_decoder: RowDecoder = decode,
 ) -> torch.Tensor:
-    """Attention over compressed keys and values, one block of tokens at a time (online softmax).
+    """Attention over compressed keys and values, which are decoded one block of tokens at a time.
 
     q [B, Hq, T, D] in the key basis; planes [B, Hkv, S, width]; mask broadcasts to [B, Hq, T, S], bool (True
     keeps) or additive; `causal` keeps key s for query t where s <= t, as SDPA does. Returns [B, Hq, T, Dv] in the
     value basis, float32. A query that may see nothing gets zeros.
     """
+    batch, heads, queries, _ = q.shape
+    length = keys[0].shape[2]
+    if batch * heads * queries * length <= 4 * BLOCK_ELEMENTS:
+        scores = logits(q.float() * scale, keys, key_codec, head_dims[0], row_decoder)
+        weights = _softmax(masked(scores, mask, causal, (batch, heads, queries, length), 0, length))
+        return mix(weights, values, value_codec, head_dims[1], row_decoder)
+    return _attend_online(q, keys, values, mask, causal, scale, key_codec, value_codec, head_dims, row_decoder)
+
+
+def _softmax(scores: torch.Tensor) -> torch.Tensor:
+    """Softmax over keys, with zeros where a query may see none of them."""
+    weights = scores.softmax(-1)
+    return torch.where((scores == -math.inf).all(-1, keepdim=True), 0.0, weights)
+
+
+def _attend_online(q, keys, values, mask, causal, scale, key_codec, value_codec, head_dims, row_decoder):
+    """`attend` where the scores of all keys would not fit in cache: a running softmax over blocks of keys."""
     batch, query_heads, queries, _ = q.shape
     kv_heads, length = keys[0].shape[1], keys[0].shape[2]
-    groups = query_heads // kv_heads
-    rows = (q.float() * scale).reshape(batch, kv_heads, groups * queries, q.shape[-1])
-    peak = rows.new_full((batch, kv_heads, groups * queries, 1), -math.inf)
+    rows = (q.float() * scale).reshape(batch, kv_heads, -1, q.shape[-1])
+    peak = rows.new_full((*rows.shape[:3], 1), -math.inf)
     total = torch.zeros_like(peak)
-    out = rows.new_zeros(batch, kv_heads, groups * queries, head_dims[1])
+    out = rows.new_zeros(*rows.shape[:3], head_dims[1])
     for start, stop in _blocks(keys, max(head_dims)):
         key = row_decoder(key_codec, [plane[:, :, start:stop] for plane in keys], head_dims[0])
         scores = rows @ key.float().transpose(-1, -2)
@@ -180,9 +214,14 @@ def attend(
 
 
 def masked(
-    scores: torch.Tensor, mask: torch.Tensor | None, causal: bool, shape: tuple[int, int, int, int], start: int, stop: int
+    scores: torch.Tensor,
+    mask: torch.Tensor | None,
+    causal: bool,
+    shape: tuple[int, int, int, int],
+    start: int,
+    stop: int,
 ) -> torch.Tensor:
-    """Scores [B, Hkv, G*T, stop - start] of keys start..stop, with the mask [B, Hq, T, S] applied."""
+    """Scores [B, Hkv, G*T, stop - start] or [B, Hq, T, ...] of keys start..stop, with the mask [B, Hq, T, S] applied."""
     batch, heads, queries, _ = shape
     if mask is None and not causal:
         return scores
@@ -216,7 +255,7 @@ def mix(
     """weights [B, Hq, T, S] times compressed values [B, Hkv, S, width] -> [B, Hq, T, D] in their basis, float32."""
     batch, query_heads, queries, length = weights.shape
     kv_heads = values[0].shape[1]
-    rows = weights.float().reshape(batch, kv_heads, -1, length)
+    rows = weights.float().reshape(batch, kv_heads, query_heads // kv_heads * queries, length)
     out = rows.new_zeros(batch, kv_heads, rows.shape[2], head_dim)
     for start, stop in _blocks(values, head_dim):
         value = row_decoder(codec, [plane[:, :, start:stop] for plane in values], head_dim)

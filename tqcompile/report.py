@@ -90,7 +90,9 @@ class Report:
         if not self.graphs:
             return "turboquant: no graph was compiled for this model yet"
         sites, reads = sum(len(g.sites) for g in self.graphs), sum(g.reads for g in self.graphs)
-        line = f"turboquant: {len(self.graphs)} graphs, {sites} cache sites compressed, {reads} attention reads rewritten"
+        line = (
+            f"turboquant: {len(self.graphs)} graphs, {sites} cache sites compressed, {reads} attention reads rewritten"
+        )
         if self.caches:
             ratio = self.dense_bytes / max(1, self.compressed_bytes)
             line += (
@@ -114,11 +116,17 @@ class Report:
 
     def _decoded(self) -> str:
         rows = [(f.name, f.operator, f.where) for f in self.fallbacks]
-        return "decoded in front of a reader that no rule knows:\n" + tabulate(rows, ("cache", "reader", "where")) if rows else ""
+        return (
+            "decoded in front of a reader that no rule knows:\n" + tabulate(rows, ("cache", "reader", "where"))
+            if rows
+            else ""
+        )
 
     def _events(self) -> str:
         rows = [(graph.name, name, event) for graph in self.graphs for name, event in graph.events.items()]
-        return "calls that ran dense, by the original graph:\n" + tabulate(rows, ("graph", "cache", "why")) if rows else ""
+        return (
+            "calls that ran dense, by the original graph:\n" + tabulate(rows, ("graph", "cache", "why")) if rows else ""
+        )
 
 
 def report(model: torch.nn.Module | None = None) -> Report:

@@ -1,5 +1,6 @@
 """What happens at a call: caches become planes on the way in, and planes become caches on the way out."""
 
+import gc
 from collections.abc import Callable
 
 import sympy
@@ -17,10 +18,17 @@ class CompiledGraph:
     def __init__(self, original: fx.GraphModule, compiled: Callable, context: Context, record: Graph):
         self.original, self.compiled, self.record = original, compiled, record
         self.inputs = {entry.index: entry for entry in context.inputs}
+        self.first = any(entry.site is not None and entry.site.kind == "append" for entry in context.inputs)
+        self.written_back = tuple(entry.index for entry in context.inputs if entry.writes_back)
         self.outputs = tuple(context.outputs)
         self.tokens = {e.index: _token_count(e.tokens, original) for e in context.inputs if e.tokens is not None}
 
     def __call__(self, *args):
+        if self.first:
+            # Dynamo leaves its tracing state behind as a cycle, which holds this call's arguments: an outgrown
+            # cache would live on beside its successor until Python happens to collect.
+            self.first = False
+            gc.collect()
         caches = {}
         for index, entry in self.inputs.items():
             cache, reason = self._cache(entry, args)
@@ -29,6 +37,9 @@ class CompiledGraph:
                 return self.original(*args)
             caches[index] = cache
         results = self.compiled(*self._planes(args, caches))
+        for index in self.written_back:
+            if caches[index] is not args[index]:
+                args[index].copy_(caches[index])
         return tuple(self._output(output, args, caches, results) for output in self.outputs)
 
     def _planes(self, args: tuple, caches: dict) -> list:

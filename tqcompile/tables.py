@@ -1,6 +1,6 @@
 """Every number a format needs, derived from its definition: rotations and Lloyd-Max codebooks."""
 
-from functools import lru_cache
+from functools import cache
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ from tqcompile.codec import Codec, Lookup
 ROTATION_SEED = 2504_19874
 
 
-@lru_cache(maxsize=None)
+@cache
 def sphere_codebook(bits: int, head_dim: int) -> tuple[float, ...]:
     """Lloyd-Max centroids of one coordinate of a uniform point on the sphere of radius sqrt(head_dim).
 
@@ -55,7 +55,7 @@ def boundaries(codebook: tuple[float, ...]) -> tuple[float, ...]:
     return tuple((low + high) / 2 for low, high in zip(codebook, codebook[1:]))
 
 
-@lru_cache(maxsize=None)
+@cache
 def rotation(head_dim: int, seed: int = ROTATION_SEED) -> torch.Tensor:
     """A Haar-distributed orthogonal matrix [head_dim, head_dim], float32 on the CPU; `x @ rotation.T` rotates rows.
 
@@ -66,7 +66,7 @@ def rotation(head_dim: int, seed: int = ROTATION_SEED) -> torch.Tensor:
     return torch.from_numpy((q * np.sign(np.diag(r))).astype(np.float32))
 
 
-@lru_cache(maxsize=None)
+@cache
 def basis_matrix(codec: Codec, head_dim: int, device: torch.device | str = "cpu") -> torch.Tensor | None:
     """The matrix whose rows are the codec's basis, or None where that is the model's own."""
     return rotation(head_dim).to(device) if codec.basis == "rotation" else None

@@ -1,0 +1,76 @@
+"""The table of codecs, derived from the codecs themselves.
+
+python examples/codec_table.py            prints it
+python examples/codec_table.py --write    writes it to docs/codecs.md
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from tabulate import tabulate
+
+from tqcompile import formats
+from tqcompile.codec import Codec, Plane
+from tqcompile.layout import layout_of
+
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "codecs.md"
+HEAD_DIMS = (64, 80, 128, 256)
+
+TEXT = """# Codecs
+
+Written by `python examples/codec_table.py --write`, from the codec objects of `tqcompile/formats.py`; a test holds
+this page to them. `keys=` and `values=` take any name of the first column, each on its own.
+
+{codecs}
+
+- **stored**: what a codec keeps of one vector of `head_dim` numbers.
+- **bits at D**: all bytes of a token of one head, scales included, over `head_dim = D`; the spare room of a growing
+  cache comes on top (at most a sixteenth, or 32 tokens). `identity` is counted for a float16 model.
+- **unbiased**: averaged over the random rotation, the inner product of any query with a decoded vector is the exact
+  one.
+
+## Presets
+
+`preset=` names a pair; `keys=` and `values=` override its halves.
+
+{presets}
+"""
+
+
+def stored(plane: Plane) -> str:
+    """What one plane holds, in words."""
+    bits = "the model's dtype" if plane.bits is None else f"{plane.bits} bits"
+    each = {None: "a vector", 1: "a coordinate"}.get(plane.per, f"{plane.per} coordinates")
+    return f"{plane.name}: {bits} {each}" if plane.per in (None, 1) else f"{plane.name}: {bits} for {each}"
+
+
+def row(codec: Codec) -> tuple:
+    """The row of one codec."""
+    sizes = [f"{layout_of(codec, dim, torch.float16, 'cpu').bits_per_element:.2f}" for dim in HEAD_DIMS]
+    planes = "; ".join(stored(plane) for plane in codec.planes)
+    basis = {"standard": "the model's", "rotation": "random rotation"}[codec.basis]
+    unbiased = "yes" if codec.unbiased else "no"
+    return (f"`{codec.name}`", planes, basis, *sizes, unbiased, codec.minimum_head_dim, codec.source)
+
+
+def page() -> str:
+    """docs/codecs.md, whole."""
+    headers = ("codec", "stored", "basis", *(f"bits at {d}" for d in HEAD_DIMS), "unbiased", "least head_dim", "source")
+    codecs = tabulate([row(codec) for codec in formats.REGISTRY.values()], headers, "github", disable_numparse=True)
+    presets = [(f"`{name}`", f"`{keys}`", f"`{values}`") for name, (keys, values) in formats.PRESETS.items()]
+    return TEXT.format(codecs=codecs, presets=tabulate(presets, ("preset", "keys", "values"), "github"))
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Print the page, or write it."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--write", action="store_true", help=f"write {PAGE.name} instead of printing")
+    if parser.parse_args(argv).write:
+        PAGE.write_text(page())
+    else:
+        print(page(), end="")
+
+
+if __name__ == "__main__":
+    main()

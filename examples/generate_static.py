@@ -1,0 +1,50 @@
+"""Hugging Face `generate` with a static cache, compiled by Transformers itself through a `CompileConfig`.
+
+    python examples/generate_static.py [--model FOLDER_OR_NAME] [--tokens 32] [--keys CODEC] [--values CODEC]
+
+Transformers compiles one-token steps only, and on a CPU only where the config's `_compile_all_devices` asks for it.
+"""
+
+import argparse
+
+from smollm2 import add_codecs, device, live_bytes, load, positive
+from transformers import CompileConfig
+
+import tqcompile
+from tqcompile.options import INNERS
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Prompt in, text and report out."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", help="folder or hub name (default: packaged SmolLM2)")
+    parser.add_argument("--prompt", default="The three largest oceans are", help="text to continue")
+    parser.add_argument("--tokens", type=positive, default=32, help="tokens to generate (default 32)")
+    parser.add_argument("--device", type=device, default="cpu", help="where to run (default cpu)")
+    parser.add_argument("--inner", choices=INNERS, default="inductor", help="compiler of the rewritten graph")
+    add_codecs(parser)
+    options = parser.parse_args(argv)
+    model, tokenizer = load(options.model, options.device)
+    # Transformers does not compile a model that it holds to be quantised; these weights were dequantised at loading.
+    model.hf_quantizer = None
+
+    backend = tqcompile.turboquant(keys=options.keys, values=options.values, inner=options.inner)
+    config = CompileConfig(backend=backend, mode=None)
+    config._compile_all_devices = True
+
+    prompt = tokenizer(options.prompt, return_tensors="pt").to(options.device)
+    result = model.generate(
+        **prompt,
+        max_new_tokens=options.tokens,
+        do_sample=False,
+        cache_implementation="static",
+        compile_config=config,
+        return_dict_in_generate=True,
+    )
+    cache = getattr(result, "cache", None) or result.past_key_values
+    print(tokenizer.decode(result.sequences[0], skip_special_tokens=True))
+    print(f"\nthe cache that generate returned takes {live_bytes(cache):,} bytes\n\n{tqcompile.report(model)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,131 @@
+"""Encodes tokens and writes them into their planes: the kernel, and its launcher.
+
+`write_tokens` is printed by `emit` for a codec. A program takes a block of tokens of one row and head.
+"""
+
+from functools import cache
+from types import ModuleType
+
+import torch
+import triton
+import triton.language as tl
+from tqcompile.kernels import emit, tune
+from tqcompile.kernels.attend import maximum_of, sum_of, table_of
+from tqcompile.kernels.writers import WRITERS
+
+from tqcompile import tables
+from tqcompile.codec import Codec
+from tqcompile.reference import Planes, split
+
+# Printed by `emit`; the name stands here so that the skeleton can be read, and checked, as ordinary Python.
+write_tokens = None
+
+
+@triton.jit
+def nearest(unit, edges, bits: tl.constexpr):
+    """How many of the ascending `edges` lie under `unit`, by bisection."""
+    code = tl.full(unit.shape, 0, tl.int32)
+    for level in tl.static_range(bits):
+        half = 1 << (bits - 1 - level)
+        code += tl.where(unit > tl.load(edges + code + (half - 1)), half, 0)
+    return code
+
+
+@triton.jit
+def rounded(number, step, limit: tl.constexpr):
+    """number / step to the nearest integer, halves to even, within -limit .. limit; 0 where that is no number."""
+    usable = step > 0.0
+    ratio = tl.where(usable, tl.div_rn(number, tl.where(usable, step, 1.0)), 0.0)
+    ratio = tl.where(ratio == ratio, ratio, 0.0)
+    ratio = tl.minimum(tl.maximum(ratio, -limit), limit)
+    # 1.5 * 2**23: the sum has no bits left for a fraction, and the adder rounds halves to even.
+    return ((ratio + 12582912.0) - 12582912.0).to(tl.int32)
+
+
+# fmt: off
+@triton.jit(do_not_specialize=["tokens", "length"])
+def append_tokens(
+    y, codes, scale, edges, table, positions, heads, tokens, length,
+    y_b, y_h, y_t, y_d, codes_b, codes_h, codes_s, scale_b, scale_h, scale_s,
+    POSITIONED: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+):
+    batch = (tl.program_id(0) // heads).to(tl.int64)
+    head = (tl.program_id(0) % heads).to(tl.int64)
+    token = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
+    valid = token < tokens
+    token = token.to(tl.int64)
+    if POSITIONED:
+        place = tl.load(positions + token, mask=valid, other=0)
+        inside = (place >= 0) & (place < length)
+        tl.device_assert(inside, "a position lies outside the cache")
+        valid = valid & inside
+    else:
+        place = token
+    rows = y + batch * y_b + head * y_h + token * y_t
+    code_rows = codes + batch * codes_b + head * codes_h + place * codes_s
+    scale_rows = scale + batch * scale_b + head * scale_h + place * scale_s
+    write_tokens(rows, y_d, code_rows, scale_rows, edges, table, valid, BLOCK_T, BLOCK_D)
+# fmt: on
+
+
+def source(codec: Codec, head_dim: int) -> str:
+    """The text of the module that `append` launches."""
+    helpers = (WRITERS[codec.fit](codec, head_dim),)
+    kernels = (maximum_of, sum_of, nearest, rounded, append_tokens)
+    return emit.module_text(f"Writes tokens of {head_dim} dims in {codec.name}.", helpers, kernels)
+
+
+@cache
+def module(codec: Codec, head_dim: int, folder: str | None, interpreted: bool) -> ModuleType:
+    """The imported module of `source`."""
+    return emit.build(source(codec, head_dim), folder, interpreted)
+
+
+@cache
+def edges_of(codec: Codec, head_dim: int, device: torch.device) -> torch.Tensor:
+    """Where a nearest-centroid code changes, float32 [2**bits - 1]; one unused zero for other codecs."""
+    edges = tables.boundaries(tables.numbers(codec.codes, head_dim)) if codec.codes.table == "codebook" else (0.0,)
+    return torch.tensor(edges, dtype=torch.float32, device=device)
+
+
+def append(
+    codec: Codec, planes: Planes, y: torch.Tensor, positions: torch.Tensor | None, folder: str | None = None
+) -> None:
+    """`reference.append`, on a GPU, or in Triton's interpreter where the tensors are on a CPU.
+
+    y [A, B, T, head_dim] float32, float16 or bfloat16 in the codec's basis, any strides; planes [A, B, S, width], any
+    strides but contiguous in the last, written in place; `positions` int64 [T], or None where y fills the planes. A
+    position outside the planes writes nothing on a GPU (with TRITON_DEBUG=1 the device stops there); it never writes
+    elsewhere. Positions must differ. Nothing waits for the device, and after the first call with the same codec and
+    dtypes a CUDA graph can capture it. Generated files go to `folder`.
+
+    Raises:
+        IndexError: a position lies outside the planes, on a CPU.
+        ValueError: y does not fill the planes, and there are no positions.
+    """
+    codes, scale = split(codec, planes)
+    batch, heads, tokens, head_dim = y.shape
+    length = codes.shape[2]
+    if positions is None and tokens != length:
+        raise ValueError(f"y has {tokens} tokens and the planes {length}: without positions they must be equal")
+    interpreted = y.device.type == "cpu"
+    if interpreted and positions is not None and ((positions < 0) | (positions >= length)).any():
+        raise IndexError(f"a position lies outside the {length} tokens of the planes: {positions.tolist()}")
+    if not y.numel():
+        return
+    scale = codes if scale is None else scale
+    block, warps = tune.append_plan(tokens, head_dim)
+    module(codec, head_dim, folder, interpreted).append_tokens[(batch * heads, triton.cdiv(tokens, block))](
+        *(
+            y,
+            codes,
+            scale,
+            edges_of(codec, head_dim, y.device),
+            table_of(codec.codes, head_dim, torch.float32, y.device),
+        ),
+        *(y if positions is None else positions, heads, tokens, length),
+        *(*y.stride(), *codes.stride()[:3], *scale.stride()[:3]),
+        *(positions is not None, block, tune.extent(head_dim)),
+        num_warps=warps,
+        maxnreg=tune.APPEND_REGISTERS,
+    )

@@ -1,0 +1,283 @@
+"""Attention over compressed keys and values: the kernels, and their launcher.
+
+The kernels are a skeleton: `key_scalars`, `key_numbers`, `value_scalars`, `value_numbers` and `read_scores` are printed
+by `emit` for a pair of codecs and a reader, into a file that also holds the text of these kernels.
+
+A program takes one KV head, a block of the rows (query head of the group, query) that read it, and one span of the
+tokens; each token is decoded once for all rows of the block. Every reduction has a fixed order, so that equal inputs
+give equal bits on one kind of device.
+"""
+
+from functools import cache
+from types import ModuleType
+
+import torch
+import triton
+import triton.language as tl
+from tqcompile.kernels import emit, tune
+from tqcompile.kernels.emit import Reader
+
+from tqcompile import tables
+from tqcompile.codec import Codec, Lookup
+from tqcompile.reference import Planes, split
+
+# Printed by `emit`; the names stand here so that the skeleton can be read, and checked, as ordinary Python.
+key_scalars = key_numbers = value_scalars = value_numbers = read_scores = None
+
+TRITON_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+
+
+@triton.jit
+def maximum_of(x, axis: tl.constexpr):
+    # Not tl.max and tl.sum: those are compiled functions even where this file is interpreted.
+    return tl.reduce(x, axis, tl.standard._elementwise_max)
+
+
+@triton.jit
+def sum_of(x, axis: tl.constexpr):
+    return tl.reduce(x, axis, tl.standard._sum_combine)
+
+
+# fmt: off
+@triton.jit(do_not_specialize=["scale", "groups", "queries", "length", "span", "splits", "mask_b", "mask_h", "mask_t"])
+def attend_split(
+    q, key_codes, key_scale, key_table, value_codes, value_scale, value_table, mask, out, peaks, totals,
+    scale, kv_heads, groups, queries, length, span, splits,
+    q_b, q_h, q_t, q_d, key_b, key_h, key_s, key_scale_b, key_scale_h, key_scale_s,
+    value_b, value_h, value_s, value_scale_b, value_scale_h, value_scale_s, mask_b, mask_h, mask_t, mask_s,
+    KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+    KEY_TYPE: tl.constexpr, VALUE_TYPE: tl.constexpr, KEY_DOT: tl.constexpr, VALUE_DOT: tl.constexpr,
+    SHRINK: tl.constexpr,
+):
+    batch = (tl.program_id(0) // kv_heads).to(tl.int64)
+    head = (tl.program_id(0) % kv_heads).to(tl.int64)
+    first = tl.program_id(2).to(tl.int64) * span
+    last = tl.minimum(first + span, length)
+
+    row = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
+    real = row < groups * queries
+    query = row % queries
+    query_head = head * groups + row // queries
+    d = tl.arange(0, BLOCK_K)
+    address = q + batch * q_b + query_head[:, None] * q_h + query.to(tl.int64)[:, None] * q_t + d[None, :] * q_d
+    asked = tl.load(address, mask=real[:, None] & (d[None, :] < KEY_DIM), other=0.0).to(KEY_TYPE).to(KEY_DOT)
+    mask_row = batch * mask_b + query_head * mask_h + query.to(tl.int64) * mask_t
+
+    key_codes += batch * key_b + head * key_h
+    key_scale += batch * key_scale_b + head * key_scale_h
+    value_codes += batch * value_b + head * value_h
+    value_scale += batch * value_scale_b + head * value_scale_h
+
+    peak = tl.full([BLOCK_R], float("-inf"), tl.float32)
+    total = tl.full([BLOCK_R], 0.0, tl.float32)
+    mixed = tl.full([BLOCK_R, BLOCK_V], 0.0, tl.float32)
+    for start in range(first, last, BLOCK_T):
+        # Tokens count from the tile's first, whose address alone needs 64 bits.
+        token = tl.arange(0, BLOCK_T)
+        valid = token < last - start
+        codes, scales = key_codes + start * key_s, key_scale + start * key_scale_s
+        keys = key_numbers(codes, key_s, scales, key_scale_s, key_table, token, valid, BLOCK_K)
+        scalars = key_scalars(codes, key_s, scales, key_scale_s, key_table, token, valid, BLOCK_K)
+        keys = keys.to(KEY_TYPE).to(KEY_DOT)
+        scores = tl.dot(asked, tl.trans(keys), input_precision="ieee") * scale * scalars[None, :]
+        inside = real[:, None] & valid[None, :]
+        scores = read_scores(scores, mask + start * mask_s, mask_row, mask_s, query - start, token, inside)
+        new_peak = tl.maximum(peak, maximum_of(scores, 1))
+        pivot = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+        weights = tl.exp(scores - pivot[:, None])
+        rescale = tl.exp(peak - pivot)
+        total = total * rescale + sum_of(weights, 1)
+        peak = new_peak
+        codes, scales = value_codes + start * value_s, value_scale + start * value_scale_s
+        values = value_numbers(codes, value_s, scales, value_scale_s, value_table, token, valid, BLOCK_V)
+        scalars = value_scalars(codes, value_s, scales, value_scale_s, value_table, token, valid, BLOCK_V)
+        values = values.to(VALUE_TYPE).to(VALUE_DOT)
+        weights = weights * scalars[None, :]
+        mixed = mixed * rescale[:, None]
+        if SHRINK:
+            # float16 would flush the product of a small probability and a small scalar to zero.
+            size = maximum_of(tl.abs(weights), 1)
+            size = tl.where((size > 0.0) & (size < float("inf")), size, 1.0)[:, None]
+            mixed += tl.dot((weights / size).to(VALUE_TYPE).to(VALUE_DOT), values, input_precision="ieee") * size
+        else:
+            mixed = tl.dot(weights.to(VALUE_TYPE).to(VALUE_DOT), values, mixed, input_precision="ieee")
+
+    place = (tl.program_id(0).to(tl.int64) * splits + tl.program_id(2)) * (groups * queries) + row
+    d = tl.arange(0, BLOCK_V)
+    tl.store(out + place[:, None] * VALUE_DIM + d[None, :], mixed, mask=real[:, None] & (d[None, :] < VALUE_DIM))
+    tl.store(peaks + place, peak, mask=real)
+    tl.store(totals + place, total, mask=real)
+# fmt: on
+
+
+@triton.jit(do_not_specialize=["rows", "splits"])
+def attend_combine(
+    parts,
+    peaks,
+    totals,
+    out,
+    rows,
+    splits,
+    VALUE_DIM: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    head = (tl.program_id(0) // rows).to(tl.int64)
+    row = tl.program_id(0) % rows
+    d = tl.arange(0, BLOCK_V)[None, :]
+    peak = float("-inf")
+    for start in range(0, splits, BLOCK_S):
+        s = start + tl.arange(0, BLOCK_S)
+        part = tl.load(peaks + (head * splits + s) * rows + row, mask=s < splits, other=float("-inf"))
+        peak = tl.maximum(peak, maximum_of(part, 0))
+    pivot = tl.where(peak == float("-inf"), 0.0, peak)
+    total = 0.0
+    mixed = tl.full([BLOCK_V], 0.0, tl.float32)
+    for start in range(0, splits, BLOCK_S):
+        s = start + tl.arange(0, BLOCK_S)
+        place = (head * splits + s) * rows + row
+        share = tl.exp(tl.load(peaks + place, mask=s < splits, other=float("-inf")) - pivot)
+        total += sum_of(tl.load(totals + place, mask=s < splits, other=0.0) * share, 0)
+        inside = (s < splits)[:, None] & (d < VALUE_DIM)
+        mixed += sum_of(tl.load(parts + place[:, None] * VALUE_DIM + d, mask=inside, other=0.0) * share[:, None], 0)
+    mixed = tl.where(total == 0.0, 0.0, mixed / tl.where(total == 0.0, 1.0, total))
+    d = tl.arange(0, BLOCK_V)
+    tl.store(out + (head * rows + row) * VALUE_DIM + d, mixed, mask=d < VALUE_DIM)
+
+
+def source(key_codec: Codec, value_codec: Codec, head_dims: tuple[int, int], reader: Reader) -> str:
+    """The text of the module that `attend` launches."""
+    (key_dim, value_dim), keys, values = head_dims, key_codec.name, value_codec.name
+    title = f"Attention over keys in {keys}, {key_dim} dims, and values in {values}, {value_dim} dims."
+    helpers = (
+        *emit.reading_helpers("key", key_codec, key_dim),
+        *emit.reading_helpers("value", value_codec, value_dim),
+        emit.score_helper(reader),
+    )
+    return emit.module_text(title, helpers, (maximum_of, sum_of, attend_split, attend_combine))
+
+
+@cache
+def module(
+    key_codec: Codec,
+    value_codec: Codec,
+    head_dims: tuple[int, int],
+    reader: Reader,
+    folder: str | None,
+    interpreted: bool,
+) -> ModuleType:
+    """The imported module of `source`."""
+    return emit.build(source(key_codec, value_codec, head_dims, reader), folder, interpreted)
+
+
+@cache
+def table_of(lookup: Lookup, head_dim: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """The numbers of a codebook [2**bits], or one unused zero where numbers are computed."""
+    numbers = tables.numbers(lookup, head_dim) if lookup.table == "codebook" else (0.0,)
+    return torch.tensor(numbers, dtype=dtype, device=device)
+
+
+def reader_of(mask: torch.Tensor | None, causal: bool) -> Reader:
+    """The reader that a mask and `causal` ask for."""
+    if mask is None:
+        return Reader("none", causal)
+    return Reader("bool" if mask.dtype == torch.bool else "additive", causal)
+
+
+def attend(
+    q: torch.Tensor,
+    keys: Planes,
+    values: Planes,
+    mask: torch.Tensor | None,
+    causal: bool,
+    scale: float,
+    key_codec: Codec,
+    value_codec: Codec,
+    head_dims: tuple[int, int],
+    folder: str | None = None,
+) -> torch.Tensor:
+    """`reference.attend`, on a GPU, or in Triton's interpreter where the tensors are on a CPU.
+
+    q [B, Hq, T, D] float32, float16 or bfloat16 in the key basis, any strides; planes [B, Hkv, S, width], any strides
+    but contiguous in the last; mask broadcasts to [B, Hq, T, S], bool (True keeps) or additive. Returns
+    [B, Hq, T, Dv] float32. Matrix products run in q's dtype (float32: without tf32) and accumulate in float32; a
+    plane of native numbers in another dtype than q's is read as float32. Nothing waits for the device, and after the
+    first call with the same codecs, dtypes and reader a CUDA graph can capture it. Generated files go to `folder`.
+
+    Raises:
+        ValueError: q has a dtype that no cache holds, or its heads are no multiple of the planes'.
+    """
+    batch, query_heads, queries, key_dim = q.shape
+    key_codes, key_scale = split(key_codec, keys)
+    value_codes, value_scale = split(value_codec, values)
+    kv_heads, length = key_codes.shape[1], key_codes.shape[2]
+    if q.dtype not in TRITON_DTYPES or query_heads % max(1, kv_heads):
+        raise ValueError(
+            f"q is {q.dtype} with {query_heads} heads over {kv_heads} KV heads; want a float, and a multiple"
+        )
+    rows = query_heads // max(1, kv_heads) * queries
+    shape = (batch, query_heads, queries, head_dims[1])
+    if not batch * kv_heads * rows * length:
+        return q.new_zeros(shape, dtype=torch.float32)
+    interpreted = q.device.type == "cpu"
+    reader = reader_of(mask, causal)
+    built = module(key_codec, value_codec, head_dims, reader, folder, interpreted)
+    types = [product_dtype(q.dtype, codes) for codes in (key_codes, value_codes)]
+    plan = tune.attend_plan(rows, batch * kv_heads, length, max(head_dims), torch.float32 in types, q.device)
+    sides = (
+        *(
+            key_codes,
+            key_codes if key_scale is None else key_scale,
+            table_of(key_codec.codes, key_dim, types[0], q.device),
+        ),
+        *(value_codes, value_codes if value_scale is None else value_scale),
+        table_of(value_codec.codes, head_dims[1], types[1], q.device),
+    )
+    return launch(built, q, sides, mask, scale, types, plan, shape)
+
+
+def launch(built: ModuleType, q, sides, mask, scale: float, types, plan: tune.AttendPlan, shape) -> torch.Tensor:
+    """Run both kernels of a built module; `sides` is codes, scale and table of the keys, then of the values."""
+    batch, query_heads, queries, value_dim = shape
+    kv_heads, length = sides[0].shape[1], sides[0].shape[2]
+    groups = query_heads // kv_heads
+    rows, heads = groups * queries, batch * kv_heads
+    parts = q.new_empty((heads, plan.splits, rows, value_dim), dtype=torch.float32)
+    peaks, totals = parts.new_empty((2, heads, plan.splits, rows)).unbind(0)
+    part, strides = q, (0, 0, 0, 0)
+    if mask is not None:
+        mask = mask.broadcast_to(batch, query_heads, queries, length)
+        part, strides = mask.view(torch.uint8) if mask.dtype == torch.bool else mask, mask.stride()
+    # The interpreter multiplies bfloat16 by its bits; there the rounded numbers go to the product as float32.
+    products = [torch.float32 if q.device.type == "cpu" else dtype for dtype in types]
+    built.attend_split[(heads, triton.cdiv(rows, plan.block_rows), plan.splits)](
+        *(q, *sides, part, parts, peaks, totals, scale, kv_heads, groups, queries, length, plan.span, plan.splits),
+        *(*q.stride(), *sides[0].stride()[:3], *sides[1].stride()[:3], *sides[3].stride()[:3], *sides[4].stride()[:3]),
+        *strides,
+        *(q.shape[-1], value_dim, plan.block_rows, plan.block_tokens, tune.extent(q.shape[-1]), tune.extent(value_dim)),
+        *(TRITON_DTYPES[dtype] for dtype in (*types, *products)),
+        types[1] == torch.float16,
+        num_warps=plan.warps,
+        num_stages=1,
+        maxnreg=plan.registers,
+    )
+    out = parts.new_empty(shape)
+    built.attend_combine[(heads * rows,)](
+        parts,
+        peaks,
+        totals,
+        out,
+        rows,
+        plan.splits,
+        value_dim,
+        tune.COMBINE_SPLITS,
+        tune.extent(value_dim),
+        num_warps=4,
+    )
+    return out
+
+
+def product_dtype(query: torch.dtype, codes: torch.Tensor) -> torch.dtype:
+    """The dtype of a matrix product: the query's, unless the cache holds floats of another, which it may not hold."""
+    return query if codes.dtype in (query, torch.uint8) else torch.float32

@@ -1,0 +1,151 @@
+"""Compiles the kernels of every registered codec ahead of time, with no device, and shows what they take.
+
+    python -m tqcompile.kernels.build
+
+Exits with status 1 if a kernel spills registers to memory.
+"""
+
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import triton
+from tabulate import tabulate
+from tqcompile.kernels import append, attend, tune
+from tqcompile.kernels.emit import Reader
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from tqcompile.codec import Codec
+from tqcompile.formats import REGISTRY
+
+CAPABILITIES = (80, 90)
+HEAD_DIMS = (64, 128)
+READERS = (Reader("none"), Reader("bool"), Reader("additive"), Reader("none", True))
+POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.uint8: "*u8"}
+ALIGNED = re.compile(r".*_(b|h|s|t)$")
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What one compiled kernel takes: registers a thread, bytes of spills a thread, bytes of shared memory."""
+
+    kernel: str
+    capability: int
+    registers: int
+    spills: int
+    shared: int
+
+
+def mixed_pairs(registry: dict[str, Codec]) -> list[tuple[Codec, Codec]]:
+    """Each codec with itself, then each as keys with the codec that precedes it as values."""
+    codecs = list(registry.values())
+    return [(codec, codec) for codec in codecs] + list(zip(codecs[1:], codecs))[::2]
+
+
+def attend_usage(
+    pair: tuple[Codec, Codec], head_dim: int, reader: Reader, dtype: torch.dtype, rows: int, capability: int
+) -> Usage:
+    """Compile `attend_split` for contiguous planes and queries of `dtype`."""
+    kernel = attend.module(*pair, (head_dim, head_dim), reader, None, False).attend_split
+    plan = tune.attend_plan(rows, 8, 4096, head_dim, dtype == torch.float32, torch.device("cpu"))
+    pointers = {"q": dtype, "key_table": dtype, "value_table": dtype, "mask": dtype}
+    if reader.mask == "bool":
+        pointers["mask"] = torch.uint8
+    for side, codec in zip(("key", "value"), pair):
+        pointers[f"{side}_codes"] = dtype if codec.scale is None else torch.uint8
+        pointers[f"{side}_scale"] = dtype if codec.scale is None else torch.float16
+    kind = attend.TRITON_DTYPES[dtype]
+    constants = {
+        **{"q_d": 1, "mask_s": 1, "KEY_DIM": head_dim, "VALUE_DIM": head_dim},
+        **{"BLOCK_R": plan.block_rows, "BLOCK_T": plan.block_tokens},
+        **{"BLOCK_K": tune.extent(head_dim), "BLOCK_V": tune.extent(head_dim)},
+        **{"KEY_TYPE": kind, "VALUE_TYPE": kind, "KEY_DOT": kind, "VALUE_DOT": kind},
+        "SHRINK": dtype == torch.float16,
+    }
+    name = f"attend {pair[0].name} {pair[1].name} d{head_dim} {reader.mask}{' causal' * reader.causal}"
+    label = f"{name} {str(dtype)[6:]} {plan.block_rows} rows"
+    return compiled(label, kernel, pointers, constants, {"scale": "fp32"}, plan.warps, plan.registers, capability)
+
+
+def append_usage(codec: Codec, head_dim: int, dtype: torch.dtype, tokens: int, capability: int) -> Usage:
+    """Compile `append_tokens` for contiguous tokens of `dtype`."""
+    kernel = append.module(codec, head_dim, None, False).append_tokens
+    block, warps = tune.append_plan(tokens, head_dim)
+    pointers = {"y": dtype, "codes": dtype if codec.scale is None else torch.uint8}
+    pointers["scale"] = dtype if codec.scale is None else torch.float16
+    constants = {"y_d": 1, "POSITIONED": True, "BLOCK_T": block, "BLOCK_D": tune.extent(head_dim)}
+    label = f"append {codec.name} d{head_dim} {str(dtype)[6:]} {block} tokens"
+    return compiled(label, kernel, pointers, constants, {"positions": "*i64"}, warps, tune.APPEND_REGISTERS, capability)
+
+
+def compiled(label, kernel, pointers, constants, types, warps: int, limit: int, capability: int) -> Usage:
+    """Compile for a capability and read the usage that the assembler reports."""
+    names = list(kernel.arg_names)
+    signature = {}
+    for name in names:
+        kind = "*fp32" if name in ("out", "peaks", "totals", "edges", "table") else "i32"
+        kind = POINTERS[pointers[name]] if name in pointers else types.get(name, kind)
+        signature[name] = "constexpr" if name in constants else kind
+    attributes = {
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(names)
+        if signature[name].startswith("*") or (signature[name] == "i32" and ALIGNED.match(name) and "mask" not in name)
+    }
+    source = ASTSource(
+        kernel, signature, {(names.index(name),): value for name, value in constants.items()}, attributes
+    )
+    options = {"num_warps": warps, "num_stages": 1, "maxnreg": limit}
+    binary = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    registers, spills = resources(binary.asm["cubin"])
+    return Usage(label, capability, registers, spills, binary.metadata.shared)
+
+
+def resources(cubin: bytes) -> tuple[int, int]:
+    """Registers and bytes of local memory a thread of a cubin takes."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    found = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
+    return found["REG"], found["STACK"] + found["LOCAL"]
+
+
+def every_usage() -> Iterator[Usage]:
+    """Every registered codec, alone and in some pairs, at each head_dim, reader and capability."""
+    for capability in CAPABILITIES:
+        for head_dim in HEAD_DIMS:
+            for codec in REGISTRY.values():
+                for tokens in (1, 4096):
+                    yield append_usage(codec, head_dim, torch.bfloat16, tokens, capability)
+            for pair in mixed_pairs(REGISTRY):
+                for reader in READERS if pair[0] is pair[1] else READERS[:1]:
+                    yield attend_usage(pair, head_dim, reader, torch.bfloat16, 4, capability)
+            for codec in REGISTRY.values():
+                for dtype, rows in (
+                    (torch.bfloat16, 512),
+                    (torch.float16, 4),
+                    (torch.float32, 4),
+                    (torch.float32, 512),
+                ):
+                    yield attend_usage((codec, codec), head_dim, READERS[0], dtype, rows, capability)
+
+
+def main() -> int:
+    """Print the table; 1 if anything spills."""
+    usages = list(every_usage())
+    columns = ("kernel", "capability", "registers", "spills", "shared")
+    print(tabulate([[getattr(usage, column) for column in columns] for usage in usages], headers=columns))
+    spilled = [usage for usage in usages if usage.spills]
+    print(f"\n{len(usages)} kernels, {len(spilled)} spill")
+    return 1 if spilled else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

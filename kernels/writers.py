@@ -1,0 +1,128 @@
+"""Prints the helper that encodes a tile of tokens and writes it, one function for each way to fit a codec."""
+
+import torch
+from tqcompile.kernels.address import DEVICE_TYPE, power_of_two
+
+from tqcompile.codec import Codec
+from tqcompile.layout import Section, layout_of
+
+WRITE_SIGNATURE = (
+    "@triton.jit\n"
+    "def write_tokens(y, y_stride, codes, scale, edges, table, valid, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr):"
+)
+
+
+def piece_line(section: Section) -> str:
+    """The line that takes a section's bits out of `code` and puts them into a field of `byte`."""
+    bits = f"(code >> {section.shift}) & {2**section.bits - 1}"
+    return f"        byte |= tl.where(inside, {bits}, 0) << (field * {section.bits})"
+
+
+def exact_writer(codec: Codec, head_dim: int) -> str:
+    """`write_tokens` of a codec that stores the numbers themselves."""
+    return "\n".join(
+        [
+            WRITE_SIGNATURE,
+            "    d = tl.arange(0, BLOCK_D)[None, :]",
+            f"    inside = valid[:, None] & (d < {head_dim})",
+            "    number = tl.load(y[:, None] + d * y_stride, mask=inside, other=0.0)",
+            "    tl.store(codes[:, None] + d, number.to(codes.dtype.element_ty), mask=inside)",
+        ]
+    )
+
+
+def sphere_writer(codec: Codec, head_dim: int) -> str:
+    """`write_tokens` of a codec that takes the nearest centroid of a normalised vector.
+
+    A byte holds pieces of several coordinates: each is read and quantised again where its byte is built, which is
+    the same arithmetic and so the same code, and needs no exchange between threads.
+    """
+    layout = layout_of(codec, head_dim, torch.float32, DEVICE_TYPE).plane(codec.codes.plane.name)
+    root, bits = repr(float(head_dim) ** 0.5), codec.codes.plane.bits
+    lines = [
+        WRITE_SIGNATURE,
+        "    d = tl.arange(0, BLOCK_D)[None, :]",
+        f"    inside = valid[:, None] & (d < {head_dim})",
+        "    number = tl.load(y[:, None] + d * y_stride, mask=inside, other=0.0).to(tl.float32)",
+        "    peak = maximum_of(tl.abs(number), 1)",
+        '    peak = tl.where(sum_of((number != number).to(tl.int32), 1) > 0, float("nan"), peak)',
+        '    usable = (peak > 0.0) & (peak < float("inf"))',
+        "    divisor = tl.where(usable, peak, 1.0)",
+        "    shape = tl.where(usable[:, None], tl.div_rn(number, divisor[:, None]), 0.0)",
+        "    size = tl.sqrt_rn(sum_of(shape * shape, 1))",
+        "    size_divisor = tl.where(size > 0.0, size, 1.0)",
+        f"    unit = tl.div_rn(shape, size_divisor[:, None]) * {root}",
+        f"    centroid = tl.load(table + nearest(unit, edges, {bits}))",
+        "    fitted = sum_of(tl.where(inside, unit * centroid, 0.0), 1)",
+        f"    scalar = tl.div_rn(peak * size_divisor * {root}, tl.where(usable, fitted, 1.0))",
+        "    tl.store(scale, tl.where(peak == 0.0, 0.0, scalar).to(tl.float16), mask=valid)",
+    ]
+    for section in layout.sections:
+        lines += _sphere_section(section, layout.count, bits, root)
+    return "\n".join(lines)
+
+
+def _sphere_section(section: Section, count: int, bits: int, root: str) -> list[str]:
+    extent = power_of_two(section.run)
+    return [
+        f"    j = tl.arange(0, {extent})[None, :]",
+        f"    byte = tl.full([BLOCK_T, {extent}], 0, tl.int32)",
+        f"    for field in tl.static_range({section.fields}):",
+        f"        d = field * {section.run} + j",
+        f"        inside = valid[:, None] & (j < {section.run}) & (d < {count})",
+        "        number = tl.load(y[:, None] + d * y_stride, mask=inside, other=0.0).to(tl.float32)",
+        "        shape = tl.where(usable[:, None], tl.div_rn(number, divisor[:, None]), 0.0)",
+        f"        code = nearest(tl.div_rn(shape, size_divisor[:, None]) * {root}, edges, {bits})",
+        piece_line(section),
+        f"    inside = valid[:, None] & (j < {section.run})",
+        f"    tl.store(codes[:, None] + {section.offset} + j, byte.to(tl.uint8), mask=inside)",
+    ]
+
+
+def absmax_writer(codec: Codec, head_dim: int) -> str:
+    """`write_tokens` of a codec that scales a block to its largest magnitude.
+
+    Raises:
+        ValueError: a byte would hold pieces of two blocks that no tile of whole blocks covers.
+    """
+    layout = layout_of(codec, head_dim, torch.float32, DEVICE_TYPE).plane(codec.codes.plane.name)
+    block = codec.scale.plane.per
+    if any(section.fields > 1 and section.run % block for section in layout.sections):
+        raise ValueError(f"{codec.name} at head_dim {head_dim}: bytes cross blocks of {block}, which no kernel writes")
+    lines = [WRITE_SIGNATURE]
+    for position, section in enumerate(layout.sections):
+        lines += _absmax_section(codec, section, head_dim, with_scales=position == 0)
+    return "\n".join(lines)
+
+
+def _absmax_section(codec: Codec, section: Section, head_dim: int, with_scales: bool) -> list[str]:
+    block, limit = codec.scale.plane.per, float(2 ** (codec.codes.plane.bits - 1) - 1)
+    blocks = power_of_two(-(-section.run // block))
+    lines = [
+        f"    b = tl.arange(0, {blocks})",
+        f"    j = b[None, :, None] * {block} + tl.arange(0, {block})[None, None, :]",
+        f"    byte = tl.full([BLOCK_T, {blocks}, {block}], 0, tl.int32)",
+        f"    for field in tl.static_range({section.fields}):",
+        f"        d = field * {section.run} + j",
+        f"        inside = valid[:, None, None] & (j < {section.run}) & (d < {head_dim})",
+        "        number = tl.load(y[:, None, None] + d * y_stride, mask=inside, other=0.0).to(tl.float32)",
+        "        peak = maximum_of(tl.abs(number), 2)",
+        '        peak = tl.where(sum_of((number != number).to(tl.int32), 2) > 0, float("nan"), peak)',
+        f"        scalar = tl.div_rn(peak, {limit}).to(tl.float16)",
+        f"        code = rounded(number, scalar.to(tl.float32)[:, :, None], {limit})",
+        piece_line(section),
+    ]
+    if with_scales:
+        lines += [
+            f"        place = field * {section.run // block} + b",
+            f"        inside = (b * {block} < {section.run}) & (place < {codec.scale.plane.count(head_dim)})",
+            "        tl.store(scale[:, None] + place[None, :], scalar, mask=valid[:, None] & inside[None, :])",
+        ]
+    return [
+        *lines,
+        f"    inside = valid[:, None, None] & (j < {section.run})",
+        f"    tl.store(codes[:, None, None] + {section.offset} + j, byte.to(tl.uint8), mask=inside)",
+    ]
+
+
+WRITERS = {"exact": exact_writer, "absmax": absmax_writer, "sphere": sphere_writer}

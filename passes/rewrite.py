@@ -1,0 +1,40 @@
+"""What rewritten nodes call, and the arithmetic of plane shapes: functions of tensors and shapes, not of graphs."""
+
+import torch
+
+from tqcompile import formats, reference
+
+
+def strides(shape, seq_dim: int | None) -> tuple:
+    """Row-major strides; with `seq_dim`, of planes whose storage has the sequence outermost."""
+    order = list(range(len(shape)))
+    if seq_dim is not None:
+        order.remove(seq_dim)
+        order.insert(0, seq_dim)
+    strides, step = [0] * len(shape), 1
+    for dim in reversed(order):
+        strides[dim] = step
+        step = step * shape[dim]
+    return tuple(strides)
+
+
+def plane_index(items: list) -> tuple:
+    """An index of the cache as an index of its planes, whose last dimension is another."""
+    return (*items[:-1], slice(None))
+
+
+def broadcast(source: torch.Tensor, plane: torch.Tensor) -> torch.Tensor:
+    return source.expand(*plane.shape[:-1], source.shape[-1])
+
+
+def encode(y: torch.Tensor, codec: str) -> tuple[torch.Tensor, ...]:
+    return tuple(plane.contiguous() for plane in reference.encode(formats.codec(codec), y))
+
+
+def encode_items(planes: list[torch.Tensor], y: torch.Tensor, index: tuple, codec: str) -> None:
+    for plane, code in zip(planes, encode(y, codec)):
+        plane[index] = code.to(plane.dtype)
+
+
+def decode(planes: list[torch.Tensor], codec: str, head_dim: int) -> torch.Tensor:
+    return reference.decode(formats.codec(codec), planes, head_dim)

@@ -1,0 +1,237 @@
+"""One walk over a graph: every view of every possible cache, how each is written, and how attention reads it."""
+
+import operator
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import fx
+from tqcompile.passes.canonicalize import spelling, tensor_of
+from tqcompile.passes.views import View, derived, full, index_items, root_view, shape_only
+
+_WRITERS = {"setitem", "index_copy_", "copy_", "zero_"}
+_AUGMENTED = {getattr(operator, name) for name in dir(operator) if name.startswith("i") and hasattr(operator, name[1:])}
+
+
+@dataclass(frozen=True)
+class Append:
+    """`node = cat([cache, tokens], dim)`."""
+
+    node: fx.Node
+    tokens: fx.Node
+    dim: int
+
+
+@dataclass(frozen=True)
+class Read:
+    """Attention, or one of its two products, over views of caches: kind is `attend`, `logits` or `mix`."""
+
+    node: fx.Node
+    kind: str
+    key: View | None
+    value: View | None
+
+
+class Survey:
+    """Every view of every possible cache in one graph, gathered in a single walk."""
+
+    def __init__(self, graph: fx.Graph, roots: Iterable[fx.Node]):
+        self.views: dict[fx.Node, View] = {root: root_view(root) for root in roots}
+        self.appends: dict[fx.Node, Append] = {}
+        self.writes: dict[fx.Node, View] = {}
+        self.reads: dict[fx.Node, Read] = {}
+        self.losses: dict[fx.Node, str] = {}
+        self._memory: dict[int, fx.Node] = {}
+        self._mutations: dict[fx.Node, int] = {}
+        self._aliases: list[fx.Node] = []
+        self._order = {node: at for at, node in enumerate(graph.nodes)}
+        for root in list(self.views):
+            other = self._memory.setdefault(_memory_of(root), root)
+            if other is not root:
+                self.losses[root] = self.losses[other] = "two inputs of the graph share its memory"
+        for node in graph.nodes:
+            if node.op in ("call_function", "call_method"):
+                self._visit(node)
+        self._cross_check()
+
+    def _visit(self, node: fx.Node) -> None:
+        target = self._mutated(node)
+        if target is not None:
+            self._write(node, target)
+            return
+        if spelling(node) == "cat":
+            self._append(node)
+        elif spelling(node) == "scaled_dot_product_attention":
+            self._attention(node)
+        elif node.target is torch.matmul:
+            self._product(node)
+        elif node not in self.views:
+            self._derive(node)
+        if tensor_of(node) is not None and node not in self.views and _memory_of(node) in self._memory:
+            self._aliases.append(node)
+        elif node in self.views:
+            self._memory.setdefault(_memory_of(node), self.views[node].root)
+
+    def _derive(self, node: fx.Node) -> None:
+        parent = self.views.get(node.args[0]) if node.args and isinstance(node.args[0], fx.Node) else None
+        view = derived(node, parent) if parent is not None else None
+        if view is not None:
+            self.views[node] = view
+
+    def _cross_check(self) -> None:
+        """What no single node shows: mutations that were not recognised, and a past read beside what continues it."""
+        for root in [node for node, view in self.views.items() if node is view.root and node.op == "placeholder"]:
+            value = tensor_of(root)
+            if not value.is_inference() and value._version != self._mutations.get(root, 0):
+                self.losses.setdefault(root, "an operator writes it in a way that no rule follows")
+        for append in self.appends.values():
+            past = self.views[append.node].root
+            if any(user is not append.node and not shape_only(user) for user in past.users):
+                self.losses.setdefault(past, "it is read beside the cache that continues it")
+
+    def _mutated(self, node: fx.Node) -> fx.Node | None:
+        """The operand this node writes into, where that operand shares memory with a cache."""
+        for operand in _written_operands(node):
+            if tensor_of(operand) is not None and _memory_of(operand) in self._memory:
+                return operand
+        return None
+
+    def _write(self, node: fx.Node, target: fx.Node) -> None:
+        root = self._memory[_memory_of(target)]
+        self._mutations[root] = self._mutations.get(root, 0) + 1
+        view = self.views.get(target)
+        if view is None or not view.writable or not view.plain or not _whole_tokens(node, view, self.views):
+            self.losses.setdefault(root, f"{spelling(node)} writes it in a way that no rule follows")
+            return
+        if any(self._outlives(other, node) for other in self.views.values() if other.root is root):
+            self.losses.setdefault(root, "a copy of it that was made before a write is read after it")
+            return
+        aliases = (alias for alias in self._aliases if self._memory[_memory_of(alias)] is root)
+        if any(self._order[user] > self._order[node] for alias in aliases for user in alias.users):
+            self.losses.setdefault(root, "a view of it that no rule follows is read after a write")
+            return
+        self.writes[node] = view
+        if tensor_of(node) is not None:
+            self.views[node] = replace(view, node=node, parent=target)
+
+    def _outlives(self, view: View, write: fx.Node) -> bool:
+        """Whether `view` is a copy the planes cannot tell from the cache, and is used after `write` changed that."""
+        if _memory_of(view.node) == _memory_of(view.owner) or _memory_of(view.owner) != _memory_of(write.args[0]):
+            return False
+        return any(self._order[user] > self._order[write] for user in view.node.users)
+
+    def _append(self, node: fx.Node) -> None:
+        parts = node.args[0] if node.args else node.kwargs.get("tensors")
+        dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
+        if not isinstance(parts, (tuple, list)) or len(parts) != 2:
+            return
+        past, tokens = parts
+        view, value = self.views.get(past), tensor_of(node)
+        if view is None or past is not view.root or value is None or self._from(tokens, past):
+            return
+        rank = value.dim()
+        if dim % rank == rank - 1 or tensor_of(past).dim() != rank or tensor_of(tokens).dim() != rank:
+            return
+        if past in (append.node.args[0][0] for append in self.appends.values() if append.node.args):
+            self.losses.setdefault(past, "two appends to it in one graph make a fork")
+            return
+        if tensor_of(past).dtype != tensor_of(tokens).dtype:
+            return
+        self.appends[node] = Append(node, tokens, dim % rank)
+        self.views[node] = View(node, past, node, past, root_view(past).axes, True, node)
+
+    def _from(self, node: fx.Node, root: fx.Node) -> bool:
+        return node in self.views and self.views[node].root is root
+
+    def _attention(self, node: fx.Node) -> None:
+        query, key, value = (self.views.get(operand) for operand in node.args)
+        if key is None or value is None or (query is not None and query.root in (key.root, value.root)):
+            return
+        if node.kwargs["dropout_p"]:
+            return
+        if heads_of(key, 2) is None or heads_of(value, 2) is None or not _fits(node.args[0], node.args[1]):
+            return
+        if not node.kwargs["enable_gqa"] and tensor_of(node.args[0]).shape[1] != tensor_of(node.args[1]).shape[1]:
+            return
+        if isinstance(node.kwargs["scale"], fx.Node):
+            return
+        self.reads[node] = Read(node, "attend", key, value)
+
+    def _product(self, node: fx.Node) -> None:
+        right = self.views.get(node.args[1])
+        if right is None or tensor_of(node.args[0]) is None or self._from(node.args[0], right.root):
+            return
+        if (
+            not _fits(node.args[0], node.args[1])
+            or tensor_of(node.args[0]).shape[1] != tensor_of(node.args[1]).shape[1]
+        ):
+            return
+        if heads_of(right, 3) is not None:
+            self.reads[node] = Read(node, "logits", right, None)
+        elif heads_of(right, 2) is not None:
+            self.reads[node] = Read(node, "mix", None, right)
+
+
+def _memory_of(node: fx.Node) -> int:
+    return tensor_of(node).untyped_storage()._cdata
+
+
+def _written_operands(node: fx.Node) -> list:
+    """The operands a node writes into, as far as its name or its schema says."""
+    name, target = spelling(node), node.target
+    operands = [node.kwargs.get("out")]
+    in_place = name == "setitem" or (name.endswith("_") and not name.endswith("__")) or node.kwargs.get("inplace")
+    if in_place or (node.op == "call_function" and target in _AUGMENTED):
+        operands += [*node.args[:1], node.kwargs.get("input"), node.kwargs.get("self")]
+    if isinstance(target, torch._ops.OpOverloadPacket):
+        target = getattr(target, target.overloads()[0])
+    if isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable:
+        arguments = target._schema.arguments
+        operands += [a for a, s in zip(node.args, arguments) if s.is_write]
+        operands += [node.kwargs.get(s.name) for s in arguments if s.is_write]
+    if name.startswith("triton_kernel_wrapper"):
+        operands += node.all_input_nodes
+    flat = (item for operand in operands for item in (operand if isinstance(operand, (list, tuple)) else (operand,)))
+    return [item for item in flat if isinstance(item, fx.Node)]
+
+
+def heads_of(view: View, token_axis: int) -> tuple[int, int, int] | None:
+    """Plane dimensions of batch, heads and tokens, where `view` is [batch, heads (repeated), ...] with tokens there.
+
+    None where the view is not of that form.
+    """
+    if len(view.axes) != 4:
+        return None
+    channel = view.axes[5 - token_axis]
+    batch, heads, tokens = view.axes[0], view.axes[1], view.axes[token_axis]
+    rank = tensor_of(view.base).dim()
+    if channel != (rank - 1,) or len(batch) != 1 or len(tokens) != 1 or "r" in batch + tokens:
+        return None
+    if len(heads) not in (1, 2) or heads[0] == "r" or rank != 4:
+        return None
+    return batch[0], heads[0], tokens[0]
+
+
+def _fits(query: fx.Node, cache: fx.Node) -> bool:
+    left, right = tensor_of(query), tensor_of(cache)
+    return left is not None and left.dim() == right.dim() == 4 and str(left.shape[0]) == str(right.shape[0])
+
+
+def _whole_tokens(node: fx.Node, view: View, views: dict[fx.Node, View]) -> bool:
+    """Whether a write replaces whole tokens by dense ones."""
+    name, cache = spelling(node), tensor_of(view.node)
+    if name not in _WRITERS:
+        return False
+    if name == "zero_":
+        return True
+    source = node.args[1] if name == "copy_" else node.args[-1]
+    value = tensor_of(source)
+    same = source in views and views[source].root is view.root
+    if value is None or same or value.dim() == 0 or str(value.shape[-1]) != str(cache.shape[-1]):
+        return False
+    if name == "index_copy_":
+        return len(node.args) == 4 and isinstance(node.args[1], int) and node.args[1] % cache.dim() != cache.dim() - 1
+    if name == "setitem":
+        items = index_items(node.args[1], cache.dim())
+        return items is not None and None not in items and full(items[-1], cache.shape[-1])
+    return True

@@ -1,0 +1,29 @@
+"""What every test starts from: nothing compiled, no records, one thread."""
+
+import logging
+import pathlib
+import sys
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+from tqcompile.report import clear
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent))
+
+# Structured traces go nowhere here, and pytest would format each of them.
+logging.getLogger("torch.__trace").propagate = False
+
+settings.register_profile("tests", deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+settings.load_profile("tests")
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    """No graph, record or seed is carried from one test to the next."""
+    torch._dynamo.reset()
+    clear()
+    torch.manual_seed(0)
+    yield
+    torch._dynamo.reset()

@@ -1,0 +1,30 @@
+import pytest
+import torch
+from tqcompile.kernels import build
+from tqcompile.kernels.emit import Reader
+
+from tqcompile import formats
+
+FEW = [
+    (("turboquant:4", "turboquant:3"), 128, Reader("bool"), torch.bfloat16, 4, 90),
+    (("turboquant:5", "turboquant:5"), 128, Reader("additive"), torch.float16, 4, 80),
+    (("q8_0", "q8_0"), 128, Reader("none", True), torch.bfloat16, 512, 90),
+    (("q8_0", "turboquant:2"), 64, Reader(), torch.float32, 4, 80),
+]
+
+
+@pytest.mark.parametrize("case", FEW, ids=str)
+def test_attend_compiles_without_a_device_and_spills_nothing(case):
+    names, *rest = case
+    usage = build.attend_usage(tuple(map(formats.codec, names)), *rest)
+    assert usage.spills == 0 and 0 < usage.registers <= 255
+
+
+@pytest.mark.parametrize("name", ["q8_0", "turboquant:5"])
+def test_append_compiles_without_a_device_and_spills_nothing(name):
+    assert build.append_usage(formats.codec(name), 128, torch.bfloat16, 4096, 90).spills == 0
+
+
+@pytest.mark.slow
+def test_no_kernel_of_any_codec_spills():
+    assert not [usage for usage in build.every_usage() if usage.spills]

@@ -1,0 +1,101 @@
+"""What a rewritten graph is made of, counted before and after."""
+
+import pytest
+import torch
+from graphs import operators, passed
+from test_sites import AT, Cache, K, Q, V, attend, write
+
+from tqcompile import formats
+
+F = torch.nn.functional
+NONE = ()
+
+
+def stepping(read, repeats=1):
+    """A cache that is written by an indexed assignment and read by `read`."""
+
+    def step(kc, vc, q, k, v, at):
+        write(kc, k, at), write(vc, v, at)
+        return read(q, kc, vc)
+
+    return Cache(step)
+
+
+MASK = torch.ones(3, 9, dtype=torch.bool).tril()
+
+ATTENTIONS = {
+    "no mask": lambda q, k, v: attend(q, k, v),
+    "bool mask": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=MASK),
+    "float mask": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=MASK.float() - 1),
+    "causal": lambda q, k, v: F.scaled_dot_product_attention(q, k[:, :, :3], v[:, :, :3], is_causal=True),
+    "scale": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, scale=0.5),
+    "gqa": lambda q, k, v: F.scaled_dot_product_attention(q, k[:, :2], v[:, :2], enable_gqa=True),
+    "narrow": lambda q, k, v: attend(q, k.narrow(2, 0, 4), v.narrow(2, 0, 4)),
+    "written value": lambda q, k, v: attend(q, k.detach(), v.contiguous()),
+}
+
+PRODUCTS = {
+    "softmax": lambda s: s.softmax(-1),
+    "scale and mask": lambda s: torch.softmax(s / 8**0.5 + (MASK.float() - 1), -1),
+    "masked_fill": lambda s: F.softmax((s * 0.3).masked_fill(~MASK, -1e9), dim=-1, dtype=torch.float32).to(s.dtype),
+    "dropout": lambda s: F.dropout(s.softmax(-1), 0.0, False),
+    "softcap": lambda s: (torch.tanh(s / 30) * 30).softmax(-1),
+    "sink": lambda s: torch.cat([s, s[..., :1] * 0], -1).softmax(-1)[..., :-1],
+    "double": lambda s: s.softmax(-1, dtype=torch.float64).type_as(s),
+}
+
+
+@pytest.mark.parametrize("codec", formats.REGISTRY)
+def test_a_write_becomes_one_append_and_attention_one_attend(codec):
+    after, context, before = passed(stepping(attend), Q, K, V, AT, keys=codec, values=codec)
+    assert operators(before) == {"setitem": 2, "scaled_dot_product_attention": 1}
+    counted = operators(after)
+    assert counted["append.default"] + counted["append"] == 2
+    assert counted["attend.default"] + counted["attend"] == 1
+    assert not counted["setitem"] and not counted["scaled_dot_product_attention"] and not counted["decode"]
+    assert context.reads == 1
+
+
+@pytest.mark.parametrize("name", ATTENTIONS)
+def test_attention_is_read_off_the_planes(name):
+    after, context, _ = passed(stepping(ATTENTIONS[name]), Q, K, V, AT)
+    assert context.reads == 1 and not context.fallbacks
+    assert operators(after)["attend"] == 1
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_whatever_lies_between_the_two_products_they_are_read_off_the_planes(name):
+    read = lambda q, k, v: PRODUCTS[name](q @ k.mT) @ v  # noqa: E731
+    after, context, before = passed(stepping(read), Q, K, V, AT)
+    assert context.reads == 2 and not context.fallbacks
+    counted = operators(after)
+    assert counted["logits"] == 1 and counted["mix"] == 1 and not counted["matmul"]
+    assert counted["softmax"] == operators(before)["softmax"] == 1
+
+
+READERS_NO_RULE_KNOWS = {
+    "sum": lambda q, k, v: attend(q, k, v) + k.sum(),
+    "three dimensions": lambda q, k, v: torch.bmm(q.flatten(0, 1), k.flatten(0, 1).mT).softmax(-1) @ v.flatten(0, 1),
+    "outer product": lambda q, k, v: (q.unsqueeze(3) * k.unsqueeze(2)).sum(-1).softmax(-1) @ v,
+    "flipped": lambda q, k, v: attend(q, k.flip(2), v),
+    "part of a head": lambda q, k, v: attend(q[..., :4], k[..., :4], v),
+    "repeated the other way": lambda q, k, v: attend(q, k[:, :2].repeat(1, 2, 1, 1), v[:, :2].repeat(1, 2, 1, 1)),
+}
+
+
+@pytest.mark.parametrize("name", READERS_NO_RULE_KNOWS)
+def test_an_unknown_reader_gets_decoded_numbers_and_is_named(name):
+    unknown = READERS_NO_RULE_KNOWS[name]
+    model, twin = (stepping(lambda q, k, v: unknown(q, k, v).sum(-1) + attend(q, k, v).sum()) for _ in range(2))
+    _, context, _ = passed(model, Q, K, V, AT)
+    assert context.fallbacks and all(fallback.where.count("line") == 1 for fallback in context.fallbacks)
+    torch._dynamo.reset()
+    model.k.zero_(), model.v.zero_()
+    compiled = torch.compile(model, backend="turboquant", options={"preset": "lossless", "inner": "eager"})
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(Q, K, V, AT), twin(Q, K, V, AT))
+
+
+def test_a_pass_that_is_switched_off_does_nothing():
+    after, context, before = passed(stepping(attend), Q, K, V, AT, disable=("sites",))
+    assert operators(after) == operators(before) and not context.sites

@@ -1,0 +1,136 @@
+"""Which tensors are found to be caches, what they are used for, and what is refused."""
+
+import pytest
+import torch
+from graphs import passed
+from tqcompile.passes.sites import sites
+
+F = torch.nn.functional
+Q, K, V = (torch.randn(2, 4, 3, 8) for _ in range(3))
+AT = torch.arange(3)
+
+
+class Cache(torch.nn.Module):
+    """Two buffers; `step` says what a call does with them."""
+
+    def __init__(self, step):
+        super().__init__()
+        self.step = step
+        self.register_buffer("k", torch.zeros(2, 4, 9, 8))
+        self.register_buffer("v", torch.zeros(2, 4, 9, 8))
+
+    def forward(self, q, k, v, at):
+        return self.step(self.k, self.v, q, k, v, at)
+
+
+def write(cache, tokens, at):
+    cache[:, :, at] = tokens
+
+
+def attend(q, k, v):
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+def found(function, *args, **options):
+    _, context, _ = passed(function, *args, until=sites, **options)
+    return context
+
+
+def test_buffers_that_are_written_and_read_are_two_sites():
+    def step(kc, vc, q, k, v, at):
+        write(kc, k, at), write(vc, v, at)
+        return attend(q, kc, vc)
+
+    context = found(Cache(step), Q, K, V, AT)
+    assert [(site.kind, site.role) for site in context.sites] == [("in_place", "keys"), ("in_place", "values")]
+    assert not context.refusals
+
+
+def test_a_past_that_is_continued_and_returned_is_an_append():
+    def step(pk, pv, q, k, v):
+        k, v = torch.cat([pk, k], 2), torch.cat([pv, v], 2)
+        return attend(q, k, v), k, v
+
+    context = found(step, torch.randn(2, 4, 6, 8), torch.randn(2, 4, 6, 8), Q, K, V)
+    assert [(site.kind, site.role, site.append.dim) for site in context.sites] == [
+        ("append", "keys", 2),
+        ("append", "values", 2),
+    ]
+
+
+def test_keys_that_leave_the_graph_are_a_cache_that_it_creates():
+    def step(q, x):
+        k, v = x * 2, x * 3
+        return attend(q, k, v), k, v, x * 4
+
+    context = found(step, Q, K)
+    assert [(site.kind, site.role) for site in context.sites] == [("create", "keys"), ("create", "values")]
+
+
+@pytest.mark.parametrize("writes", ["index_copy_", "setitem"])
+def test_a_cache_made_inside_is_found_by_its_tensor_whichever_name_it_leaves_under(writes):
+    def step(q, k, v, at):
+        kc, vc = torch.zeros(2, 4, 9, 8), torch.zeros(2, 4, 9, 8)
+        if writes == "index_copy_":
+            return attend(q, kc.index_copy_(2, at, k), vc), kc, vc.index_copy_(2, at, v)
+        write(kc, k, at), write(vc, v, at)
+        return attend(q, kc, vc), kc, vc
+
+    context = found(step, Q, K, V, AT)
+    assert sorted(site.role for site in context.sites) == ["keys", "values"]
+
+
+def test_no_cache_is_seen_where_nothing_is_kept():
+    context = found(lambda q, k, v: attend(q, k, v), Q, K, V)
+    assert not context.sites and not context.refusals
+
+
+def test_a_tensor_that_is_written_but_never_attended_to_is_no_cache_and_no_refusal():
+    def step(kc, vc, q, k, v, at):
+        write(kc, k, at)
+        return kc.sum()
+
+    context = found(Cache(step), Q, K, V, AT)
+    assert not context.sites and not context.refusals
+
+
+def test_one_tensor_for_keys_and_values_needs_one_codec():
+    def step(kc, vc, q, k, v, at):
+        write(kc, k, at)
+        return attend(q, kc, kc)
+
+    assert [site.role for site in found(Cache(step), Q, K, V, AT).sites] == ["both"]
+    torch._dynamo.reset()
+    (refusal,) = found(Cache(step), Q, K, V, AT, keys="q8_0", values="identity").refusals
+    assert "different codecs" in refusal.reason
+
+
+def test_a_refusal_says_which_cache_why_and_where():
+    def step(kc, vc, q, k, v, at):
+        write(kc, k, at), write(vc, v, at)
+        kc.mul_(0.5)
+        return attend(q, kc, vc)
+
+    context = found(Cache(step), Q, K, V, AT)
+    (refusal,) = context.refusals
+    assert "k" in refusal.name and "mul_" in refusal.reason and "test_sites.py" in refusal.where and refusal.remedy
+    assert [site.role for site in context.sites] == ["values"]
+
+
+def test_two_appends_to_one_past_are_a_fork_and_are_refused():
+    def step(pk, pv, q, k, v):
+        one, two, values = torch.cat([pk, k], 2), torch.cat([pk, v], 2), torch.cat([pv, v], 2)
+        return attend(q, one, values) + attend(q, two, values), one, two, values
+
+    context = found(step, torch.randn(2, 4, 6, 8), torch.randn(2, 4, 6, 8), Q, K, V)
+    assert ["fork" in refusal.reason or "beside" in refusal.reason for refusal in context.refusals] == [True]
+
+
+def test_a_past_that_is_read_beside_its_continuation_is_refused():
+    def step(pk, pv, q, k, v):
+        k, v = torch.cat([pk, k], 2), torch.cat([pv, v], 2)
+        return attend(q, k, v) + attend(q, pk, pv), k, v
+
+    context = found(step, torch.randn(2, 4, 6, 8), torch.randn(2, 4, 6, 8), Q, K, V)
+    assert not context.sites
+    assert {refusal.reason for refusal in context.refusals} == {"it is read beside the cache that continues it"}
