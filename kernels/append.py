@@ -9,12 +9,12 @@ from types import ModuleType
 import torch
 import triton
 import triton.language as tl
-from tqcompile.kernels import emit, tune
-from tqcompile.kernels.attend import maximum_of, sum_of, table_of
-from tqcompile.kernels.writers import WRITERS
 
 from tqcompile import tables
 from tqcompile.codec import Codec
+from tqcompile.kernels import emit, tune
+from tqcompile.kernels.attend import maximum_of, sum_of, table_of
+from tqcompile.kernels.writers import WRITERS
 from tqcompile.reference import Planes, split
 
 # Printed by `emit`; the name stands here so that the skeleton can be read, and checked, as ordinary Python.

@@ -14,11 +14,11 @@ from types import ModuleType
 import torch
 import triton
 import triton.language as tl
-from tqcompile.kernels import emit, tune
-from tqcompile.kernels.emit import Reader
 
 from tqcompile import tables
 from tqcompile.codec import Codec, Lookup
+from tqcompile.kernels import emit, tune
+from tqcompile.kernels.emit import Reader
 from tqcompile.reference import Planes, split
 
 # Printed by `emit`; the names stand here so that the skeleton can be read, and checked, as ordinary Python.

@@ -13,21 +13,17 @@ import torch
 import triton
 from tabulate import tabulate
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from tqcompile.kernels.append import append
-from tqcompile.kernels.attend import attend
 
 from tqcompile import formats
+from tqcompile.kernels.append import append
+from tqcompile.kernels.attend import attend
 from tqcompile.layout import layout_of
 
 SHAPES = ((8, 32768), (1, 32768), (1, 8192))
+# Each codec for both sides, then the presets that mix two.
 PAIRS = (
-    ("identity", "identity"),
-    ("q8_0", "q8_0"),
-    ("turboquant:8", "turboquant:8"),
-    ("turboquant:4", "turboquant:4"),
-    ("turboquant:5", "turboquant:3"),
-    ("turboquant:4", "turboquant:2"),
-    ("turboquant:2", "turboquant:2"),
+    *((name, name) for name in formats.REGISTRY),
+    *(pair for pair in formats.PRESETS.values() if pair[0] != pair[1]),
 )
 KV_HEADS, QUERY_HEADS, HEAD_DIM = 8, 32, 128
 ROTATED_BYTES = 256 * 2**20
@@ -127,8 +123,7 @@ def main() -> None:
             torch.cuda.empty_cache()
     headers = ("shape", "keys / values", "bits", "attend ms", "dense / this")
     print(tabulate(rows, headers, floatfmt=("", "", ".2f", ".4f", ".2f")))
-    names = ("identity", "q8_0", "turboquant:4", "turboquant:5")
-    rows = [(name, append_ms(8, 1, name), append_ms(1, 8192, name)) for name in names]
+    rows = [(name, append_ms(8, 1, name), append_ms(1, 8192, name)) for name in formats.REGISTRY]
     print("\n" + tabulate(rows, ("codec", "append B8, 1 token, ms", "append B1, 8K tokens, ms"), floatfmt=".4f"))
 
 

@@ -16,13 +16,13 @@ from pathlib import Path
 import torch
 import triton
 from tabulate import tabulate
-from tqcompile.kernels import append, attend, tune
-from tqcompile.kernels.emit import Reader
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from tqcompile.codec import Codec
 from tqcompile.formats import REGISTRY
+from tqcompile.kernels import append, attend, tune
+from tqcompile.kernels.emit import Reader
 
 CAPABILITIES = (80, 90)
 HEAD_DIMS = (64, 128)

@@ -20,9 +20,9 @@ import sympy
 import torch
 import triton
 from torch._inductor.runtime.cache_dir_utils import cache_dir
-from tqcompile.kernels.address import DEVICE_TYPE, code_lines, expression, power_of_two
 
 from tqcompile.codec import Codec
+from tqcompile.kernels.address import DEVICE_TYPE, code_lines, expression, power_of_two
 from tqcompile.layout import COORDINATE, layout_of
 
 HEADER = '''"""{title}

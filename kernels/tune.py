@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from functools import cache, lru_cache
 
 import torch
+
 from tqcompile.kernels.address import power_of_two
 
 # (most rows a program holds, float32 product) -> (rows, tokens, warps, registers) for heads of up to 128 numbers. No

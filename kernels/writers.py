@@ -1,9 +1,9 @@
 """Prints the helper that encodes a tile of tokens and writes it, one function for each way to fit a codec."""
 
 import torch
-from tqcompile.kernels.address import DEVICE_TYPE, power_of_two
 
 from tqcompile.codec import Codec
+from tqcompile.kernels.address import DEVICE_TYPE, power_of_two
 from tqcompile.layout import Section, layout_of
 
 WRITE_SIGNATURE = (

@@ -5,15 +5,16 @@ import operator
 
 import torch
 from torch import fx
+
+from tqcompile import ops, reference
+from tqcompile.layout import layout_of
 from tqcompile.passes import rewrite
 from tqcompile.passes.canonicalize import spelling, tensor_of
 from tqcompile.passes.context import CacheInput, Context, Fallback, Output
+from tqcompile.passes.editor import Editor
 from tqcompile.passes.sites import Site, name_of, where
 from tqcompile.passes.survey import heads_of
 from tqcompile.passes.views import View, full, index_items, same_size, shape_only, written_value
-
-from tqcompile import ops, reference, tables
-from tqcompile.layout import layout_of
 
 
 def compress(gm: fx.GraphModule, context: Context) -> int:
@@ -29,15 +30,10 @@ def _plan_untouched(gm: fx.GraphModule, context: Context) -> None:
     context.outputs = [Output("tensor", index) for index in range(len(output.args[0]))]
 
 
-class _Rewriter:
-    """One walk over the graph, holding the plane nodes of every value that is compressed at that point."""
+class _Rewriter(Editor):
+    """One walk over the graph, from the placeholders to the output."""
 
-    def __init__(self, gm: fx.GraphModule, context: Context):
-        self.gm, self.graph, self.context, self.survey = gm, gm.graph, context, context.survey
-        self.sites = {site.root: site for site in context.sites}
-        self.planes: dict[fx.Node, tuple[fx.Node, ...]] = {}
-        self.changed = 0
-        self.bases: dict[tuple, fx.Node] = {}
+    changed = 0
 
     def run(self) -> int:
         placeholders = [node for node in self.graph.nodes if node.op == "placeholder"]
@@ -57,13 +53,9 @@ class _Rewriter:
         self._sweep()
         return self.changed
 
-    def _view(self, node) -> View | None:
-        view = self.survey.views.get(node) if isinstance(node, fx.Node) else None
-        return view if view is not None and view.root in self.sites else None
-
     def _visit(self, node: fx.Node) -> None:
         read = self.survey.reads.get(node)
-        views = [view for view in map(self._view, node.all_input_nodes) if view is not None]
+        views = [view for view in map(self.view, node.all_input_nodes) if view is not None]
         if not views:
             return
         if node in self.survey.writes:
@@ -96,42 +88,17 @@ class _Rewriter:
         self.context.inputs.append(CacheInput(index, site, name_of(root), tuple(strides), tokens))
         self.planes[root] = tuple(nodes)
 
-    def _call(self, target, *args, **kwargs) -> fx.Node:
-        return self.graph.call_function(target, args, kwargs)
-
-    def _basis(self, site: Site, device: torch.device, head_dim: int) -> fx.Node | None:
-        matrix = tables.basis_matrix(site.codec, head_dim, device)
-        if matrix is None:
-            return None
-        name = f"basis_{site.codec.basis}_{head_dim}"
-        if not hasattr(self.gm, name):
-            self.gm.register_buffer(name, matrix)
-        return self.graph.get_attr(name)
-
-    def _dense(self, node):
-        """`node`, decoded where it shows a cache that is compressed."""
-        return self._rebuild(node) if self._view(node) else node
-
-    def _rotated(self, node: fx.Node, site: Site) -> fx.Node:
-        node = self._dense(node)
-        value = tensor_of(node)
-        basis = self._basis(site, value.device, int(value.shape[-1]))
-        return node if basis is None else self._call(reference.rotate, node, basis)
-
     def _append(self, node: fx.Node, site: Site) -> None:
         append = site.append
-        tokens = self._call(torch.ops.aten.sym_size.int, append.tokens, append.dim)
+        tokens = self.call(torch.ops.aten.sym_size.int, append.tokens, append.dim)
         region = []
         for plane in self.planes[site.root]:
-            end = self._call(torch.ops.aten.sym_size.int, plane, append.dim)
-            start = self._call(operator.sub, end, tokens)
-            region.append(self._call(torch.narrow, plane, append.dim, start, tokens))
-        self._encode(region, append.tokens, None, site)
+            end = self.call(torch.ops.aten.sym_size.int, plane, append.dim)
+            start = self.call(operator.sub, end, tokens)
+            region.append(self.call(torch.narrow, plane, append.dim, start, tokens))
+        self.encode(region, append.tokens, None, site)
         self.planes[node] = self.planes[site.root]
         self.changed += 1
-
-    def _encode(self, planes: list[fx.Node], source: fx.Node, positions: fx.Node | None, site: Site) -> None:
-        self._call(ops.append, list(planes), self._rotated(source, site), positions, site.codec.name)
 
     def _write(self, node: fx.Node, view: View) -> None:
         site, name = self.sites[view.root], spelling(node)
@@ -150,29 +117,24 @@ class _Rewriter:
 
     def _as_stored(self, source: fx.Node, view: View) -> fx.Node:
         """`source` in the dtype of the cache: an assignment casts before it stores."""
-        dtype, source = tensor_of(view.node).dtype, self._dense(source)
-        return source if tensor_of(source).dtype == dtype else self._call_like(torch.Tensor.to, source, dtype)
+        dtype, source = tensor_of(view.node).dtype, self.dense(source)
+        return source if tensor_of(source).dtype == dtype else self.call_like(torch.Tensor.to, source, dtype)
 
     def _write_positions(self, planes, dim: int, positions: fx.Node, source: fx.Node, site: Site) -> None:
         """An indexed write, with the indexed dimension brought to where `append` has it."""
         rank = tensor_of(source).dim()
         order = [other for other in range(rank - 1) if other != dim]
         order = (*order[: rank - 2], dim, rank - 1)
-        planes = [self._call(torch.permute, plane, order) for plane in planes]
-        self._encode(planes, self._call_like(torch.permute, source, order), positions, site)
-
-    def _call_like(self, target, source: fx.Node, *args) -> fx.Node:
-        node = self._call(target, source, *args)
-        node.meta["example_value"] = target(tensor_of(source), *args)
-        return node
+        planes = [self.call(torch.permute, plane, order) for plane in planes]
+        self.encode(planes, self.call_like(torch.permute, source, order), positions, site)
 
     def _write_region(self, planes, source: fx.Node, site: Site) -> None:
         source = self._call_like_shape(source, planes[0], site)
-        self._encode(planes, source, None, site)
+        self.encode(planes, source, None, site)
 
     def _call_like_shape(self, source: fx.Node, plane: fx.Node, site: Site) -> fx.Node:
         """`source` broadcast to the leading dimensions of a plane."""
-        node = self._call(rewrite.broadcast, source, plane)
+        node = self.call(rewrite.broadcast, source, plane)
         node.meta["example_value"] = tensor_of(source)
         return node
 
@@ -186,11 +148,11 @@ class _Rewriter:
         if lone and all(full(items[d], cache.shape[d]) and same_size(value.shape[d], cache.shape[d]) for d in others):
             self._write_positions(planes, indexed[0], items[indexed[0]], source, site)
         elif not indexed:
-            region = [self._call(operator.getitem, plane, rewrite.plane_index(items)) for plane in planes]
+            region = [self.call(operator.getitem, plane, rewrite.plane_index(items)) for plane in planes]
             self._write_region(region, source, site)
         else:
-            rotated = self._rotated(source, site)
-            self._call(rewrite.encode_items, planes, rotated, rewrite.plane_index(items), site.codec.name)
+            rotated = self.rotated(source, site)
+            self.call(rewrite.encode_items, planes, rotated, rewrite.plane_index(items), site.codec.name)
 
     def _move(self, node: fx.Node, view: View) -> None:
         """A view on the planes: the same operator on each of them where it moves tokens, nothing where it relabels."""
@@ -211,21 +173,21 @@ class _Rewriter:
         batch, heads, tokens = heads_of(view, token_axis)
         order = (batch, heads, tokens, 3)
         planes = self.planes[view.base]
-        return list(planes) if order == (0, 1, 2, 3) else [self._call(torch.permute, p, order) for p in planes]
+        return list(planes) if order == (0, 1, 2, 3) else [self.call(torch.permute, p, order) for p in planes]
 
     def _read(self, node: fx.Node, read) -> None:
         result, value = tensor_of(node), read.value or read.key
         site, width = self.sites[value.root], int(tensor_of(value.base).shape[-1])
         if read.kind == "mix":
-            weights = self._dense(node.args[0])
-            out = self._call(ops.mix, weights, self._ordered(value, 2), site.codec.name, width)
+            weights = self.dense(node.args[0])
+            out = self.call(ops.mix, weights, self._ordered(value, 2), site.codec.name, width)
         elif read.kind == "logits":
-            query = self._rotated(node.args[0], site)
-            out = self._call(ops.logits, query, self._ordered(read.key, 3), site.codec.name, width)
+            query = self.rotated(node.args[0], site)
+            out = self.call(ops.logits, query, self._ordered(read.key, 3), site.codec.name, width)
         else:
             out = self._attend(node, read)
-        basis = None if read.kind == "logits" else self._basis(site, result.device, width)
-        final = self._call(reference.rotate_back, out, basis, result.dtype)
+        basis = None if read.kind == "logits" else self.basis(site, result.device, width)
+        final = self.call(reference.rotate_back, out, basis, result.dtype)
         final.meta = dict(node.meta)
         node.replace_all_uses_with(final)
         self.context.reads += 1
@@ -235,12 +197,12 @@ class _Rewriter:
         keys, values = self.sites[read.key.root], self.sites[read.value.root]
         query = tensor_of(node.args[0])
         scale = node.kwargs["scale"]
-        return self._call(
+        return self.call(
             ops.attend,
-            self._rotated(node.args[0], keys),
+            self.rotated(node.args[0], keys),
             self._ordered(read.key, 2),
             self._ordered(read.value, 2),
-            self._dense(node.kwargs["attn_mask"]),
+            self.dense(node.kwargs["attn_mask"]),
             bool(node.kwargs["is_causal"]),
             1 / math.sqrt(int(query.shape[-1])) if scale is None else float(scale),
             keys.codec.name,
@@ -251,37 +213,20 @@ class _Rewriter:
 
     def _fall_back(self, node: fx.Node) -> None:
         """Decode in front of an operator that no rule knows, as late as can be."""
-        dense = {operand: self._rebuild(operand) for operand in node.all_input_nodes if self._view(operand)}
+        dense = {operand: self.rebuild(operand) for operand in node.all_input_nodes if self.view(operand)}
         node.args = fx.map_arg(node.args, lambda old: dense.get(old, old))
         node.kwargs = fx.map_arg(node.kwargs, lambda old: dense.get(old, old))
         if not shape_only(node):
-            root = next(self._view(operand).root for operand in dense)
+            root = next(self.view(operand).root for operand in dense)
             self.context.fallbacks.append(Fallback(name_of(root), spelling(node), where(node)))
         self.changed += 1
-
-    def _rebuild(self, node: fx.Node) -> fx.Node:
-        """The dense value of a view: its planes decoded, then the model's own relabelling on top."""
-        node = written_value(node)
-        view = self.survey.views[node]
-        if view.base is node or view.parent is None:
-            return self._decode(view)
-        parent = self._decode(view) if view.parent is view.base else self._rebuild(view.parent)
-        return self.graph.node_copy(node, lambda old: parent if old is view.parent else old)
-
-    def _decode(self, view: View) -> fx.Node:
-        value, site = tensor_of(view.base), self.sites[view.root]
-        width = int(value.shape[-1])
-        rows = self._call(rewrite.decode, list(self.planes[view.base]), site.codec.name, width)
-        dense = self._call(reference.rotate_back, rows, self._basis(site, value.device, width), value.dtype)
-        dense.meta = {"example_value": value}
-        return dense
 
     def _close(self, output: fx.Node, placeholders: list[fx.Node]) -> None:
         values: list[fx.Node] = []
         created = {site.root: site for site in self.context.sites if site.kind == "create"}
         for original in output.args[0]:
             original = written_value(original) if isinstance(original, fx.Node) else original
-            view = self._view(original)
+            view = self.view(original)
             if original in self.context.decoded_inputs or (view is not None and original in placeholders):
                 self.context.outputs.append(Output("argument", placeholders.index(original)))
             elif view is not None and original in self.survey.appends:
@@ -291,11 +236,11 @@ class _Rewriter:
             elif view is not None:
                 self.context.fallbacks.append(Fallback(name_of(view.root), "output", where(original)))
                 self.context.outputs.append(Output("tensor", len(values)))
-                values.append(self._rebuild(original))
+                values.append(self.rebuild(original))
             elif original in created:
                 site = created[original]
-                planes = self._call(rewrite.encode, self._rotated(original, site), site.codec.name)
-                parts = [self._call(operator.getitem, planes, i) for i in range(len(site.codec.planes))]
+                planes = self.call(rewrite.encode, self.rotated(original, site), site.codec.name)
+                parts = [self.call(operator.getitem, planes, i) for i in range(len(site.codec.planes))]
                 self._emit_planes(values, parts, site, original)
             else:
                 self.context.outputs.append(Output("tensor", len(values)))
@@ -314,6 +259,6 @@ class _Rewriter:
         """Erase what the rewritten nodes replaced, last first."""
         written = {node for node, view in self.survey.writes.items() if view.root in self.sites}
         for node in reversed(list(self.graph.nodes)):
-            replaced = node in self.survey.reads or node in written or self._view(node)
+            replaced = node in self.survey.reads or node in written or self.view(node)
             if replaced and not node.users and node.op != "output":
                 self.graph.erase_node(node)

@@ -4,11 +4,11 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import fx
-from tqcompile.passes.sites import Refusal, Site
-from tqcompile.passes.survey import Survey
 
 from tqcompile.codec import Codec
 from tqcompile.options import Options
+from tqcompile.passes.sites import Refusal, Site
+from tqcompile.passes.survey import Survey
 
 
 @dataclass(frozen=True)

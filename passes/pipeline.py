@@ -1,6 +1,7 @@
 """The passes in the order they run, and the one doorway that runs them."""
 
 from torch import fx
+
 from tqcompile.passes.canonicalize import canonicalize
 from tqcompile.passes.compress import compress
 from tqcompile.passes.context import Context

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import fx
-from tqcompile.passes.canonicalize import tensor_of
-from tqcompile.passes.survey import Append, Read, Survey
-from tqcompile.passes.views import written_value
 
 from tqcompile.cache import CompressedKV, refusal
 from tqcompile.codec import Codec
 from tqcompile.layout import layout_of
+from tqcompile.passes.canonicalize import tensor_of
+from tqcompile.passes.survey import Append, Read, Survey
+from tqcompile.passes.views import written_value
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import fx
+
 from tqcompile.passes.canonicalize import spelling, tensor_of
 from tqcompile.passes.views import View, derived, full, index_items, root_view, shape_only
 

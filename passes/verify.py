@@ -1,6 +1,7 @@
 """What must hold of a graph that is handed to the inner compiler. Runs in production."""
 
 from torch import fx
+
 from tqcompile.passes.context import Context
 
 

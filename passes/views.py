@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import fx
+
 from tqcompile.passes.canonicalize import example, spelling, tensor_of
 
 Axis = tuple  # the plane dimensions that one dimension of a view is made of, "r" where a token is repeated

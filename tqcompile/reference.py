@@ -22,7 +22,7 @@ BLOCK_ELEMENTS = 2**18
 
 
 def rotate(x: torch.Tensor, basis: torch.Tensor | None) -> torch.Tensor:
-    """x [..., head_dim] -> its coordinates in `basis` (rows of [head_dim, head_dim]), float32; None leaves x as it is."""
+    """x [..., head_dim] -> its coordinates in `basis` (rows of [head_dim, head_dim]), float32; None leaves x."""
     return x if basis is None else x.float() @ basis.T
 
 
@@ -221,7 +221,7 @@ def masked(
     start: int,
     stop: int,
 ) -> torch.Tensor:
-    """Scores [B, Hkv, G*T, stop - start] or [B, Hq, T, ...] of keys start..stop, with the mask [B, Hq, T, S] applied."""
+    """Scores [B, Hkv, G*T, stop - start] or [B, Hq, T, ...] of keys start..stop, masked by [B, Hq, T, S]."""
     batch, heads, queries, _ = shape
     if mask is None and not causal:
         return scores

@@ -1,6 +1,7 @@
 """Every number a format needs, derived from its definition: rotations and Lloyd-Max codebooks."""
 
 from functools import cache
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -52,7 +53,7 @@ def sphere_distortion(bits: int, head_dim: int) -> float:
 
 def boundaries(codebook: tuple[float, ...]) -> tuple[float, ...]:
     """The midpoints between neighbouring centroids: where a nearest-centroid quantiser changes its code."""
-    return tuple((low + high) / 2 for low, high in zip(codebook, codebook[1:]))
+    return tuple((low + high) / 2 for low, high in pairwise(codebook))
 
 
 @cache

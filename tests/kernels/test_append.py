@@ -5,9 +5,9 @@ import torch
 from cases import close, planes_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tqcompile.kernels import append, attend
 
 from tqcompile import formats, reference, tables
+from tqcompile.kernels import append, attend
 from tqcompile.layout import layout_of
 
 CODECS = list(formats.REGISTRY)

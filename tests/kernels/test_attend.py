@@ -5,9 +5,9 @@ import torch
 from cases import close, compressed
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tqcompile.kernels import attend, tune
 
 from tqcompile import formats, reference
+from tqcompile.kernels import attend, tune
 
 CODECS = list(formats.REGISTRY)
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

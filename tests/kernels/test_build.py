@@ -1,9 +1,9 @@
 import pytest
 import torch
-from tqcompile.kernels import build
-from tqcompile.kernels.emit import Reader
 
 from tqcompile import formats
+from tqcompile.kernels import build
+from tqcompile.kernels.emit import Reader
 
 FEW = [
     (("turboquant:4", "turboquant:3"), 128, Reader("bool"), torch.bfloat16, 4, 90),

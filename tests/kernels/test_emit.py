@@ -8,12 +8,12 @@ import pytest
 import sympy
 import torch
 import triton
-from tqcompile.kernels import append, attend, emit
-from tqcompile.kernels.address import expression
-from tqcompile.kernels.writers import WRITERS
 
 from tqcompile import formats
 from tqcompile.codec import Codec, Lookup, Plane, Term
+from tqcompile.kernels import append, attend, emit
+from tqcompile.kernels.address import expression
+from tqcompile.kernels.writers import WRITERS
 from tqcompile.layout import COORDINATE, layout_of
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"

@@ -4,13 +4,13 @@ from collections import Counter
 
 import torch
 from torch import fx
+
+from tqcompile.backend import _copy
+from tqcompile.options import Options
 from tqcompile.passes.canonicalize import canonicalize, spelling
 from tqcompile.passes.context import Context
 from tqcompile.passes.pipeline import run
 from tqcompile.passes.sites import sites
-
-from tqcompile.backend import _copy
-from tqcompile.options import Options
 
 
 def capture(function, *args) -> fx.GraphModule:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from graphs import capture, operators
+
 from tqcompile.passes.canonicalize import canonicalize
 
 Q, K = torch.randn(2, 4, 3, 8), torch.randn(2, 4, 5, 8)

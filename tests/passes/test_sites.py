@@ -3,6 +3,7 @@
 import pytest
 import torch
 from graphs import passed
+
 from tqcompile.passes.sites import sites
 
 F = torch.nn.functional

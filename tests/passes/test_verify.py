@@ -5,6 +5,7 @@ import torch
 from graphs import passed
 from test_compress import stepping
 from test_sites import AT, K, Q, V, attend
+
 from tqcompile.passes.verify import verify
 
 
@@ -42,7 +43,7 @@ def test_a_placeholder_without_an_example_is_an_error():
 
 
 def test_inputs_of_the_graph_are_planes_of_the_layout():
-    after, context = rewritten()
+    after, _ = rewritten()
     planes = [node.meta["example_value"] for node in after.graph.nodes if node.name.endswith("_number")]
     assert [tuple(plane.shape) for plane in planes] == [(2, 4, 9, 8)] * 2
     assert all(plane.dtype == torch.float32 for plane in planes)

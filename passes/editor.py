@@ -1,0 +1,71 @@
+"""The graph while it is rewritten: which plane nodes stand for which value, and how new operators are put on them."""
+
+import torch
+from torch import fx
+
+from tqcompile import ops, reference, tables
+from tqcompile.passes import rewrite
+from tqcompile.passes.canonicalize import tensor_of
+from tqcompile.passes.context import Context
+from tqcompile.passes.sites import Site
+from tqcompile.passes.views import View, written_value
+
+
+class Editor:
+    """`planes` holds, for every node that is a compressed value, the nodes of its planes at that point."""
+
+    def __init__(self, gm: fx.GraphModule, context: Context):
+        self.gm, self.graph, self.context, self.survey = gm, gm.graph, context, context.survey
+        self.sites = {site.root: site for site in context.sites}
+        self.planes: dict[fx.Node, tuple[fx.Node, ...]] = {}
+
+    def view(self, node) -> View | None:
+        view = self.survey.views.get(node) if isinstance(node, fx.Node) else None
+        return view if view is not None and view.root in self.sites else None
+
+    def call(self, target, *args, **kwargs) -> fx.Node:
+        return self.graph.call_function(target, args, kwargs)
+
+    def call_like(self, target, source: fx.Node, *args) -> fx.Node:
+        node = self.call(target, source, *args)
+        node.meta["example_value"] = target(tensor_of(source), *args)
+        return node
+
+    def basis(self, site: Site, device: torch.device, head_dim: int) -> fx.Node | None:
+        matrix = tables.basis_matrix(site.codec, head_dim, device)
+        if matrix is None:
+            return None
+        name = f"basis_{site.codec.basis}_{head_dim}"
+        if not hasattr(self.gm, name):
+            self.gm.register_buffer(name, matrix)
+        return self.graph.get_attr(name)
+
+    def dense(self, node):
+        """`node`, decoded where it shows a cache that is compressed."""
+        return self.rebuild(node) if self.view(node) else node
+
+    def rotated(self, node: fx.Node, site: Site) -> fx.Node:
+        node = self.dense(node)
+        value = tensor_of(node)
+        basis = self.basis(site, value.device, int(value.shape[-1]))
+        return node if basis is None else self.call(reference.rotate, node, basis)
+
+    def encode(self, planes: list[fx.Node], source: fx.Node, positions: fx.Node | None, site: Site) -> None:
+        self.call(ops.append, list(planes), self.rotated(source, site), positions, site.codec.name)
+
+    def rebuild(self, node: fx.Node) -> fx.Node:
+        """The dense value of a view: its planes decoded, then the model's own relabelling on top."""
+        node = written_value(node)
+        view = self.survey.views[node]
+        if view.base is node or view.parent is None:
+            return self.decode(view)
+        parent = self.decode(view) if view.parent is view.base else self.rebuild(view.parent)
+        return self.graph.node_copy(node, lambda old: parent if old is view.parent else old)
+
+    def decode(self, view: View) -> fx.Node:
+        value, site = tensor_of(view.base), self.sites[view.root]
+        width = int(value.shape[-1])
+        rows = self.call(rewrite.decode, list(self.planes[view.base]), site.codec.name, width)
+        dense = self.call(reference.rotate_back, rows, self.basis(site, value.device, width), value.dtype)
+        dense.meta = {"example_value": value}
+        return dense
