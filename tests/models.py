@@ -296,7 +296,7 @@ class Made(Model):
 def fake_quantised(x: torch.Tensor, codec: str) -> torch.Tensor:
     """`x` [..., head_dim] as a cache of that codec gives it back."""
     format = formats.codec(codec)
-    basis = tables.basis_matrix(format, x.shape[-1])
+    basis = tables.basis_matrix(format, x.shape[-1], x.device)
     planes = reference.encode(format, reference.rotate(x, basis))
     return reference.rotate_back(reference.decode(format, planes, x.shape[-1]), basis, x.dtype)
 

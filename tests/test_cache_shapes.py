@@ -14,12 +14,13 @@ CREATES = ("tuples", "made")
 def talk(kind, shape, codecs, calls, eager_prefill=False, **options):
     """Largest difference to the twin over `calls`: numbers of tokens, and names of methods of the conversation."""
     ours, twin = conversations(kind, shape, codecs, **options)
-    generator, worst = torch.Generator().manual_seed(1), 0.0
+    generator, worst = torch.Generator("cpu").manual_seed(1), 0.0
+    device = torch.get_default_device()
     for at, call in enumerate(calls):
         if isinstance(call, str):
             getattr(ours, call)(), getattr(twin, call)()
             continue
-        x = torch.randn(shape.batch, call, EMBED, generator=generator).to(shape.dtype)
+        x = torch.randn(shape.batch, call, EMBED, generator=generator, device="cpu").to(device, shape.dtype)
         eager = eager_prefill and at == 0
         exact = eager or (kind in CREATES and ours.filled == 0)
         worst = max(worst, (ours.feed(x, eager=eager) - twin.feed(x, exact=exact)).abs().max().item())

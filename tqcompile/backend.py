@@ -126,6 +126,7 @@ def _inner(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, 
 
 def _compile_rows(function: Callable, rows: Sequence[torch.Tensor]) -> Callable:
     """`function` of 2-D planes, compiled for any number of rows; straight to Inductor, for a call costs less so."""
+    from torch._inductor import config
     from torch._inductor.compile_fx import compile_fx_inner
     from torch._inductor.decomposition import select_decomp_table
     from torch._inductor.virtualized import V
@@ -139,7 +140,8 @@ def _compile_rows(function: Callable, rows: Sequence[torch.Tensor]) -> Callable:
         sources = [LocalSource(f"rows{place}") for place in range(len(rows))]
         fakes = [mode.from_tensor(r, source=s, symbolic_context=any_rows) for r, s in zip(rows, sources)]
         gm = make_fx(function, decomposition_table=select_decomp_table(), tracing_mode="symbolic")(*fakes)
-        with V.set_fake_mode(mode):
+        # A scale that is stored in half precision divides as it is stored: a code must not depend on who computed it.
+        with V.set_fake_mode(mode), config.patch(emulate_precision_casts=True):
             compiled = compile_fx_inner(gm, fakes)
     return lambda *rows: compiled(list(rows))
 

@@ -61,6 +61,7 @@ class CompressedKV(torch.Tensor):
     codec: Codec
     buffer: Buffer | None
     start: int
+    anchor = torch.empty(0)
 
     @staticmethod
     def __new__(
@@ -139,8 +140,9 @@ class CompressedKV(torch.Tensor):
         return sum(storage.nbytes() for storage in storages(self).values())
 
     def __tensor_flatten__(self):
-        # No inner tensors: Dynamo sees a dense tensor of this shape, and guards on the codec alone.
-        return [], (self.codec.name, self.dtype, self.device)
+        # Dynamo sees a dense tensor of this shape, and guards on the codec alone. It wants an inner tensor (torch 2.11
+        # takes one without for fake); the planes would bring guards on their sizes.
+        return ["anchor"], (self.codec.name, self.dtype, self.device)
 
     @classmethod
     def __metadata_guard__(cls, expected, found) -> bool:

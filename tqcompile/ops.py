@@ -34,9 +34,7 @@ _row_functions: dict[tuple, Callable] = {}
 def use_row_compiler(compile_rows: Callable | None) -> None:
     """Install the compiler of row codecs: `compile_rows(function, example rows) -> function`. None: run eagerly."""
     global _compile_rows
-    if compile_rows is not _compile_rows:
-        _row_functions.clear()
-        _compile_rows = compile_rows
+    _compile_rows = compile_rows
 
 
 def decode_rows(codec: Codec, planes: Tensors, head_dim: int) -> torch.Tensor:

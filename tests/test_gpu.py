@@ -1,0 +1,58 @@
+"""The whole path on a CUDA device: generated kernels inside a compiled model, and under CUDA graphs."""
+
+import pytest
+import torch
+from models import EMBED, MODELS, Shape
+from test_cache_shapes import CALLS, assert_compressed, talk
+
+import tqcompile
+from tqcompile import formats
+
+pytestmark = pytest.mark.gpu
+
+PAIRS = [(name, name) for name in formats.REGISTRY] + [("turboquant:5", "turboquant:3")]
+
+
+@pytest.fixture(autouse=True)
+def on_the_device():
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    torch.set_default_device("cuda")
+    yield
+    torch.set_default_device(None)
+
+
+@pytest.mark.parametrize("codecs", PAIRS, ids="/".join)
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_conversation_on_kernels_equals_a_quantised_dense_cache(kind, codecs):
+    # The twin and the kernels round scores differently, and a second layer's codes may fall on either side of an edge.
+    worst, ours = talk(kind, Shape(layers=1, head_dim=64), codecs, CALLS, inner="inductor")
+    assert worst < 2e-3
+    assert_compressed(ours, codecs)
+    assert all(cache.is_cuda for cache in ours.caches())
+
+
+@pytest.mark.parametrize("reader", ["sdpa_mask", "sdpa_gqa_scale", "eager_matmul", "softcap", "sinks"])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float16, 1e-2), (torch.bfloat16, 6e-2)], ids=str)
+def test_half_precision_differs_by_its_own_rounding(reader, dtype, tolerance):
+    shape = Shape(layers=1, head_dim=128, heads=8, dtype=dtype, reader=reader)
+    worst, ours = talk("counter", shape, ("turboquant:4", "turboquant:3"), [5, 1, 1, 3, 1], inner="inductor")
+    assert worst < tolerance
+    assert_compressed(ours, ("turboquant:4", "turboquant:3"))
+
+
+@pytest.mark.parametrize("kind", ["buffers", "counter"])
+def test_reduce_overhead_replays_cuda_graphs_over_compressed_caches(kind):
+    torch.manual_seed(0)
+    shape = Shape(length=64, head_dim=64)
+    model, eager = MODELS[kind](shape), MODELS[kind](shape)
+    eager.load_state_dict(model.state_dict())
+    compiled = torch.compile(model, backend=tqcompile.turboquant(keys="q8_0", values="q8_0"), mode="reduce-overhead")
+    torch._dynamo.utils.counters.clear()
+    with torch.no_grad():
+        for position in range(12):
+            x = torch.randn(shape.batch, 1, EMBED)
+            place = (torch.tensor([position]),) if kind == "buffers" else ()
+            ours, dense = compiled(x, *place).clone(), eager(x, *place)
+            assert (ours - dense).abs().max() < 2e-2
+    assert torch._dynamo.utils.counters["inductor"]["cudagraph_skips"] == 0
