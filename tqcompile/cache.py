@@ -134,10 +134,6 @@ class CompressedKV(torch.Tensor):
         if self.buffer is not None:
             torch._dynamo.maybe_mark_dynamic(self, self.buffer.seq_dim)
 
-    def _is_view(self) -> bool:
-        """Never, to those who ask from Python: Dynamo would replay the view on the base's fake, which is dense."""
-        return False
-
     @property
     def nbytes(self) -> int:
         """Bytes of live storage behind this cache, spare capacity included."""
