@@ -147,8 +147,13 @@ def _compile_rows(function: Callable, rows: Sequence[torch.Tensor]) -> Callable:
 
 
 def _record(gm: fx.GraphModule, context: Context) -> reports.Graph:
-    held = [real(node) for node in _placeholders(gm)]
-    owners = tuple(weakref.ref(t) for t in held if isinstance(t, torch.nn.Parameter))
+    held = [(getattr(getattr(n, "_dynamo_source", None), "name", ""), real(n)) for n in _placeholders(gm)]
+    # An input is a parameter by its type, and a buffer by where Dynamo found it.
+    owners = tuple(
+        weakref.ref(tensor)
+        for source, tensor in held
+        if isinstance(tensor, torch.nn.Parameter) or (tensor is not None and "_buffers[" in source)
+    )
     identity = gm.meta.get("dynamo_compile_id")
     return reports.Graph(
         name=str(identity) if identity is not None else "graph",

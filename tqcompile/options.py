@@ -4,7 +4,7 @@ import difflib
 import hashlib
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -50,11 +50,15 @@ class Options:
                 _one_of(name, getattr(self, name), tuple(formats.REGISTRY))
         if not isinstance(self.strict, bool):
             raise ValueError(f"strict={self.strict!r}; allowed are True and False")
+        if not isinstance(self.disable, (str, tuple, list, set, frozenset)):
+            raise ValueError(f"disable={self.disable!r}; give names of passes, of: {', '.join(PASSES)}")
         disable = (self.disable,) if isinstance(self.disable, str) else tuple(self.disable)
         for name in disable:
             _one_of("disable", name, PASSES)
         object.__setattr__(self, "disable", disable)
         _one_of("inner", self.inner, INNERS)
+        if not isinstance(self.dump, (str, os.PathLike, type(None))) or self.dump == "":
+            raise ValueError(f"dump={self.dump!r}; give the path of a folder, or None")
         if self.dump is not None:
             object.__setattr__(self, "dump", Path(self.dump))
 
@@ -73,19 +77,25 @@ class Options:
 
 
 def resolve(given: Mapping[str, Any] | None = None) -> Options:
-    """Options from the environment, overridden by `given`.
+    """Options from the environment, overridden by `given`; a preset that is given overrides both of its halves.
 
     Raises:
         ValueError: an unknown name or value; says what was given, what is allowed, and the nearest match.
     """
-    return _updated(_updated(Options(), _from_environment()), given or {})
-
-
-def _updated(options: Options, given: Mapping[str, Any]) -> Options:
+    given = given or {}
     allowed = tuple(field.name for field in fields(Options))
     for name in given:
         _one_of("option", name, allowed)
-    return replace(options, **given)
+    try:
+        defaults = _from_environment()
+        for name in defaults:
+            _one_of("option", name, allowed)
+        Options(**defaults)
+    except ValueError as error:
+        raise ValueError(f"{ENVIRONMENT}: {error}") from None
+    if "preset" in given:
+        defaults = {name: value for name, value in defaults.items() if name not in ("keys", "values")}
+    return Options(**{**defaults, **given})
 
 
 def _from_environment() -> dict[str, Any]:
@@ -93,7 +103,7 @@ def _from_environment() -> dict[str, Any]:
     for item in filter(None, (part.strip() for part in os.environ.get(ENVIRONMENT, "").split(","))):
         name, equals, value = (part.strip() for part in item.partition("="))
         if not equals:
-            raise ValueError(f"{ENVIRONMENT}: {item!r} is not name=value; an example is keys=turboquant:4,values=q8_0")
+            raise ValueError(f"{item!r} is not name=value; an example is keys=turboquant:4,values=q8_0")
         if name == "strict":
             given[name] = _boolean(value)
         else:
@@ -103,7 +113,7 @@ def _from_environment() -> dict[str, Any]:
 
 def _boolean(value: str) -> bool:
     words = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
-    _one_of(f"{ENVIRONMENT}: strict", value.lower(), tuple(words))
+    _one_of("strict", value.lower(), tuple(words))
     return words[value.lower()]
 
 

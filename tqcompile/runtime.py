@@ -68,7 +68,9 @@ class CompiledGraph:
             if reason is not None:
                 return None, reason
         if entry.site.kind == "in_place":
-            held.own(entry.strides)
+            reason = held.own(entry.strides)
+            if reason is not None:
+                return None, reason
         self.record.track(entry.name, held)
         return held, None
 
