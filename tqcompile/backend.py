@@ -35,8 +35,10 @@ class Backend:
         self.options = options
         self.__name__ = "turboquant"
 
-    def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any], *, mode: str | None = None, **_) -> Callable:
-        return _compile(gm, example_inputs, self.options, mode)
+    def __call__(
+        self, gm: fx.GraphModule, example_inputs: Sequence[Any], *, mode: str | None = None, options: dict | None = None
+    ) -> Callable:
+        return _compile(gm, example_inputs, resolve(options, self.options) if options else self.options, mode)
 
     def __eq__(self, other) -> bool:
         return isinstance(other, Backend) and other.options == self.options

@@ -31,9 +31,10 @@ def run(func, args: tuple, kwargs: dict):
             planes = _VIEWS[func](func, *args, **kwargs)
             if planes is not NotImplemented:
                 return _views(func, first, planes, args, kwargs)
-    result = _COPIES[func](func, *args, **kwargs) if func in _COPIES else NotImplemented
-    if result is not NotImplemented:
-        return result
+    if func in _COPIES and isinstance(first, (CompressedKV, list, tuple)):
+        result = _COPIES[func](func, *args, **kwargs)
+        if result is not NotImplemented:
+            return result
     _refuse_lost_writes(func, args, kwargs)
     return _decoded(func, args, kwargs)
 
@@ -153,13 +154,11 @@ def _fresh(cache: CompressedKV, planes) -> CompressedKV:
 
 def _index_select(func, cache, dim, index):
     dim = _leading(cache, dim)
-    if dim is None or not isinstance(cache, CompressedKV):
-        return NotImplemented
-    return _fresh(cache, (func(plane, dim, index) for plane in cache.planes))
+    return NotImplemented if dim is None else _fresh(cache, (func(plane, dim, index) for plane in cache.planes))
 
 
 def _index(func, cache, indices):
-    if not isinstance(cache, CompressedKV) or len(indices) >= cache.dim() or not _whole_tokens(cache, indices):
+    if len(indices) >= cache.dim() or not _whole_tokens(cache, indices):
         return NotImplemented
     return _fresh(cache, (func(plane, indices) for plane in cache.planes))
 

@@ -4,7 +4,7 @@ import difflib
 import hashlib
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -76,39 +76,40 @@ class Options:
         return hashlib.sha256(repr(content).encode()).hexdigest()[:12]
 
 
-def resolve(given: Mapping[str, Any] | None = None) -> Options:
-    """Options from the environment, overridden by `given`; a preset that is given overrides both of its halves.
+def resolve(given: Mapping[str, Any] | None = None, defaults: Options | None = None) -> Options:
+    """Options of `given`, over `defaults` or those of the environment; a given preset overrides both of its halves.
 
     Raises:
         ValueError: an unknown name or value; says what was given, what is allowed, and the nearest match.
     """
-    given = given or {}
-    allowed = tuple(field.name for field in fields(Options))
+    given = dict(given or {})
+    _check_names(given)
+    if "preset" in given:
+        given = {"keys": None, "values": None, **given}
+    return replace(defaults or _from_environment(), **given)
+
+
+def _check_names(given: Mapping[str, Any]) -> None:
     for name in given:
-        _one_of("option", name, allowed)
+        _one_of("option", name, tuple(field.name for field in fields(Options)))
+
+
+def _from_environment() -> Options:
     try:
-        defaults = _from_environment()
-        for name in defaults:
-            _one_of("option", name, allowed)
-        Options(**defaults)
+        given = dict(map(_parse, filter(None, map(str.strip, os.environ.get(ENVIRONMENT, "").split(",")))))
+        _check_names(given)
+        return Options(**given)
     except ValueError as error:
         raise ValueError(f"{ENVIRONMENT}: {error}") from None
-    if "preset" in given:
-        defaults = {name: value for name, value in defaults.items() if name not in ("keys", "values")}
-    return Options(**{**defaults, **given})
 
 
-def _from_environment() -> dict[str, Any]:
-    given: dict[str, Any] = {}
-    for item in filter(None, (part.strip() for part in os.environ.get(ENVIRONMENT, "").split(","))):
-        name, equals, value = (part.strip() for part in item.partition("="))
-        if not equals:
-            raise ValueError(f"{item!r} is not name=value; an example is keys=turboquant:4,values=q8_0")
-        if name == "strict":
-            given[name] = _boolean(value)
-        else:
-            given[name] = tuple(value.split("+")) if name == "disable" else value
-    return given
+def _parse(item: str) -> tuple[str, Any]:
+    name, equals, value = (part.strip() for part in item.partition("="))
+    if not equals:
+        raise ValueError(f"{item!r} is not name=value; an example is keys=turboquant:4,values=q8_0")
+    if name == "strict":
+        return name, _boolean(value)
+    return name, tuple(value.split("+")) if name == "disable" else value
 
 
 def _boolean(value: str) -> bool:

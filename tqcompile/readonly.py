@@ -51,5 +51,8 @@ class ReadOnly(torch.Tensor):
         array.flags.writeable = False
         return array
 
+    def tolist(self) -> list:
+        return self.dense.tolist()
+
     def __array__(self, dtype=None, copy=None):
         return self.numpy().astype(dtype) if dtype else self.numpy()
