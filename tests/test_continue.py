@@ -11,6 +11,7 @@ from checkpoints import assert_compressed, assert_same, cache_of, new_cache, pro
 from test_generate import LOSSLESS, LOSSY, assert_says_the_same, compile_forward, say
 
 from tqcompile import CompressedKV
+from tqcompile.formats import codec
 
 
 class Pair:
@@ -214,3 +215,17 @@ def test_a_chat_that_goes_on(kind):
         answers.append(answer)
     assert_says_the_same(answers[1], answers[0])
     assert_compressed(cache, model)
+
+
+def test_a_grown_cache_is_written_once_its_past_is_gone():
+    past = CompressedKV.encode(torch.randn(1, 2, 5, 16), codec("identity")).room(1, 2)
+    grown = past.room(1, 2)
+    view = past[:, :, :2]
+    with pytest.raises(RuntimeError, match="another continues"):
+        grown.zero_()
+    del past
+    with pytest.raises(RuntimeError, match="another continues"):
+        grown.zero_()
+    del view
+    grown.zero_()
+    assert torch.equal(grown.decode(), torch.zeros(1, 2, 7, 16))

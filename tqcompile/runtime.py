@@ -59,6 +59,7 @@ class CompiledGraph:
         for entry in self.in_place:
             held = args[entry.index]
             reason = None if isinstance(held, CompressedKV) else adopt(held, entry.site.codec)
+            reason = held.own(entry.strides) if reason is None else reason
             if reason is not None:
                 self.record.events[entry.name] = reason
                 complete = False
@@ -74,10 +75,6 @@ class CompiledGraph:
         assert held.codec is entry.site.codec, f"{entry.name}: a graph of {entry.site.codec.name} was given {held}"
         if entry.site.kind == "append":
             return held.room(self.tokens[entry.index](args), entry.site.append.dim)
-        if entry.site.kind == "in_place":
-            reason = held.own(entry.strides)
-            if reason is not None:
-                return None, reason
         self.record.track(entry.name, held)
         return held
 
