@@ -17,8 +17,14 @@ PIPELINE = (
 
 
 def run(gm: fx.GraphModule, context: Context) -> None:
-    """Run every pass that the options leave on, in place; counts go to `context.counts`."""
+    """Run the passes in place; counts go to `context.counts`.
+
+    Each builds on those before it: a pass that the options leave out takes the later ones along, and no cache of the
+    graph is compressed.
+    """
     for step in PIPELINE:
-        if step.__name__ not in context.options.disable:
-            context.counts[step.__name__] = step(gm, context)
+        if step.__name__ in context.options.disable:
+            context.sites = ()
+            break
+        context.counts[step.__name__] = step(gm, context)
     gm.recompile()

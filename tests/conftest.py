@@ -19,6 +19,9 @@ logging.getLogger("torch.__trace").propagate = False
 settings.register_profile("tests", deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 settings.load_profile("tests")
 
+# Tensors are tiny here: threads would wait for each other longer than they work.
+torch.set_num_threads(1)
+
 
 @pytest.fixture(autouse=True)
 def fresh_compiler():

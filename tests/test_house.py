@@ -18,7 +18,7 @@ FLOORS = (
     ("options",),
     ("kernels",),
     ("ops",),
-    ("cache+dispatch",),
+    ("cache+buffer+dispatch+readonly",),
     ("report",),
     ("passes",),
     ("backend+runtime",),

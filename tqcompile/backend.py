@@ -35,8 +35,10 @@ class Backend:
         self.options = options
         self.__name__ = "turboquant"
 
-    def __call__(self, gm: fx.GraphModule, example_inputs: Sequence[Any], *, mode: str | None = None, **_) -> Callable:
-        return _compile(gm, example_inputs, self.options, mode)
+    def __call__(
+        self, gm: fx.GraphModule, example_inputs: Sequence[Any], *, mode: str | None = None, options: dict | None = None
+    ) -> Callable:
+        return _compile(gm, example_inputs, resolve(options, self.options) if options else self.options, mode)
 
     def __eq__(self, other) -> bool:
         return isinstance(other, Backend) and other.options == self.options
@@ -147,8 +149,13 @@ def _compile_rows(function: Callable, rows: Sequence[torch.Tensor]) -> Callable:
 
 
 def _record(gm: fx.GraphModule, context: Context) -> reports.Graph:
-    held = [real(node) for node in _placeholders(gm)]
-    owners = tuple(weakref.ref(t) for t in held if isinstance(t, torch.nn.Parameter))
+    held = [(getattr(getattr(n, "_dynamo_source", None), "name", ""), real(n)) for n in _placeholders(gm)]
+    # An input is a parameter by its type, and a buffer by where Dynamo found it.
+    owners = tuple(
+        weakref.ref(tensor)
+        for source, tensor in held
+        if isinstance(tensor, torch.nn.Parameter) or (tensor is not None and "_buffers[" in source)
+    )
     identity = gm.meta.get("dynamo_compile_id")
     return reports.Graph(
         name=str(identity) if identity is not None else "graph",

@@ -1,4 +1,4 @@
-"""`CompressedKV`: the tensor that a model holds where its dense cache was, and the buffer it grows in.
+"""`CompressedKV`: the tensor that a model holds where its dense cache was.
 
 It has the shape and dtype of the cache it stands for and no storage of its own. Its planes keep the leading
 dimensions in the model's order, so that whatever moves whole tokens is done on the planes; anything else decodes.
@@ -10,50 +10,17 @@ from collections.abc import Callable
 import torch
 
 from tqcompile import formats, reference, tables
+from tqcompile.buffer import Buffer, Planes
 from tqcompile.codec import Codec
 from tqcompile.layout import layout_of
 
-Planes = tuple[torch.Tensor, ...]
-
-
-class Buffer:
-    """Growing storage of one functional cache: planes [capacity, *others, width], the sequence outermost.
-
-    With the sequence outermost a view's strides depend on neither length nor capacity, so a compiled step fits
-    every length. `shared` says that more than one cache has been handed out of it: an append leaves the older
-    cache's tokens where they are, and a write would change both.
-    """
-
-    def __init__(self, planes: Planes, seq_dim: int, room: int):
-        length = planes[0].shape[seq_dim]
-        # A sixteenth of slack bounds both the bytes that idle and the copies a growing cache makes.
-        self.capacity = length + room + max(32, length // 16)
-        self.seq_dim = seq_dim
-        self.used = length
-        self.shared = False
-        with torch.inference_mode(False):
-            self.storage = tuple(self._allocate(plane) for plane in planes)
-        for target, plane in zip(self.view(0, length), planes):
-            target.copy_(plane)
-
-    def _allocate(self, plane: torch.Tensor) -> torch.Tensor:
-        others = [size for dim, size in enumerate(plane.shape) if dim != self.seq_dim]
-        return plane.new_empty((self.capacity, *others))
-
-    def view(self, start: int, stop: int) -> Planes:
-        """Tokens start..stop, in the cache's own order of dimensions."""
-        return tuple(_sequence_view(plane, self.seq_dim, start, stop) for plane in self.storage)
-
-
-def _sequence_view(storage: torch.Tensor, seq_dim: int, start: int, stop: int) -> torch.Tensor:
-    size, stride = list(storage.shape[1:]), list(storage.stride()[1:])
-    size.insert(seq_dim, stop - start)
-    stride.insert(seq_dim, storage.stride(0))
-    return storage.as_strided(size, stride, start * storage.stride(0))
-
 
 class CompressedKV(torch.Tensor):
-    """A cache of keys or values [..., head_dim] kept as the planes [..., width] of a codec."""
+    """A cache of keys or values [..., head_dim] kept as the planes [..., width] of a codec.
+
+    `is_part` says that it was taken from another cache, and `copied` that it should show that cache's memory but its
+    planes could only be copied: a write would be lost.
+    """
 
     __torch_function__ = torch._C._disabled_torch_function_impl
 
@@ -61,6 +28,8 @@ class CompressedKV(torch.Tensor):
     codec: Codec
     buffer: Buffer | None
     start: int
+    is_part: bool
+    copied: bool
     anchor = torch.empty(0)
 
     @staticmethod
@@ -72,17 +41,30 @@ class CompressedKV(torch.Tensor):
         dtype: torch.dtype,
         buffer: Buffer | None = None,
         start: int = 0,
+        strides: tuple[int, ...] | None = None,
     ) -> "CompressedKV":
-        shape = (*planes[0].shape[:-1], head_dim)
+        shape, device = (*planes[0].shape[:-1], head_dim), planes[0].device
         with torch.inference_mode(False):
-            self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=planes[0].device)
+            self = torch.Tensor._make_wrapper_subclass(cls, shape, strides, dtype=dtype, device=device)
         torch._C._set_throw_on_mutable_data_ptr(self)
         self.planes, self.codec, self.buffer, self.start = tuple(planes), codec, buffer, start
+        self.is_part = self.copied = False
         return self
 
     @classmethod
     def encode(cls, dense: torch.Tensor, codec: Codec) -> "CompressedKV":
-        """A compressed copy of `dense` [..., head_dim]."""
+        """A compressed copy of `dense` [..., head_dim].
+
+        Raises:
+            TypeError: `dense` is no tensor, or `codec` no codec.
+            ValueError: a dtype or head_dim that no layout exists for.
+        """
+        if not isinstance(dense, torch.Tensor) or dense.dim() == 0:
+            found = "a tensor without dimensions" if isinstance(dense, torch.Tensor) else type(dense).__name__
+            raise TypeError(f"dense is {found}; give a tensor [..., head_dim]")
+        if not isinstance(codec, Codec):
+            raise TypeError(f"codec={codec!r} is no codec; tqcompile.formats.codec(name) makes one")
+        dense = dense.decode() if isinstance(dense, CompressedKV) else dense
         return cls(encode_dense(dense, codec), codec, dense.shape[-1], dense.dtype)
 
     def decode(self) -> torch.Tensor:
@@ -90,12 +72,18 @@ class CompressedKV(torch.Tensor):
         basis = tables.basis_matrix(self.codec, self.shape[-1], self.device)
         rows = reference.decode(self.codec, self.planes, self.shape[-1])
         dense = reference.rotate_back(rows, basis, self.dtype)
-        return dense.clone() if self.codec.fit == "exact" else dense
+        return dense.clone(memory_format=torch.contiguous_format) if self.codec.fit == "exact" else dense.contiguous()
 
-    def like(self, planes: Planes, dtype: torch.dtype | None = None) -> "CompressedKV":
-        """A cache of other planes in the same codec; it writes through where the planes are views of these."""
-        other = CompressedKV(planes, self.codec, self.shape[-1], dtype or self.dtype)
-        other.buffer, other.start = self.buffer, -1
+    def like(self, planes: Planes, strides: tuple[int, ...]) -> "CompressedKV":
+        """The view of this cache that these planes are.
+
+        `strides` are those of the same view of a dense cache: they decide whether `contiguous()` copies.
+        """
+        copied = not all(p.untyped_storage()._cdata == q.untyped_storage()._cdata for p, q in zip(planes, self.planes))
+        buffer = None if copied else self.buffer
+        start = -1 if buffer is None else buffer.place(planes[0])
+        other = CompressedKV(planes, self.codec, self.shape[-1], self.dtype, buffer, start, strides)
+        other.is_part, other.copied = True, copied or self.copied
         return other
 
     def room(self, tokens: int, seq_dim: int) -> "CompressedKV":
@@ -120,14 +108,20 @@ class CompressedKV(torch.Tensor):
         planes = buffer.view(start, start + length + tokens)
         return CompressedKV(planes, self.codec, self.shape[-1], self.dtype, buffer, start)
 
-    def own(self, strides: tuple[tuple[int, ...], ...]) -> None:
-        """Make the planes this cache's alone, and of these strides, before a compiled graph writes into them."""
+    def own(self, strides: tuple[tuple[int, ...], ...]) -> str | None:
+        """Make the planes this cache's alone, and of these strides, before a compiled graph writes into them.
+
+        Returns why that cannot be: planes of its own would cut a view off the cache that it shows.
+        """
         alone = self.buffer is None or not self.buffer.shared
-        if alone and all(plane.stride() == stride for plane, stride in zip(self.planes, strides)):
-            return
+        if alone and not self.copied and all(p.stride() == stride for p, stride in zip(self.planes, strides)):
+            return None
+        if self.is_part:
+            return "it is a view of another compressed cache, whose planes lie otherwise"
         with torch.inference_mode(False):
             self.planes = tuple(plane.clone(memory_format=torch.contiguous_format) for plane in self.planes)
         self.buffer, self.start = None, 0
+        return None
 
     def forget_length(self) -> None:
         """Ask Dynamo to compile the next step for any length, where this cache grows."""
@@ -138,6 +132,10 @@ class CompressedKV(torch.Tensor):
     def nbytes(self) -> int:
         """Bytes of live storage behind this cache, spare capacity included."""
         return sum(storage.nbytes() for storage in storages(self).values())
+
+    def _is_view(self) -> bool:
+        # Dynamo would rebuild a view out of its base's inner tensors; planes know for themselves what they show.
+        return False
 
     def __tensor_flatten__(self):
         # Dynamo sees a dense tensor of this shape, and guards on the codec alone. It wants an inner tensor (torch 2.11
@@ -165,6 +163,17 @@ class CompressedKV(torch.Tensor):
         shape = tuple(self.shape)
         return f"CompressedKV({self.codec.name}, shape={shape}, dtype={self.dtype}, {self.nbytes} bytes)"
 
+    @property
+    def data(self) -> "CompressedKV":
+        return self.detach()
+
+    @data.setter
+    def data(self, value) -> None:
+        raise RuntimeError("a compressed cache has no dense memory that .data could replace; use copy_()")
+
+    def __copy__(self) -> "CompressedKV":
+        return self.detach()
+
     def __deepcopy__(self, memo) -> "CompressedKV":
         copy = self.clone()
         memo[id(self)] = copy
@@ -175,13 +184,16 @@ class CompressedKV(torch.Tensor):
         return _rebuild, (planes, self.codec.name, self.shape[-1], self.dtype)
 
     def numpy(self, *, force: bool = False):
-        return self.decode().numpy(force=force)
+        """A decoded array; read-only, because what is written there would not reach the cache."""
+        array = self.decode().numpy(force=force)
+        array.flags.writeable = False
+        return array
 
     def tolist(self) -> list:
         return self.decode().tolist()
 
     def __array__(self, dtype=None, copy=None):
-        return self.decode().numpy().astype(dtype) if dtype else self.decode().numpy()
+        return self.numpy().astype(dtype) if dtype else self.numpy()
 
     def __dlpack__(self, *args, **kwargs):
         raise RuntimeError("a compressed cache has no dense memory to share; call .decode() first")
@@ -195,10 +207,10 @@ torch.serialization.add_safe_globals([_rebuild])
 
 
 def storages(cache: torch.Tensor) -> dict[int, torch.UntypedStorage]:
-    """The live storages behind a dense or compressed cache, by address of their data."""
+    """The live storages behind a dense or compressed cache, by identity: empty ones share an address."""
     planes = cache.planes if isinstance(cache, CompressedKV) else (cache,)
     found = (plane.untyped_storage() for plane in planes)
-    return {storage.data_ptr(): storage for storage in found}
+    return {storage._cdata: storage for storage in found}
 
 
 def encode_dense(dense: torch.Tensor, codec: Codec) -> Planes:
@@ -227,6 +239,8 @@ def encode_dense(dense: torch.Tensor, codec: Codec) -> Planes:
 
 def refusal(tensor: torch.Tensor) -> str | None:
     """Why this dense tensor cannot be turned into a compressed cache where it stands, or None."""
+    if type(tensor) is not torch.Tensor:
+        return f"it is a {type(tensor).__name__}, not a plain tensor"
     if tensor.requires_grad:
         return "it requires grad"
     if tensor._is_view():

@@ -1,59 +1,80 @@
 """What eager code may do to a compressed cache.
 
-Three tables: operators that move whole tokens run on each plane; writes encode first; any other operator reads a
-decoded copy. An operator that would write into that copy raises, because the write would be lost.
+Four tables: views and copies that move whole tokens run on each plane; writes encode first; any other operator reads
+a decoded copy. What would write into that copy raises, because the write would be lost.
 """
 
+import math
 from collections.abc import Callable
 
 import torch
 from torch.utils._pytree import tree_map_only
 
 from tqcompile.cache import CompressedKV, encode_dense
+from tqcompile.readonly import ReadOnly
 
 aten = torch.ops.aten
 
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+ADVICE = "write whole tokens (index_copy_, copy_, an indexed assignment), or work on cache.decode()"
+
 
 def run(func, args: tuple, kwargs: dict):
-    """Run an ATen operator some of whose arguments are compressed."""
-    handler = _WRITES.get(func)
-    if handler is not None and isinstance(args[0], CompressedKV):
-        _check_writable(func, args[0])
-        handler(*args, **kwargs)
-        return args[0]
-    handler = _MOVES.get(func)
-    if handler is not None:
-        result = handler(func, *args, **kwargs)
+    """Run an ATen operator some of whose arguments are compressed, or decoded and read-only."""
+    first = args[0] if args else None
+    if isinstance(first, CompressedKV):
+        if func in _WRITES:
+            _check_writable(func, first)
+            _WRITES[func](*args, **kwargs)
+            return first
+        if func in _VIEWS:
+            planes = _VIEWS[func](func, *args, **kwargs)
+            if planes is not NotImplemented:
+                return _views(func, first, planes, args, kwargs)
+    if func in _COPIES and isinstance(first, (CompressedKV, list, tuple)):
+        result = _COPIES[func](func, *args, **kwargs)
         if result is not NotImplemented:
             return result
     _refuse_lost_writes(func, args, kwargs)
+    return _decoded(func, args, kwargs)
+
+
+def _decoded(func, args: tuple, kwargs: dict):
+    if func is aten.as_strided.default and not args[0].is_contiguous():
+        raise RuntimeError("as_strided of a view of a compressed cache has no memory to stride over; decode() it first")
     args, kwargs = tree_map_only(CompressedKV, CompressedKV.decode, (args, kwargs))
-    return func(*args, **kwargs)
+    args, kwargs = tree_map_only(ReadOnly, lambda view: view.dense, (args, kwargs))
+    # A view of a dense cache may be one that the decoded copy has to be copied for.
+    result = (aten.reshape.default if func is aten.view.default else func)(*args, **kwargs)
+    return tree_map_only(torch.Tensor, ReadOnly, result) if func.is_view else result
 
 
 def _refuse_lost_writes(func, args: tuple, kwargs: dict) -> None:
     for position, argument in enumerate(func._schema.arguments):
         value = args[position] if position < len(args) else kwargs.get(argument.name)
         values = value if isinstance(value, (list, tuple)) else (value,)
-        if argument.is_write and any(isinstance(item, CompressedKV) for item in values):
-            raise RuntimeError(
-                f"{func} writes into a compressed cache in a way its codes cannot follow; "
-                "write whole tokens (index_copy_, copy_, an indexed assignment), or work on cache.decode()"
-            )
+        if not argument.is_write:
+            continue
+        if any(isinstance(item, CompressedKV) for item in values):
+            raise RuntimeError(f"{func} writes into a compressed cache in a way its codes cannot follow; {ADVICE}")
+        if any(isinstance(item, ReadOnly) for item in values):
+            raise RuntimeError(f"{func} writes into a decoded view, and a compressed cache would not see it; {ADVICE}")
 
 
 def _check_writable(func, cache: CompressedKV) -> None:
+    if cache.copied:
+        raise RuntimeError(f"{func} writes into a view of a compressed cache whose tokens do not lie so; {ADVICE}")
     if cache.buffer is not None and cache.buffer.shared:
         raise RuntimeError(
-            f"{func} writes into a compressed cache whose tokens another cache continues; "
-            "clone() it first, and write to the clone"
+            f"{func} writes into a compressed cache that another continues; clone() it first, and write to the clone"
         )
 
 
 def _planes_alike(cache: CompressedKV, value: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Planes of `value` in the codec of `cache`."""
     if isinstance(value, CompressedKV):
-        if value.codec is cache.codec and (cache.codec.fit != "exact" or value.dtype == cache.dtype):
+        same = value.codec is cache.codec and value.shape[-1] == cache.shape[-1]
+        if same and (cache.codec.fit != "exact" or value.dtype == cache.dtype):
             return value.planes
         value = value.decode()
     if value.shape[-1:] != cache.shape[-1:]:
@@ -61,154 +82,150 @@ def _planes_alike(cache: CompressedKV, value: torch.Tensor) -> tuple[torch.Tenso
     return encode_dense(value.to(cache.dtype), cache.codec)
 
 
-def _leading(cache: CompressedKV, dim: int) -> int | None:
-    """`dim` counted from the front, or None where it is the compressed one."""
-    dim = dim % cache.dim()
-    return dim if dim < cache.dim() - 1 else None
+def _leading(cache: torch.Tensor, dim: int) -> int | None:
+    """`dim` counted from the front, or None where it is the compressed one, or none at all."""
+    return dim % cache.dim() if -cache.dim() <= dim < cache.dim() and dim % cache.dim() < cache.dim() - 1 else None
+
+
+def _views(func, cache: CompressedKV, planes: list, args: tuple, kwargs: dict):
+    """Views that `func` made of each plane, as views of the cache; their strides are those a dense cache's would have.
+
+    A dense tensor without memory is asked first, and complains about bad arguments as any would.
+    """
+    twin = torch.empty_strided(cache.shape, cache.stride(), dtype=cache.dtype, device="meta")
+    shaped = func(twin, *args[1:], **kwargs)
+    if isinstance(shaped, torch.Tensor):
+        return cache.like(tuple(planes), shaped.stride())
+    return [cache.like(pieces, piece.stride()) for pieces, piece in zip(zip(*planes), shaped)]
 
 
 def _along(func, cache, dim=0, *args, **kwargs):
     """Operators whose second argument is the one dimension they work along."""
     dim = _leading(cache, dim)
-    if dim is None:
-        return NotImplemented
-    results = [func(plane, dim, *args, **kwargs) for plane in cache.planes]
-    if isinstance(results[0], torch.Tensor):
-        return cache.like(tuple(results))
-    return [cache.like(planes) for planes in zip(*results)]
-
-
-def _slice(func, cache, dim=0, start=None, end=None, step=1):
-    result = _along(func, cache, dim, start, end, step)
-    prefix = dim % cache.dim() if result is not NotImplemented else None
-    buffer = cache.buffer
-    if prefix is not None and buffer is not None and cache.start >= 0 and buffer.seq_dim == prefix and step == 1:
-        first = slice(start, end).indices(cache.shape[prefix])[0]
-        result.start = cache.start + first
-    return result
-
-
-def _unsqueeze(func, cache, dim):
-    dim = dim % (cache.dim() + 1)
-    return cache.like(tuple(func(plane, dim) for plane in cache.planes)) if dim < cache.dim() else NotImplemented
+    return NotImplemented if dim is None else [func(plane, dim, *args, **kwargs) for plane in cache.planes]
 
 
 def _pieces(func, cache, size, dim=0):
     dim = _leading(cache, dim)
-    if dim is None:
+    return NotImplemented if dim is None else [func(plane, size, dim) for plane in cache.planes]
+
+
+def _same(func, cache, **kwargs):
+    return list(map(func, cache.planes))
+
+
+def _unsqueeze(func, cache, dim):
+    if not -cache.dim() <= dim < cache.dim() or dim == -1:
         return NotImplemented
-    pieces = zip(*(func(plane, size, dim) for plane in cache.planes))
-    return [cache.like(planes) for planes in pieces]
-
-
-def _index_select(func, cache, dim, index):
-    dim = _leading(cache, dim)
-    if dim is None or not isinstance(cache, CompressedKV):
-        return NotImplemented
-    return _fresh(cache, tuple(func(plane, dim, index) for plane in cache.planes))
-
-
-def _index(func, cache, indices):
-    if not isinstance(cache, CompressedKV) or len(indices) >= cache.dim() or not _tensor_indices_stay(cache, indices):
-        return NotImplemented
-    return _fresh(cache, tuple(func(plane, indices) for plane in cache.planes))
-
-
-def _tensor_indices_stay(cache: CompressedKV, indices) -> bool:
-    consumed = sum(1 if index is None or index.dtype != torch.bool else index.dim() for index in indices)
-    return consumed < cache.dim()
+    return [func(plane, dim) for plane in cache.planes]
 
 
 def _permute(func, cache, dims):
-    if dims[-1] % cache.dim() != cache.dim() - 1:
+    if len(dims) != cache.dim() or dims[-1] not in (-1, cache.dim() - 1):
         return NotImplemented
-    return cache.like(tuple(func(plane, dims) for plane in cache.planes))
+    return [func(plane, dims) for plane in cache.planes]
 
 
 def _transpose(func, cache, first, second):
-    if _leading(cache, first) is None or _leading(cache, second) is None:
-        return NotImplemented
-    return cache.like(tuple(func(plane, first % cache.dim(), second % cache.dim()) for plane in cache.planes))
+    first, second = _leading(cache, first), _leading(cache, second)
+    return NotImplemented if None in (first, second) else [func(plane, first, second) for plane in cache.planes]
 
 
 def _expand(func, cache, size, **kwargs):
-    if size[-1] not in (-1, cache.shape[-1]) or len(size) < cache.dim():
+    if len(size) < cache.dim() or size[-1] not in (-1, cache.shape[-1]):
         return NotImplemented
-    return cache.like(tuple(func(plane, (*size[:-1], -1), **kwargs) for plane in cache.planes))
+    return [func(plane, (*size[:-1], -1), **kwargs) for plane in cache.planes]
 
 
 def _view(func, cache, size):
     """Regroup the leading dimensions; row-major order keeps every token whole where the last size is unchanged."""
-    if size[-1] != cache.shape[-1]:
+    size = list(size)
+    if -1 in size:
+        known = math.prod(extent for extent in size if extent != -1)
+        size[size.index(-1)] = cache.numel() // known if known else 0
+    if not size or size[-1] != cache.shape[-1] or math.prod(size) != cache.numel():
         return NotImplemented
-    planes = tuple(plane.reshape(*size[:-1], plane.shape[-1]) for plane in cache.planes)
-    same = all(new.data_ptr() == old.data_ptr() for new, old in zip(planes, cache.planes))
-    return cache.like(planes) if same else _fresh(cache, planes)
+    return [plane.reshape(*size[:-1], plane.shape[-1]) for plane in cache.planes]
+
+
+def _fresh(cache: CompressedKV, planes) -> CompressedKV:
+    return CompressedKV(tuple(planes), cache.codec, cache.shape[-1], cache.dtype)
+
+
+def _index_select(func, cache, dim, index):
+    dim = _leading(cache, dim)
+    return NotImplemented if dim is None else _fresh(cache, (func(plane, dim, index) for plane in cache.planes))
+
+
+def _index(func, cache, indices):
+    if len(indices) >= cache.dim() or not _whole_tokens(cache, indices):
+        return NotImplemented
+    return _fresh(cache, (func(plane, indices) for plane in cache.planes))
+
+
+def _whole_tokens(cache: CompressedKV, indices) -> bool:
+    masks = (torch.bool, torch.uint8)
+    consumed = sum(1 if index is None or index.dtype not in masks else index.dim() for index in indices)
+    return consumed < cache.dim()
 
 
 def _repeat(func, cache, repeats):
-    if repeats[-1] != 1:
+    if len(repeats) < cache.dim() or repeats[-1] != 1:
         return NotImplemented
-    return _fresh(cache, tuple(func(plane, repeats) for plane in cache.planes))
+    return _fresh(cache, (func(plane, repeats) for plane in cache.planes))
 
 
 def _flip(func, cache, dims):
-    if any(_leading(cache, dim) is None for dim in dims):
-        return NotImplemented
-    return _fresh(cache, tuple(func(plane, [dim % cache.dim() for dim in dims]) for plane in cache.planes))
+    axes = [_leading(cache, dim) for dim in dims]
+    return NotImplemented if None in axes else _fresh(cache, (func(plane, axes) for plane in cache.planes))
 
 
 def _roll(func, cache, shifts, dims=()):
-    if not dims or any(_leading(cache, dim) is None for dim in dims):
+    axes = [_leading(cache, dim) for dim in dims]
+    if not axes or None in axes:
         return NotImplemented
-    return _fresh(cache, tuple(func(plane, shifts, [dim % cache.dim() for dim in dims]) for plane in cache.planes))
+    return _fresh(cache, (func(plane, shifts, axes) for plane in cache.planes))
 
 
 def _clone(func, cache, **kwargs):
-    return _fresh(cache, tuple(plane.clone(memory_format=torch.contiguous_format) for plane in cache.planes))
-
-
-def _alias(func, cache, **kwargs):
-    other = cache.like(cache.planes)
-    other.start = cache.start
-    return other
+    return _fresh(cache, (plane.clone(memory_format=torch.contiguous_format) for plane in cache.planes))
 
 
 def _to_copy(func, cache, *, dtype=None, device=None, layout=None, pin_memory=None, non_blocking=False, **kwargs):
-    if dtype is not None and not dtype.is_floating_point:
-        return NotImplemented
     dtype = dtype or cache.dtype
-    own = cache.codec.fit == "exact"
-    planes = tuple(
-        plane.to(device=device, dtype=dtype if own else None, non_blocking=non_blocking, copy=True)
-        for plane in cache.planes
-    )
-    return CompressedKV(planes, cache.codec, cache.shape[-1], dtype)
+    if dtype not in FLOATS:
+        return NotImplemented
+    own = dtype if cache.codec.fit == "exact" else None
+    planes = (p.to(device=device, dtype=own, non_blocking=non_blocking, copy=True) for p in cache.planes)
+    return CompressedKV(tuple(planes), cache.codec, cache.shape[-1], dtype)
 
 
 def _cat(func, tensors, dim=0):
     first = tensors[0]
-    if all(
-        isinstance(part, CompressedKV) and part.codec is first.codec and part.dtype == first.dtype for part in tensors
-    ):
-        axis = _leading(first, dim)
-        if axis is not None:
-            return _fresh(first, tuple(func(list(planes), axis) for planes in zip(*(part.planes for part in tensors))))
-    if not isinstance(first, CompressedKV) or any(part.dim() != first.dim() for part in tensors):
+    axis = _leading(first, dim) if isinstance(first, CompressedKV) else None
+    if axis is None or not all(_joins(first, part, axis) for part in tensors):
         return NotImplemented
-    axis = _leading(first, dim)
-    if axis is None or any(part.dtype != first.dtype or part.shape[-1] != first.shape[-1] for part in tensors[1:]):
-        return NotImplemented
+    if all(isinstance(part, CompressedKV) and part.codec is first.codec for part in tensors):
+        return _fresh(first, (func(list(planes), axis) for planes in zip(*(part.planes for part in tensors))))
     for part in tensors[1:]:
+        codes = _planes_alike(first, part)
         grown = first.room(part.shape[axis], axis)
-        for target, code in zip(grown.planes, _planes_alike(first, part)):
+        for target, code in zip(grown.planes, codes):
             target.narrow(axis, first.shape[axis], part.shape[axis]).copy_(code)
         first = grown
     return first
 
 
-def _fresh(cache: CompressedKV, planes: tuple[torch.Tensor, ...]) -> CompressedKV:
-    return CompressedKV(planes, cache.codec, cache.shape[-1], cache.dtype)
+def _joins(first: CompressedKV, part: torch.Tensor, axis: int) -> bool:
+    if part.dim() != first.dim() or part.dtype != first.dtype or part.device != first.device:
+        return False
+    return all(dim == axis or part.shape[dim] == size for dim, size in enumerate(first.shape))
+
+
+def _stack(func, tensors, dim=0):
+    if not all(isinstance(part, CompressedKV) for part in tensors):
+        return NotImplemented
+    return _cat(aten.cat.default, [part.unsqueeze(dim) for part in tensors], dim)
 
 
 def _write_copy(cache, source, non_blocking=False):
@@ -227,21 +244,18 @@ def _write_index_copy(cache, dim, index, source):
 
 
 def _write_index_put(cache, indices, values, accumulate=False):
-    if accumulate or not _tensor_indices_stay(cache, indices):
+    if accumulate or not _whole_tokens(cache, indices):
         raise RuntimeError("only whole tokens can be assigned to a compressed cache, and not accumulated; decode() it")
     for plane, code in zip(cache.planes, _planes_alike(cache, values)):
         aten.index_put_.default(plane, indices, code)
 
 
 def _write_zero(cache):
-    for plane in cache.planes:
-        plane.zero_()
+    torch._foreach_zero_(cache.planes)
 
 
 def _write_fill(cache, value):
-    if float(value) != 0:
-        raise RuntimeError(f"a compressed cache can be filled with 0, not with {value}; decode() it")
-    _write_zero(cache)
+    _write_copy(cache, torch.full(cache.shape[-1:], float(value), dtype=cache.dtype, device=cache.device))
 
 
 _WRITES: dict[object, Callable] = {
@@ -253,28 +267,33 @@ _WRITES: dict[object, Callable] = {
     aten.fill_.Tensor: _write_fill,
 }
 
-_MOVES: dict[object, Callable] = {
-    aten.slice.Tensor: _slice,
+# Each gives what the operator makes of every plane.
+_VIEWS: dict[object, Callable] = {
+    aten.slice.Tensor: _along,
     aten.select.int: _along,
     aten.squeeze.dim: _along,
     aten.unbind.int: _along,
     aten.unsqueeze.default: _unsqueeze,
     aten.split.Tensor: _pieces,
     aten.split_with_sizes.default: _pieces,
-    aten.index_select.default: _index_select,
-    aten.index.Tensor: _index,
     aten.permute.default: _permute,
     aten.transpose.int: _transpose,
     aten.expand.default: _expand,
     aten.view.default: _view,
     aten._unsafe_view.default: _view,
+    aten.detach.default: _same,
+    aten.alias.default: _same,
+    aten.lift_fresh.default: _same,
+}
+
+_COPIES: dict[object, Callable] = {
+    aten.index_select.default: _index_select,
+    aten.index.Tensor: _index,
     aten.repeat.default: _repeat,
     aten.flip.default: _flip,
     aten.roll.default: _roll,
     aten.clone.default: _clone,
-    aten.detach.default: _alias,
-    aten.alias.default: _alias,
-    aten.lift_fresh.default: _alias,
     aten._to_copy.default: _to_copy,
     aten.cat.default: _cat,
+    aten.stack.default: _stack,
 }

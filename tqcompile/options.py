@@ -50,11 +50,15 @@ class Options:
                 _one_of(name, getattr(self, name), tuple(formats.REGISTRY))
         if not isinstance(self.strict, bool):
             raise ValueError(f"strict={self.strict!r}; allowed are True and False")
+        if not isinstance(self.disable, (str, tuple, list, set, frozenset)):
+            raise ValueError(f"disable={self.disable!r}; give names of passes, of: {', '.join(PASSES)}")
         disable = (self.disable,) if isinstance(self.disable, str) else tuple(self.disable)
         for name in disable:
             _one_of("disable", name, PASSES)
         object.__setattr__(self, "disable", disable)
         _one_of("inner", self.inner, INNERS)
+        if not isinstance(self.dump, (str, os.PathLike, type(None))) or self.dump == "":
+            raise ValueError(f"dump={self.dump!r}; give the path of a folder, or None")
         if self.dump is not None:
             object.__setattr__(self, "dump", Path(self.dump))
 
@@ -72,38 +76,45 @@ class Options:
         return hashlib.sha256(repr(content).encode()).hexdigest()[:12]
 
 
-def resolve(given: Mapping[str, Any] | None = None) -> Options:
-    """Options from the environment, overridden by `given`.
+def resolve(given: Mapping[str, Any] | None = None, defaults: Options | None = None) -> Options:
+    """Options of `given`, over `defaults` or those of the environment; a given preset overrides both of its halves.
 
     Raises:
         ValueError: an unknown name or value; says what was given, what is allowed, and the nearest match.
     """
-    return _updated(_updated(Options(), _from_environment()), given or {})
+    given = dict(given or {})
+    _check_names(given)
+    if "preset" in given:
+        given = {"keys": None, "values": None, **given}
+    return replace(defaults or _from_environment(), **given)
 
 
-def _updated(options: Options, given: Mapping[str, Any]) -> Options:
-    allowed = tuple(field.name for field in fields(Options))
+def _check_names(given: Mapping[str, Any]) -> None:
     for name in given:
-        _one_of("option", name, allowed)
-    return replace(options, **given)
+        _one_of("option", name, tuple(field.name for field in fields(Options)))
 
 
-def _from_environment() -> dict[str, Any]:
-    given: dict[str, Any] = {}
-    for item in filter(None, (part.strip() for part in os.environ.get(ENVIRONMENT, "").split(","))):
-        name, equals, value = (part.strip() for part in item.partition("="))
-        if not equals:
-            raise ValueError(f"{ENVIRONMENT}: {item!r} is not name=value; an example is keys=turboquant:4,values=q8_0")
-        if name == "strict":
-            given[name] = _boolean(value)
-        else:
-            given[name] = tuple(value.split("+")) if name == "disable" else value
-    return given
+def _from_environment() -> Options:
+    try:
+        given = dict(map(_parse, filter(None, map(str.strip, os.environ.get(ENVIRONMENT, "").split(",")))))
+        _check_names(given)
+        return Options(**given)
+    except ValueError as error:
+        raise ValueError(f"{ENVIRONMENT}: {error}") from None
+
+
+def _parse(item: str) -> tuple[str, Any]:
+    name, equals, value = (part.strip() for part in item.partition("="))
+    if not equals:
+        raise ValueError(f"{item!r} is not name=value; an example is keys=turboquant:4,values=q8_0")
+    if name == "strict":
+        return name, _boolean(value)
+    return name, tuple(value.split("+")) if name == "disable" else value
 
 
 def _boolean(value: str) -> bool:
     words = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
-    _one_of(f"{ENVIRONMENT}: strict", value.lower(), tuple(words))
+    _one_of("strict", value.lower(), tuple(words))
     return words[value.lower()]
 
 

@@ -25,8 +25,8 @@ class Graph:
     events: dict[str, str] = field(default_factory=dict)
 
     def track(self, name: str, cache: CompressedKV) -> None:
-        """Remember the newest cache of a site, for as long as the model holds it."""
-        self.caches[name] = cache
+        """Remember a cache of a site for as long as somebody holds it; of a functional one several may live at once."""
+        self.caches[name, id(cache)] = cache
 
 
 _graphs: list[Graph] = []

@@ -1,0 +1,50 @@
+"""The storage that a functional cache grows in: an append writes behind the last token instead of copying them all."""
+
+import torch
+
+Planes = tuple[torch.Tensor, ...]
+
+
+class Buffer:
+    """Growing storage of one functional cache: planes [capacity, *others, width], the sequence outermost.
+
+    With the sequence outermost a view's strides depend on neither length nor capacity, so a compiled step fits
+    every length. `shared` says that more than one cache has been handed out of it: an append leaves the older
+    cache's tokens where they are, and a write would change both.
+    """
+
+    def __init__(self, planes: Planes, seq_dim: int, room: int):
+        length = planes[0].shape[seq_dim]
+        # A sixteenth of slack bounds both the bytes that idle and the copies a growing cache makes.
+        self.capacity = length + room + max(32, length // 16)
+        self.seq_dim = seq_dim
+        self.used = length
+        self.shared = False
+        with torch.inference_mode(False):
+            self.storage = tuple(self._allocate(plane) for plane in planes)
+        for target, plane in zip(self.view(0, length), planes):
+            target.copy_(plane)
+
+    def _allocate(self, plane: torch.Tensor) -> torch.Tensor:
+        others = [size for dim, size in enumerate(plane.shape) if dim != self.seq_dim]
+        return plane.new_empty((self.capacity, *others))
+
+    def view(self, start: int, stop: int) -> Planes:
+        """Tokens start..stop, in the cache's own order of dimensions."""
+        return tuple(_sequence_view(plane, self.seq_dim, start, stop) for plane in self.storage)
+
+    def place(self, plane: torch.Tensor) -> int:
+        """The first token of a view of the first plane, or -1 where it is no whole run of tokens."""
+        whole = self.storage[0]
+        if plane.dim() != whole.dim() or plane.untyped_storage()._cdata != whole.untyped_storage()._cdata:
+            return -1
+        start, within = divmod(plane.storage_offset(), whole.stride(0))
+        run = _sequence_view(whole, self.seq_dim, start, start + plane.shape[self.seq_dim])
+        return start if not within and (run.shape, run.stride()) == (plane.shape, plane.stride()) else -1
+
+
+def _sequence_view(storage: torch.Tensor, seq_dim: int, start: int, stop: int) -> torch.Tensor:
+    size, stride = list(storage.shape[1:]), list(storage.stride()[1:])
+    size.insert(seq_dim, stop - start)
+    stride.insert(seq_dim, storage.stride(0))
+    return storage.as_strided(size, stride, start * storage.stride(0))
