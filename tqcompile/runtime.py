@@ -51,7 +51,7 @@ class CompiledGraph:
         return values
 
     def _adopt(self, args: tuple) -> bool:
-        """Compress the caches that are written in place, and say whether all of them are.
+        """Compress the caches that are written in place, and say whether the graph can write into all of them.
 
         One that cannot be does not keep the others dense: Dynamo sees them change, and asks for a graph that fits.
         """
@@ -59,6 +59,7 @@ class CompiledGraph:
         for entry in self.in_place:
             held = args[entry.index]
             reason = None if isinstance(held, CompressedKV) else adopt(held, entry.site.codec)
+            reason = held.own(entry.strides) if reason is None else reason
             if reason is not None:
                 self.record.events[entry.name] = reason
                 complete = False
@@ -74,10 +75,6 @@ class CompiledGraph:
         assert held.codec is entry.site.codec, f"{entry.name}: a graph of {entry.site.codec.name} was given {held}"
         if entry.site.kind == "append":
             return held.room(self.tokens[entry.index](args), entry.site.append.dim)
-        if entry.site.kind == "in_place":
-            reason = held.own(entry.strides)
-            if reason is not None:
-                return None, reason
         self.record.track(entry.name, held)
         return held
 
