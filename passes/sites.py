@@ -102,7 +102,7 @@ def _decide(survey: Survey, outputs: list[fx.Node], context) -> tuple[list[Site]
         if root in compressed:
             # It is compressed already: the graph reads a decoded copy, and must not write into that.
             context.decoded_inputs.add(root)
-    return list(accepted.values()), [_refusal(root, reason) for root, reason in refused.items()]
+    return list(accepted.values()), [_refusal(r, why, survey.culprits.get(r)) for r, why in refused.items()]
 
 
 def _decide_created(survey: Survey, context) -> tuple[list[Site], list[Refusal]]:
@@ -183,9 +183,9 @@ _REMEDIES = {
 }
 
 
-def _refusal(root: fx.Node, reason: str) -> Refusal:
+def _refusal(root: fx.Node, reason: str, culprit: fx.Node | None = None) -> Refusal:
     remedy = _REMEDIES.get(reason, "It works as before, uncompressed.")
-    return Refusal(name_of(root), reason, where(next(iter(root.users), root)), remedy)
+    return Refusal(name_of(root), reason, where(culprit or next(iter(root.users), root)), remedy)
 
 
 def name_of(node: fx.Node) -> str:

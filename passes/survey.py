@@ -42,6 +42,7 @@ class Survey:
         self.writes: dict[fx.Node, View] = {}
         self.reads: dict[fx.Node, Read] = {}
         self.losses: dict[fx.Node, str] = {}
+        self.culprits: dict[fx.Node, fx.Node] = {}
         self._memory: dict[int, fx.Node] = {}
         self._mutations: dict[fx.Node, int] = {}
         self._aliases: list[fx.Node] = []
@@ -103,6 +104,7 @@ class Survey:
         view = self.views.get(target)
         if view is None or not view.writable or not view.plain or not _whole_tokens(node, view, self.views):
             self.losses.setdefault(root, f"{spelling(node)} writes it in a way that no rule follows")
+            self.culprits.setdefault(root, node)
             return
         if any(self._outlives(other, node) for other in self.views.values() if other.root is root):
             self.losses.setdefault(root, "a copy of it that was made before a write is read after it")

@@ -58,8 +58,8 @@ def test_bytes_are_those_of_the_live_storages(kind):
 
 
 def test_bits_of_a_static_cache_are_those_of_its_codecs():
-    report = tqcompile.report(spoken("counter").model)
-    assert report.bits_per_element == pytest.approx((4.5 + 8.5) / 2)
+    ours = spoken("counter")
+    assert tqcompile.report(ours.model).bits_per_element == pytest.approx((4.5 + 8.5) / 2)
 
 
 def test_half_precision_is_counted_as_what_dense_would_take():
@@ -153,7 +153,8 @@ def test_what_was_refused_with_its_name_reason_and_line():
     (refusal,) = report.refusals
     assert "k_cache" in refusal.name and refusal.reason.startswith("mul_") and refusal.remedy
     assert __file__ in refusal.where and f"line {line_of(touched)}, in touched" in refusal.where
-    compressed, refused = tables(str(report))
+    compressed, refused, decoded = tables(str(report))
+    assert "v_cache" in decoded[2] and "scaled_dot_product_attention" in decoded[2]
     assert [cells(row, compressed[1])[2] for row in compressed[2:]] == ["values"]
     assert cells(refused[0], refused[1]) == ["cache", "why", "where", "remedy"]
     assert cells(refused[2], refused[1]) == [refusal.name, refusal.reason, refusal.where, refusal.remedy]
@@ -197,19 +198,23 @@ def test_every_table_lines_up():
 
 
 def test_a_call_that_ran_dense_is_told():
-    model = Layer()
-    compiled = torch.compile(model, backend="turboquant", options=LOSSLESS)
-    arguments = next(calls())
+    def step(keys, values, q, k, at):
+        keys[:, :, at] = k
+        return F.scaled_dot_product_attention(q, keys, values)
+
+    compiled = torch.compile(step, backend="turboquant", options=LOSSLESS)
+    q, k, _, at = next(calls())
+    first, second, values = torch.zeros(SIZE), torch.zeros(SIZE), torch.randn(SIZE)
+    alias = second.detach()
     with torch.no_grad():
-        compiled(*arguments)
-        model.k_cache = torch.zeros(SIZE)
-        alias = model.k_cache.detach()
-        compiled(*arguments)
-    report = tqcompile.report(model)
-    assert type(model.k_cache) is torch.Tensor and alias.any()
-    assert "calls that ran dense, by the original graph:" in str(report) and "k_cache" in str(report)
-    (*_, events) = tables(str(report))
-    assert any("other tensors share its memory" in row for row in events[2:])
+        compiled(first, values, q, k, at)
+        assert "ran dense" not in str(tqcompile.report()) and isinstance(first, CompressedKV)
+        torch.testing.assert_close(compiled(second, values, q, k, at), step(first.decode(), values, q, k, at))
+    assert type(second) is torch.Tensor and alias[:, :, at].equal(k)
+    text = str(tqcompile.report())
+    assert "calls that ran dense, by the original graph:" in text
+    ((name, cache, why),) = [cells(row, tables(text)[-1][1]) for row in tables(text)[-1][2:]]
+    assert name == tqcompile.report().graphs[0].name and "keys" in cache and why == "other tensors share its memory"
 
 
 def test_a_model_that_nothing_was_compiled_for():

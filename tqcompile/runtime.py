@@ -51,7 +51,7 @@ class CompiledGraph:
         return values
 
     def _adopt(self, args: tuple) -> bool:
-        """Compress the caches that are written in place, and say whether all of them are.
+        """Compress the caches that are written in place, and say whether the graph can write into all of them.
 
         One that cannot be does not keep the others dense: Dynamo sees them change, and asks for a graph that fits.
         """
