@@ -5,14 +5,16 @@ A dense run chooses the tokens; each compressed run is led along the same ones, 
 
 import pathlib
 import sys
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import pytest
 import torch
+from checkpoints import cache_of
 from transformers import LogitsProcessor
 
 import tqcompile
-from tqcompile import CompressedKV
+from tqcompile.formats import PRESETS
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "examples"))
 
@@ -20,6 +22,7 @@ from smollm2 import bits_per_element, conversation, live_bytes, load, mean_kl, t
 
 CONTEXT, TOKENS = 280, 24
 QUESTION = "In a few sentences: what does the text above say about the with statement?"
+INNERS = pytest.mark.parametrize("inner", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
 
 
 class Led(LogitsProcessor):
@@ -60,8 +63,7 @@ def answer(model, ids: torch.Tensor, led: torch.Tensor | None = None) -> Answer:
         return_dict_in_generate=True,
         output_logits=True,
     )
-    cache = getattr(result, "cache", None) or result.past_key_values
-    return Answer(result.sequences[0, ids.shape[1] :], torch.cat(result.logits), cache)
+    return Answer(result.sequences[0, ids.shape[1] :], torch.cat(result.logits), cache_of(result))
 
 
 @pytest.fixture(scope="module")
@@ -69,47 +71,65 @@ def dense(smollm2) -> Answer:
     return answer(smollm2[0], smollm2[2])
 
 
-def compressed(smollm2, led: torch.Tensor | None, **options) -> tuple[Answer, tqcompile.report]:
-    """The answer of the model compiled by the one line, which is taken back afterwards, and the report."""
-    model, _, ids = smollm2
+@contextmanager
+def compiled(model, **options):
+    """The model with its forward compiled by the one line; as it was, afterwards."""
     model.forward = torch.compile(model.forward, backend="turboquant", options=options)
     try:
-        return answer(model, ids, led), tqcompile.report(model)
+        yield
     finally:
         del model.forward
 
 
-def assert_all_caches_are_compressed(result: Answer, report, keys: str, values: str) -> None:
-    assert [cache.codec.name for cache in tensors(result.cache)] == [keys, values] * 30
+def assert_all_caches_are_compressed(model, cache, keys: str, values: str) -> None:
+    """Each of them, in its own codec; and the bytes that the report counts are those of the live storages."""
+    report = tqcompile.report(model)
+    assert [tensor.codec.name for tensor in tensors(cache)] == [keys, values] * 30
     assert not report.refusals and not report.fallbacks, report
     assert not any(graph.events for graph in report.graphs), report
-    assert report.compressed_bytes == live_bytes(result.cache)
+    assert report.compressed_bytes == live_bytes(cache)
 
 
-def test_lossless_says_what_dense_says(smollm2, dense):
-    ours, report = compressed(smollm2, None, preset="lossless", inner="eager")
+def repeated(tokens: torch.Tensor) -> float:
+    """The share of runs of three tokens that were there before."""
+    runs = [tuple(run) for run in tokens.unfold(0, 3, 1).tolist()]
+    return 1 - len(set(runs)) / len(runs)
+
+
+@INNERS
+def test_lossless_says_what_dense_says(smollm2, dense, inner):
+    model, _, ids = smollm2
+    with compiled(model, preset="lossless", inner=inner):
+        ours = answer(model, ids)
     assert torch.equal(ours.tokens, dense.tokens)
-    torch.testing.assert_close(ours.logits, dense.logits, atol=1e-3, rtol=1e-5)
-    assert_all_caches_are_compressed(ours, report, "identity", "identity")
+    # Sums in another order; the logits are of the order of 20, after 30 layers.
+    torch.testing.assert_close(ours.logits, dense.logits, atol=2e-4, rtol=0)
+    assert_all_caches_are_compressed(model, ours.cache, "identity", "identity")
 
 
-# Each codec: the mean KL and the top-1 agreement that were measured, and how far off they may be.
+# What was measured of each pair, along the 24 tokens: mean KL, top-1 agreement, bits an element with spare room.
 MEASURED = {
-    ("turboquant:5", "turboquant:3"): (0.0, 1.0),
-    ("turboquant:4", "turboquant:3"): (0.0, 1.0),
+    ("turboquant:5", "turboquant:3"): (0.0369, 23 / 24, 4.371),
+    ("turboquant:4", "turboquant:3"): (0.0821, 19 / 24, 3.857),
 }
 
 
+@INNERS
 @pytest.mark.parametrize(("keys", "values"), MEASURED)
-def test_a_codec_stays_close_and_is_small(smollm2, dense, keys, values):
-    ours, report = compressed(smollm2, dense.tokens, keys=keys, values=values, inner="eager")
-    print(
-        keys,
-        mean_kl(dense.logits, ours.logits),
-        top1_agreement(dense.logits, ours.logits),
-        live_bytes(ours.cache),
-        bits_per_element(ours.cache),
-        live_bytes(dense.cache),
-        (dense.logits - ours.logits).abs().max(),
-        smollm2[1].decode(ours.logits.argmax(-1)),
-    )
+def test_a_codec_stays_close_and_small(smollm2, dense, keys, values, inner):
+    model, _, ids = smollm2
+    kl, top1, bits = MEASURED[keys, values]
+    with compiled(model, keys=keys, values=values, inner=inner):
+        ours = answer(model, ids, dense.tokens)
+        assert_all_caches_are_compressed(model, ours.cache, keys, values)
+        free = answer(model, ids) if (keys, values) == PRESETS["balanced"] else None
+    assert torch.equal(ours.tokens, dense.tokens)
+    assert mean_kl(dense.logits, ours.logits) < 1.5 * kl
+    # One token more may fall the other way, on a machine that rounds otherwise.
+    assert top1_agreement(dense.logits, ours.logits) > top1 - 1.5 / TOKENS
+    assert bits_per_element(dense.cache) == 32
+    assert bits_per_element(ours.cache) == pytest.approx(bits, abs=1e-3)
+    if free is not None:
+        # Left to itself it starts as dense does, and runs into no loop.
+        assert repeated(free.tokens) < 0.2
+        assert free.tokens[:8].tolist() == dense.tokens[:8].tolist()
