@@ -37,12 +37,12 @@ class _Rewriter(Editor):
 
     def run(self) -> int:
         placeholders = [node for node in self.graph.nodes if node.op == "placeholder"]
+        written = {*self.survey.losses, *(view.root for view in self.survey.writes.values())}
         for index, node in enumerate(placeholders):
             if node in self.sites:
                 self._open(index, node)
             elif node in self.context.decoded_inputs:
-                writes_back = node in self.survey.losses
-                self.context.inputs.append(CacheInput(index, None, name_of(node), (), writes_back=writes_back))
+                self.context.inputs.append(CacheInput(index, None, name_of(node), (), writes_back=node in written))
         for node in list(self.graph.nodes):
             if node.op in ("call_function", "call_method"):
                 with self.graph.inserting_before(node):

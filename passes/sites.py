@@ -95,7 +95,7 @@ def _decide(survey: Survey, outputs: list[fx.Node], context) -> tuple[list[Site]
             reason = "gradients flow through it"
         if reason is None:
             kind = "in_place" if root in written else "append" if root in appended else "read"
-            accepted[root] = Site(root, kind, role, _codec(role, context), appended.get(root))
+            accepted[root] = Site(root, kind, role, _codec(root, role, context), appended.get(root))
         elif role is not None or root in compressed:
             refused[root] = reason
     for root in refused:
@@ -113,7 +113,7 @@ def _decide_created(survey: Survey, context) -> tuple[list[Site], list[Refusal]]
             continue
         reason = _obstacle(root, role, False, None, [root], context)
         if reason is None:
-            found.append(Site(root, "create", role, _codec(role, context), None))
+            found.append(Site(root, "create", role, _codec(root, role, context), None))
         else:
             refused.append(_refusal(root, reason))
     return found, refused
@@ -130,21 +130,28 @@ def _role(survey: Survey, root: fx.Node, context) -> str | None:
         roles |= {"keys"} if read.key is not None and read.key.root is root else set()
         roles |= {"values"} if read.value is not None and read.value.root is root else set()
     if not roles:
-        held = real(root) if root.op == "placeholder" else None
-        if isinstance(held, CompressedKV):
-            return "keys" if held.codec is context.options.key_codec else "values"
-        return None
+        codec = _held_codec(root)
+        return None if codec is None else "keys" if codec is context.options.key_codec else "values"
     return roles.pop() if len(roles) == 1 else "both"
 
 
-def _codec(role: str, context) -> Codec:
-    return context.options.value_codec if role == "values" else context.options.key_codec
+def _held_codec(root: fx.Node) -> Codec | None:
+    """The codec of a cache that came in compressed."""
+    held = real(root) if root.op == "placeholder" else None
+    return held.codec if isinstance(held, CompressedKV) else None
+
+
+def _codec(root: fx.Node, role: str, context) -> Codec:
+    """A cache keeps the codec it has, whatever the options say: encoding codes anew would lose a little each time."""
+    chosen = context.options.value_codec if role == "values" else context.options.key_codec
+    return _held_codec(root) or chosen
 
 
 def _obstacle(root, role, in_place, append, outputs, context) -> str | None:
     if role is None:
         return "no attention that a rule knows reads it"
-    if role == "both" and context.options.key_codec is not context.options.value_codec:
+    chosen = {context.options.key_codec, context.options.value_codec}
+    if role == "both" and len(chosen) > 1 and _held_codec(root) is None:
         return "it is read as keys and as values, and the two have different codecs"
     value, held = tensor_of(root), real(root) if root.op == "placeholder" else None
     if value.requires_grad or (held is not None and held.requires_grad):
@@ -156,7 +163,7 @@ def _obstacle(root, role, in_place, append, outputs, context) -> str | None:
     if append is not None and append.node not in outputs:
         return "what was appended does not leave the graph"
     try:
-        layout_of(_codec(role, context), int(value.shape[-1]), value.dtype, value.device.type)
+        layout_of(_codec(root, role, context), int(value.shape[-1]), value.dtype, value.device.type)
     except ValueError as error:
         return str(error)
     if in_place and held is not None and not isinstance(held, CompressedKV):

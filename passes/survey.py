@@ -137,6 +137,7 @@ class Survey:
             return
         if past in (append.node.args[0][0] for append in self.appends.values() if append.node.args):
             self.losses.setdefault(past, "two appends to it in one graph make a fork")
+            self.views[node] = View(node, past, node, past, root_view(past).axes, True, node)
             return
         if tensor_of(past).dtype != tensor_of(tokens).dtype:
             return
@@ -230,11 +231,15 @@ def _whole_tokens(node: fx.Node, view: View, views: dict[fx.Node, View]) -> bool
     source = node.args[1] if name == "copy_" else node.args[-1]
     value = tensor_of(source)
     same = source in views and views[source].root is view.root
-    if value is None or same or value.dim() == 0 or str(value.shape[-1]) != str(cache.shape[-1]):
+    if value is None or same or value.dim() == 0:
         return False
-    if name == "index_copy_":
-        return len(node.args) == 4 and isinstance(node.args[1], int) and node.args[1] % cache.dim() != cache.dim() - 1
+    if name == "index_copy_" and (len(node.args) != 4 or not isinstance(node.args[1], int)):
+        return False
+    if name == "index_copy_" and node.args[1] % cache.dim() == cache.dim() - 1:
+        return False
     if name == "setitem":
         items = index_items(node.args[1], cache.dim())
-        return items is not None and None not in items and full(items[-1], cache.shape[-1])
-    return True
+        if items is None or None in items or not full(items[-1], cache.shape[-1]):
+            return False
+    # Where Dynamo has symbols for a second head_dim an assignment, which may broadcast, does not make them one.
+    return bool(value.shape[-1] == cache.shape[-1])

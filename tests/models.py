@@ -48,7 +48,7 @@ def sdpa_mask(q, k, v, mask):
 
 
 def sdpa_float_mask(q, k, v, mask):
-    bias = torch.zeros(mask.shape, dtype=q.dtype).masked_fill(~mask, torch.finfo(q.dtype).min)
+    bias = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill(~mask, torch.finfo(q.dtype).min)
     return nn.functional.scaled_dot_product_attention(q, k, v, bias, enable_gqa=True)
 
 
@@ -67,7 +67,7 @@ def eager_matmul(q, k, v, mask):
 
 def eager_at(q, k, v, mask):
     times = _groups(q, k)
-    bias = torch.zeros(mask.shape, dtype=q.dtype).masked_fill(~mask, torch.finfo(q.dtype).min)
+    bias = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill(~mask, torch.finfo(q.dtype).min)
     scores = (q @ k.repeat_interleave(times, dim=1).mT) / (q.shape[-1] ** 0.5) + bias
     return torch.softmax(scores.float(), -1).type_as(q) @ v.repeat_interleave(times, dim=1)
 
@@ -88,8 +88,8 @@ def softcap(q, k, v, mask):
 
 def alibi(q, k, v, mask):
     times = _groups(q, k)
-    slopes = torch.linspace(-0.5, -0.1, q.shape[1]).view(1, -1, 1, 1).to(q.dtype)
-    distance = torch.arange(k.shape[2]).to(q.dtype)
+    slopes = torch.linspace(-0.5, -0.1, q.shape[1], device=q.device).view(1, -1, 1, 1).to(q.dtype)
+    distance = torch.arange(k.shape[2], device=q.device).to(q.dtype)
     scores = q @ repeat_kv(k, times).transpose(-1, -2) * q.shape[-1] ** -0.5 + slopes * distance
     return scores.masked_fill(~mask, float("-inf")).softmax(-1) @ repeat_kv(v, times)
 
@@ -97,7 +97,8 @@ def alibi(q, k, v, mask):
 def sinks(q, k, v, mask):
     times = _groups(q, k)
     scores = q @ repeat_kv(k, times).transpose(-1, -2) * q.shape[-1] ** -0.5
-    column = torch.linspace(-1, 1, q.shape[1]).to(q.dtype).reshape(1, -1, 1, 1).expand(q.shape[0], -1, q.shape[2], 1)
+    column = torch.linspace(-1, 1, q.shape[1], device=q.device).to(q.dtype).reshape(1, -1, 1, 1)
+    column = column.expand(q.shape[0], -1, q.shape[2], 1)
     weights = torch.cat([scores.masked_fill(~mask, float("-inf")), column], -1).softmax(-1)
     return weights[..., :-1] @ repeat_kv(v, times)
 
@@ -125,7 +126,7 @@ def unchanged(k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
 
 def causal(positions: torch.Tensor, length: int) -> torch.Tensor:
     """Bool [1, 1, T, length]: each query sees the places up to its own."""
-    return (torch.arange(length) <= positions.unsqueeze(-1))[None, None]
+    return (torch.arange(length, device=positions.device) <= positions.unsqueeze(-1))[None, None]
 
 
 class Block(nn.Module):
@@ -172,7 +173,7 @@ class TupleBlock(Block):
         q, k, v = self.project(x)
         if past is not None:
             k, v = torch.cat((past[0], k), dim=2), torch.cat((past[1], v), dim=-2)
-        positions = torch.arange(k.shape[2] - x.shape[1], k.shape[2])
+        positions = torch.arange(k.shape[2] - x.shape[1], k.shape[2], device=x.device)
         return self.mixed(x, self.reader(q, k, v, causal(positions, k.shape[2]))), (k, v)
 
 
@@ -230,8 +231,8 @@ class SliceBlock(Block):
         keys = self.repeat(self.cache_k[:bsz, : start + seqlen]).transpose(1, 2)
         values = self.repeat(self.cache_v[:bsz, : start + seqlen]).transpose(1, 2)
         scores = torch.matmul(q, keys.transpose(2, 3)) / self.shape.head_dim**0.5
-        bias = torch.full((seqlen, seqlen), float("-inf")).triu(1)
-        scores = scores + torch.hstack([torch.zeros(seqlen, start), bias]).type_as(q)
+        bias = torch.full((seqlen, seqlen), float("-inf"), device=x.device).triu(1)
+        scores = scores + torch.hstack([torch.zeros(seqlen, start, device=x.device), bias]).type_as(q)
         weights = nn.functional.softmax(scores.float(), dim=-1).type_as(q)
         return self.mixed(x, torch.matmul(weights, values))
 
@@ -256,7 +257,7 @@ class CounterBlock(BufferBlock):
 
     def forward(self, x):
         q, k, v = self.project(x)
-        positions = torch.arange(x.shape[1]) + self.filled
+        positions = torch.arange(x.shape[1], device=x.device) + self.filled
         self.filled.add_(x.shape[1])
         self.k_cache.index_copy_(2, positions, k)
         self.v_cache.index_copy_(2, positions, v)
@@ -274,7 +275,7 @@ class MadeBlock(Block):
         q, k, v = self.project(x)
         if cache is None:
             size = (x.shape[0], self.shape.kv_heads, self.shape.length, self.shape.head_dim)
-            cache = (torch.zeros(size, dtype=x.dtype), torch.zeros(size, dtype=x.dtype))
+            cache = (x.new_zeros(size), x.new_zeros(size))
         cache[0][:, :, positions] = k
         cache[1][:, :, positions] = v
         return self.mixed(x, self.reader(q, *cache, causal(positions, self.shape.length))), cache
@@ -333,7 +334,7 @@ class Conversation:
         """
         call, tokens = self.model if eager else self.call, x.shape[1]
         self._store(exact)
-        positions = torch.arange(self.filled, self.filled + tokens)
+        positions = torch.arange(self.filled, self.filled + tokens, device=x.device)
         if isinstance(self.model, Tuples):
             out, self.state = call(x, self.state)
         elif isinstance(self.model, Made):

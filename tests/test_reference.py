@@ -467,7 +467,7 @@ def test_no_more_than_a_block_of_the_cache_is_ever_decoded(path, monkeypatch):
         return rows
 
     torch.testing.assert_close(case.attend(row_decoder=watched), case.attend())
-    assert max(seen) == 64
+    assert set(seen) == {60}, "300 tokens in even parts of at most 64"
     assert sum(seen) == 2 * 300
 
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from tqcompile import tables
+from tqcompile import reference, tables
+from tqcompile.codec import Lookup, Plane
 from tqcompile.formats import REGISTRY
 
 # Exact Lloyd-Max distortions of a coordinate on the sphere, 1 to 4 bits; None is the Gaussian limit.
@@ -82,6 +83,39 @@ def test_a_codebook_of_any_width_ascends_is_odd_and_stays_on_the_sphere(head_dim
 def test_a_codebook_that_does_not_exist_is_refused_with_a_sentence(bits, head_dim, word):
     with pytest.raises(ValueError, match=word):
         tables.sphere_codebook(bits, head_dim)
+
+
+def look_up(bits):
+    return Lookup(Plane("codes", bits), "codebook")
+
+
+@pytest.mark.parametrize(("bits", "head_dim"), CASES)
+def test_the_numbers_in_use_lose_a_fifth_of_a_percent_to_the_best_codebook_at_most(bits, head_dim):
+    f = density(head_dim)
+    numbers = [mpmath.mpf(c) / mpmath.sqrt(head_dim) for c in tables.numbers(look_up(bits), head_dim)]
+    edges = [*tables.boundaries(tables.numbers(look_up(bits), head_dim)), mpmath.sqrt(head_dim)]
+    edges = [mpmath.mpf(edge) / mpmath.sqrt(head_dim) for edge in edges[2 ** (bits - 1) - 1 :]]
+    cells = zip(numbers[2 ** (bits - 1) :], edges, edges[1:])
+    error = sum(mpmath.quad(lambda x, c=c: (x - c) ** 2 * f(x), [low, high]) for c, low, high in cells)
+    best = tables.sphere_distortion(bits, head_dim)
+    assert best * (1 - 1e-6) <= float(2 * head_dim * error) <= best * 1.002
+
+
+@pytest.mark.parametrize("head_dim", [2, 3, 4, 7, 32, 80, 96, 256, 576])
+def test_the_numbers_in_use_ascend_and_are_odd(head_dim):
+    for bits in range(1, 9):
+        numbers = np.array(tables.numbers(look_up(bits), head_dim))
+        assert (np.diff(numbers) > 0).all()
+        assert np.abs(numbers + numbers[::-1]).max() < 1e-12
+        assert np.abs(numbers - tables.sphere_codebook(bits, head_dim)).max() < 0.012
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("head_dim", [32, 128])
+def test_the_reference_computes_the_numbers_that_the_kernels_look_up(bits, head_dim):
+    codes = torch.arange(2**bits, dtype=torch.int32)
+    expected = torch.tensor(tables.numbers(look_up(bits), head_dim))
+    torch.testing.assert_close(reference.lookup(look_up(bits), codes, head_dim), expected, rtol=1e-6, atol=1e-7)
 
 
 def test_boundaries_give_each_number_its_nearest_centroid():

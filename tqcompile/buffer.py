@@ -1,5 +1,7 @@
 """The storage that a functional cache grows in: an append writes behind the last token instead of copying them all."""
 
+import weakref
+
 import torch
 
 Planes = tuple[torch.Tensor, ...]
@@ -9,8 +11,8 @@ class Buffer:
     """Growing storage of one functional cache: planes [capacity, *others, width], the sequence outermost.
 
     With the sequence outermost a view's strides depend on neither length nor capacity, so a compiled step fits
-    every length. `shared` says that more than one cache has been handed out of it: an append leaves the older
-    cache's tokens where they are, and a write would change both.
+    every length. An append leaves the older cache's tokens where they are, so a write would change both for as long
+    as both live.
     """
 
     def __init__(self, planes: Planes, seq_dim: int, room: int):
@@ -19,7 +21,7 @@ class Buffer:
         self.capacity = length + room + max(32, length // 16)
         self.seq_dim = seq_dim
         self.used = length
-        self.shared = False
+        self._holders: list[weakref.ref] = []
         with torch.inference_mode(False):
             self.storage = tuple(self._allocate(plane) for plane in planes)
         for target, plane in zip(self.view(0, length), planes):
@@ -32,6 +34,15 @@ class Buffer:
     def view(self, start: int, stop: int) -> Planes:
         """Tokens start..stop, in the cache's own order of dimensions."""
         return tuple(_sequence_view(plane, self.seq_dim, start, stop) for plane in self.storage)
+
+    def hold(self, cache: torch.Tensor) -> None:
+        """Count a cache that shows tokens of this storage; views of it keep it alive and need no count of their own."""
+        self._holders = [holder for holder in self._holders if holder() is not None] + [weakref.ref(cache)]
+
+    @property
+    def shared(self) -> bool:
+        """Whether more than one cache that is still alive was made of this storage."""
+        return sum(holder() is not None for holder in self._holders) > 1
 
     def place(self, plane: torch.Tensor) -> int:
         """The first token of a view of the first plane, or -1 where it is no whole run of tokens."""

@@ -18,8 +18,8 @@ from tqcompile.layout import layout_of
 class CompressedKV(torch.Tensor):
     """A cache of keys or values [..., head_dim] kept as the planes [..., width] of a codec.
 
-    `is_part` says that it was taken from another cache, and `copied` that it should show that cache's memory but its
-    planes could only be copied: a write would be lost.
+    `part_of` is the cache it was taken from, and `copied` says that it should show that cache's memory but its planes
+    could only be copied: a write would be lost.
     """
 
     __torch_function__ = torch._C._disabled_torch_function_impl
@@ -28,7 +28,7 @@ class CompressedKV(torch.Tensor):
     codec: Codec
     buffer: Buffer | None
     start: int
-    is_part: bool
+    part_of: "CompressedKV | None"
     copied: bool
     anchor = torch.empty(0)
 
@@ -48,7 +48,7 @@ class CompressedKV(torch.Tensor):
             self = torch.Tensor._make_wrapper_subclass(cls, shape, strides, dtype=dtype, device=device)
         torch._C._set_throw_on_mutable_data_ptr(self)
         self.planes, self.codec, self.buffer, self.start = tuple(planes), codec, buffer, start
-        self.is_part = self.copied = False
+        self.part_of, self.copied = None, False
         return self
 
     @classmethod
@@ -83,7 +83,8 @@ class CompressedKV(torch.Tensor):
         buffer = None if copied else self.buffer
         start = -1 if buffer is None else buffer.place(planes[0])
         other = CompressedKV(planes, self.codec, self.shape[-1], self.dtype, buffer, start, strides)
-        other.is_part, other.copied = True, copied or self.copied
+        other.part_of = self if self.part_of is None else self.part_of
+        other.copied = copied or self.copied
         return other
 
     def room(self, tokens: int, seq_dim: int) -> "CompressedKV":
@@ -100,13 +101,13 @@ class CompressedKV(torch.Tensor):
             and start + length == buffer.used
             and buffer.used + tokens <= buffer.capacity
         )
-        if in_place:
-            buffer.shared = True
-        else:
+        if not in_place:
             buffer, start = Buffer(self.planes, seq_dim, tokens), 0
         buffer.used += tokens
         planes = buffer.view(start, start + length + tokens)
-        return CompressedKV(planes, self.codec, self.shape[-1], self.dtype, buffer, start)
+        grown = CompressedKV(planes, self.codec, self.shape[-1], self.dtype, buffer, start)
+        buffer.hold(grown)
+        return grown
 
     def own(self, strides: tuple[tuple[int, ...], ...]) -> str | None:
         """Make the planes this cache's alone, and of these strides, before a compiled graph writes into them.
@@ -116,7 +117,7 @@ class CompressedKV(torch.Tensor):
         alone = self.buffer is None or not self.buffer.shared
         if alone and not self.copied and all(p.stride() == stride for p, stride in zip(self.planes, strides)):
             return None
-        if self.is_part:
+        if self.part_of is not None:
             return "it is a view of another compressed cache, whose planes lie otherwise"
         with torch.inference_mode(False):
             self.planes = tuple(plane.clone(memory_format=torch.contiguous_format) for plane in self.planes)

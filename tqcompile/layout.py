@@ -86,8 +86,13 @@ class PlaneLayout:
         for section in self.sections:
             field, byte = divmod(start, section.run)
             at = section.offset + byte
-            piece = packed[..., at : at + stop - start].to(torch.int32) >> (field * section.bits)
-            piece = (piece & (2**section.bits - 1)) << section.shift
+            piece = packed[..., at : at + stop - start].to(torch.int32)
+            if field:
+                piece = piece >> (field * section.bits)
+            if field < section.fields - 1:
+                piece = piece & (2**section.bits - 1)
+            if section.shift:
+                piece = piece << section.shift
             codes = piece if codes is None else codes | piece
         return codes
 

@@ -45,7 +45,9 @@ def decode_rows(codec: Codec, planes: Tensors, head_dim: int) -> torch.Tensor:
     order = sorted(range(planes[0].dim() - 1), key=planes[0].stride, reverse=True)
     ordered = [plane.permute(*order, -1) for plane in planes]
     leading = ordered[0].shape[:-1]
-    rows = [plane.reshape(-1, plane.shape[-1]) for plane in ordered]
+    rows = [plane.reshape(-1, plane.shape[-1]).contiguous() for plane in ordered]
+    # A float16 operand makes Inductor work on two vectors at a time, as arrays: several times slower.
+    rows = [plane.float() if plane.is_floating_point() else plane for plane in rows]
     key = ("decode", codec.name, head_dim, rows[0].device)
     if key not in _row_functions:
         _row_functions[key] = _compile_rows(lambda *planes: (reference.decode(codec, planes, head_dim),), rows)
@@ -57,7 +59,7 @@ def encode_rows(codec: Codec, y: torch.Tensor) -> Tensors:
     """`reference.encode` of y [..., head_dim], folded into rows and compiled once a codec, head_dim and dtype."""
     if _compile_rows is None or codec.fit == "exact" or y.shape[:-1].numel() < 2:
         return reference.encode(codec, y)
-    rows = y.reshape(-1, y.shape[-1])
+    rows = y.reshape(-1, y.shape[-1]).contiguous()
     key = ("encode", codec.name, rows.shape[-1], rows.device, rows.dtype)
     if key not in _row_functions:
         _row_functions[key] = _compile_rows(lambda row: reference.encode(codec, row), [rows])

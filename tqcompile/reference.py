@@ -17,8 +17,9 @@ Planes = Sequence[torch.Tensor]
 RowDecoder = Callable[[Codec, Planes, int], torch.Tensor]
 RowEncoder = Callable[[Codec, torch.Tensor], Sequence[torch.Tensor]]
 
-# Numbers in one decoded block of keys or of values: about a megabyte of float32, the size of a core's cache.
-BLOCK_ELEMENTS = 2**18
+# Numbers in one decoded block of keys or of values: two megabytes of float32. Smaller ones fit a core's cache better
+# and cost more calls.
+BLOCK_ELEMENTS = 2**19
 
 
 def rotate(x: torch.Tensor, basis: torch.Tensor | None) -> torch.Tensor:
@@ -86,34 +87,18 @@ def _in_order(codec: Codec, y: torch.Tensor, scale: torch.Tensor, codes: torch.T
 
 
 def lookup(factor: Lookup, codes: torch.Tensor, head_dim: int) -> torch.Tensor:
-    """Codes [...] -> numbers [...], float32.
-
-    Small tables are a tree of selects on the code's bits: it vectorises where a gather does not.
-    """
+    """Codes [...] -> numbers [...], float32."""
     if factor.table == "signed":
         limit = 2 ** (factor.plane.bits - 1)
-        return ((codes + limit) % (2 * limit) - limit).float()
-    table = tables.numbers(factor, head_dim)
-    if len(table) > 32:
-        return torch.tensor(table, dtype=torch.float32, device=codes.device)[codes]
-    return _select(codes, table)
-
-
-def _select(codes: torch.Tensor, table: tuple[float, ...]) -> torch.Tensor:
-    half = len(table) // 2
-    if len(table) > 2 and table[:half] == tuple(-number for number in reversed(table[half:])):
-        # The lower half mirrors the upper one: half the selects, and a sign.
-        upper = (codes & half) != 0
-        magnitude = _select(torch.where(upper, codes, ~codes), table[half:])
-        return torch.where(upper, magnitude, -magnitude)
-    # Of two plain numbers `where` would make the default dtype, which a program may have set to bfloat16.
-    level = [torch.full((), number, dtype=torch.float32, device=codes.device) for number in table]
-    bit = 1
-    while len(level) > 1:
-        chosen = (codes & bit) != 0
-        level = [torch.where(chosen, high, low) for low, high in zip(level[::2], level[1::2])]
-        bit *= 2
-    return level[0]
+        return ((codes ^ limit) - limit).float()
+    coefficients = tables.polynomial(factor, head_dim)
+    if coefficients is None:
+        return torch.tensor(tables.numbers(factor, head_dim), dtype=torch.float32, device=codes.device)[codes]
+    x = codes.float() - (2**factor.plane.bits - 1) / 2
+    square, number = x * x, coefficients[-1]
+    for coefficient in reversed(coefficients[:-1]):
+        number = number * square + coefficient
+    return number * x
 
 
 def decode(codec: Codec, planes: Planes, head_dim: int) -> torch.Tensor:
@@ -176,17 +161,19 @@ def attend(
     """
     batch, heads, queries, _ = q.shape
     length = keys[0].shape[2]
-    if batch * heads * queries * length <= 4 * BLOCK_ELEMENTS:
+    if batch * heads * queries * length <= 2 * BLOCK_ELEMENTS:
         scores = logits(q.float() * scale, keys, key_codec, head_dims[0], row_decoder)
-        weights = _softmax(masked(scores, mask, causal, (batch, heads, queries, length), 0, length))
+        weights = _softmax(scores, mask, causal)
         return mix(weights, values, value_codec, head_dims[1], row_decoder)
     return _attend_online(q, keys, values, mask, causal, scale, key_codec, value_codec, head_dims, row_decoder)
 
 
-def _softmax(scores: torch.Tensor) -> torch.Tensor:
-    """Softmax over keys, with zeros where a query may see none of them."""
-    weights = scores.softmax(-1)
-    return torch.where((scores == -math.inf).all(-1, keepdim=True), 0.0, weights)
+def _softmax(scores: torch.Tensor, mask: torch.Tensor | None, causal: bool) -> torch.Tensor:
+    """Softmax of scores [B, Hq, T, S] over the keys a query may see, with zeros where it may see none of them."""
+    if mask is None and not causal:
+        return scores.softmax(-1)
+    scores = masked(scores, mask, causal, scores.shape, 0, scores.shape[-1])
+    return torch.where((scores == -math.inf).all(-1, keepdim=True), 0.0, scores.softmax(-1))
 
 
 def _attend_online(q, keys, values, mask, causal, scale, key_codec, value_codec, head_dims, row_decoder):
@@ -265,5 +252,7 @@ def mix(
 
 def _blocks(planes: Planes, head_dim: int):
     batch, heads, length = planes[0].shape[:3]
-    block = max(64, BLOCK_ELEMENTS // max(1, batch * heads * head_dim))
-    return [(start, min(start + block, length)) for start in range(0, length, block)]
+    most = max(64, BLOCK_ELEMENTS // max(1, batch * heads * head_dim))
+    # Even parts: a last block of a few tokens would cost as much to call as a full one.
+    block = -(-length // max(1, -(-length // most)))
+    return [(start, min(start + block, length)) for start in range(0, length, block or 1)]

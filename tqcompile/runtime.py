@@ -18,7 +18,9 @@ class CompiledGraph:
     def __init__(self, original: fx.GraphModule, compiled: Callable, context: Context, record: Graph):
         self.original, self.compiled, self.record = original, compiled, record
         self.inputs = {entry.index: entry for entry in context.inputs}
-        self.first = any(entry.site is not None and entry.site.kind == "append" for entry in context.inputs)
+        with_site = [entry for entry in context.inputs if entry.site is not None]
+        self.in_place = tuple(entry for entry in with_site if entry.site.kind == "in_place")
+        self.first = any(entry.site.kind == "append" for entry in with_site)
         self.written_back = tuple(entry.index for entry in context.inputs if entry.writes_back)
         self.outputs = tuple(context.outputs)
         self.tokens = {e.index: _token_count(e.tokens, original) for e in context.inputs if e.tokens is not None}
@@ -29,13 +31,9 @@ class CompiledGraph:
             # cache would live on beside its successor until Python happens to collect.
             self.first = False
             gc.collect()
-        caches = {}
-        for index, entry in self.inputs.items():
-            cache, reason = self._cache(entry, args)
-            if reason is not None:
-                self.record.events[entry.name] = reason
-                return self.original(*args)
-            caches[index] = cache
+        if not self._adopt(args):
+            return self.original(*args)
+        caches = {index: self._cache(entry, args) for index, entry in self.inputs.items()}
         results = self.compiled(*self._planes(args, caches))
         for index in self.written_back:
             if caches[index] is not args[index]:
@@ -52,27 +50,33 @@ class CompiledGraph:
                 values.append(argument if cache is None else cache)
         return values
 
-    def _cache(self, entry: CacheInput, args: tuple) -> tuple[torch.Tensor | None, str | None]:
-        """The cache whose planes the graph works on, or why this call cannot be run on planes."""
+    def _adopt(self, args: tuple) -> bool:
+        """Compress the caches that are written in place, and say whether the graph can write into all of them.
+
+        One that cannot be does not keep the others dense: Dynamo sees them change, and asks for a graph that fits.
+        """
+        complete = True
+        for entry in self.in_place:
+            held = args[entry.index]
+            reason = None if isinstance(held, CompressedKV) else adopt(held, entry.site.codec)
+            reason = held.own(entry.strides) if reason is None else reason
+            if reason is not None:
+                self.record.events[entry.name] = reason
+                complete = False
+        return complete
+
+    def _cache(self, entry: CacheInput, args: tuple) -> torch.Tensor:
+        """The cache whose planes the graph works on; without a site, its decoded numbers."""
         held = args[entry.index]
         if entry.site is None:
-            return held.decode() if isinstance(held, CompressedKV) else held, None
-        if entry.site.kind == "append":
-            if not isinstance(held, CompressedKV):
-                held = CompressedKV.encode(held, entry.site.codec)
-            return held.room(self.tokens[entry.index](args), entry.site.append.dim), None
-        if entry.site.kind == "read" and not isinstance(held, CompressedKV):
-            return CompressedKV.encode(held, entry.site.codec), None
+            return held.decode() if isinstance(held, CompressedKV) else held
         if not isinstance(held, CompressedKV):
-            reason = adopt(held, entry.site.codec)
-            if reason is not None:
-                return None, reason
-        if entry.site.kind == "in_place":
-            reason = held.own(entry.strides)
-            if reason is not None:
-                return None, reason
+            held = CompressedKV.encode(held, entry.site.codec)
+        assert held.codec is entry.site.codec, f"{entry.name}: a graph of {entry.site.codec.name} was given {held}"
+        if entry.site.kind == "append":
+            return held.room(self.tokens[entry.index](args), entry.site.append.dim)
         self.record.track(entry.name, held)
-        return held, None
+        return held
 
     def _output(self, output, args: tuple, caches: dict, results):
         if output.kind == "tensor":

