@@ -1,6 +1,5 @@
 """Each example runs as its own process, as a reader would start it, and prints what it promises."""
 
-import json
 import os
 import pathlib
 import re
