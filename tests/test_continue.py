@@ -92,11 +92,22 @@ def test_a_cache_that_was_reset_is_as_good_as_new(kind):
     pair.assert_goes_on()
 
 
-@pytest.mark.parametrize("kind", ["dynamic", "static"])
-def test_two_continuations_of_one_prefix(kind):
+def holding_the_same(caches):
+    """Other caches that hold the very tensors of these; growing ones never write into them."""
+    others = copy.copy(caches[0]), copy.copy(caches[1])
+    for other in others:
+        other.layers = [copy.copy(layer) for layer in other.layers]
+    return others
+
+
+FORKS = [("dynamic", copy.deepcopy), ("static", copy.deepcopy), ("dynamic", holding_the_same)]
+
+
+@pytest.mark.parametrize(("kind", "fork"), FORKS)
+def test_two_continuations_of_one_prefix(kind, fork):
     pair = Pair(kind)
     prefix = [tensor.decode() for tensor in tensors(pair.ours)]
-    branches = [copy.deepcopy(pair.caches) for _ in range(2)]
+    branches = [fork(pair.caches) for _ in range(2)]
     for seed in (30, 31, 32):
         for number, branch in enumerate(branches):
             dense, ours = pair.read(prompt(2, 1, seed + 100 * number), branch)

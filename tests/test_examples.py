@@ -1,8 +1,11 @@
 """Each example runs as its own process, as a reader would start it, and prints what it promises."""
 
+import importlib
+import json
 import os
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
 
@@ -10,15 +13,24 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
+TINY = ("--inner", "eager", "--keys", "turboquant:5", "--values", "turboquant:4")
 
 
-def run(name: str, *arguments: object, expect: int = 0, cwd: pathlib.Path = ROOT) -> str:
-    """What an example prints; for one that is to fail, what it complains about."""
-    command = [sys.executable, str(EXAMPLES / name), *map(str, arguments)]
+def run(name: str, *arguments: object, folder: pathlib.Path = EXAMPLES) -> str:
+    """What an example prints."""
+    command = [sys.executable, str(folder / name), *map(str, arguments)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment)
-    assert done.returncode == expect, done.stderr[-3000:]
-    return done.stderr if expect else done.stdout
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def complaint(capsys, monkeypatch, name: str, *arguments: object) -> str:
+    """What an example ends with that was started wrongly; in this process, for no compiler is needed to complain."""
+    monkeypatch.syspath_prepend(EXAMPLES)
+    with pytest.raises(SystemExit) as end:
+        importlib.import_module(name).main(list(map(str, arguments)))
+    return f"{end.value} {capsys.readouterr().err}"
 
 
 def number(pattern: str, text: str) -> float:
@@ -59,9 +71,6 @@ def checkpoint(tmp_path_factory) -> pathlib.Path:
     return folder
 
 
-TINY = ("--inner", "eager", "--keys", "turboquant:5", "--values", "turboquant:4")
-
-
 def test_demo(checkpoint):
     shown = run("demo.py", "--model", checkpoint, "--context", 300, "--tokens", 12, *TINY)
     rows = {line.split()[0]: line for line in shown.splitlines() if line.startswith(("dense ", "compressed "))}
@@ -85,3 +94,104 @@ def test_demo_without_loss_says_the_same_twice(checkpoint):
     texts = re.search(r"--- dense cache ---\n(.*)\n--- compressed cache ---\n(.*)\n--- report ---", shown, re.S)
     assert texts.group(1).strip() == texts.group(2).strip()
     assert "100.0% of 8" in shown and "0.0000" in shown
+
+
+@pytest.mark.parametrize("name", ["generate_dynamic.py", "generate_static.py"])
+def test_generate(checkpoint, name):
+    shown = run(name, "--model", checkpoint, "--prompt", "once upon a time", "--tokens", 12, *TINY)
+    assert shown.startswith("o n c e   u p o n   a   t i m e ")
+    held = number(r"the cache that generate returned takes ([\d,]+) bytes", shown)
+    assert "live caches: 4," in shown and number(r"live caches: 4, ([\d,]+) bytes measured", shown) == held
+    assert re.search(r"keys +turboquant:5 +2$", shown, re.M) and re.search(r"values +turboquant:4 +2$", shown, re.M)
+    assert "left dense" not in shown and "ran dense" not in shown
+
+
+def test_hand_written():
+    shown = run("hand_written.py", "--tokens", 20, *TINY)
+    assert shown.startswith("20 tokens: [")
+    assert "the key cache of layer 0 is now a CompressedKV(turboquant:5, shape=(1, 4, 68, 64)" in shown
+    assert "live caches: 4," in shown
+    assert "left dense" not in shown and "ran dense" not in shown
+
+
+def test_bench_cpu(checkpoint):
+    shown = run("bench_cpu.py", "--model", checkpoint, "--context", 200, "--steps", 3, *TINY)
+    rows = re.findall(r"^(dense, growing cache|dense, static cache|compressed \S+ / \S+) +(.*)$", shown, re.M)
+    assert [name for name, _ in rows] == [
+        "dense, growing cache",
+        "dense, static cache",
+        "compressed turboquant:5 / turboquant:4",
+    ]
+    columns = [[float(cell.replace(",", "")) for cell in cells.split()] for _, cells in rows]
+    assert min(columns[0][2], columns[1][2]) == 1
+    assert number(r"compressed over the faster dense step: ([\d.]+)", shown) == columns[2][2]
+    assert columns[2][4] < columns[0][4] / 3
+    assert "stayed dense" not in shown
+
+
+def test_quality(checkpoint, tmp_path):
+    pairs = ("identity/identity", "turboquant:4/turboquant:4", "turboquant:2/turboquant:2")
+    target = tmp_path / "quality.json"
+    size = ("--windows", 2, "--length", 64)
+    shown = run("quality.py", "--model", checkpoint, *size, "--pairs", *pairs, "--write", target)
+    rows = json.loads(target.read_text())["rows"]
+    assert [row["pair"] for row in rows] == list(pairs)
+    exact, four, two = rows
+    assert exact["bits"] == 32 and exact["kl"] < 1e-9 and exact["top1"] == 1
+    assert 4 < four["bits"] < 5 and exact["kl"] < four["kl"] < two["kl"]
+    for row in rows:
+        assert f"| {row['kl']:.4f} |" in re.sub(" +", " ", shown)
+
+
+@pytest.fixture
+def copied(tmp_path) -> pathlib.Path:
+    """The examples in a tree of their own, where they may write pages."""
+    (tmp_path / "docs").mkdir()
+    shutil.copy(ROOT / "docs" / "quality.json", tmp_path / "docs")
+    return pathlib.Path(shutil.copytree(EXAMPLES, tmp_path / "examples"))
+
+
+def test_the_page_of_codecs_is_what_the_codecs_say(copied):
+    page = (ROOT / "docs" / "codecs.md").read_text()
+    assert run("codec_table.py") == page
+    assert run("codec_table.py", "--write", folder=copied) == ""
+    assert (copied.parent / "docs" / "codecs.md").read_text() == page
+
+
+def test_figure(copied):
+    run("figure.py", folder=copied)
+    drawing = (copied.parent / "docs" / "quality.svg").read_text()
+    rows = json.loads((ROOT / "docs" / "quality.json").read_text())["rows"]
+    shown = [row["pair"] for row in rows if row["bits"] < 16]
+    assert len(shown) > 5
+    for pair in shown:
+        assert pair.replace("turboquant:", "").replace("/", " / ") in drawing
+
+
+WRONG = {
+    "a codec that is none": ("demo", "--keys", "turboqant:4", "turboquant:4"),
+    "a model that is nowhere": ("demo", "--model", "./nowhere", "--model ./nowhere cannot be loaded"),
+    "a device that is none": ("generate_static", "--device", "abacus", "'abacus' cannot be used"),
+    "no tokens": ("hand_written", "--tokens", "0", "'0' is not a whole number of 1 or more"),
+    "half a pair": ("quality", "--pairs", "q8_0", "'q8_0' is not KEYS/VALUES"),
+}
+
+
+@pytest.mark.parametrize("mistake", WRONG)
+def test_a_mistake_is_named(mistake, capsys, monkeypatch):
+    *call, words = WRONG[mistake]
+    assert words in complaint(capsys, monkeypatch, *call)
+
+
+def test_more_tokens_than_there_are(checkpoint, capsys, monkeypatch):
+    given = ("--model", checkpoint, "--context")
+    assert "this model reads 1024" in complaint(capsys, monkeypatch, "demo", *given, 2000)
+    assert "tokens of text there are" in complaint(capsys, monkeypatch, "bench_cpu", *given, 10**8)
+
+
+@pytest.mark.slow
+def test_demo_as_make_runs_it():
+    shown = run("demo.py", "--tokens", 32)
+    assert number(r"dense +[\d,]+ +([\d.]+)", shown) == 32
+    assert number(r"\ncompressed +[\d,]+ +[\d.]+ +([\d.]+) x", shown) > 5
+    assert "60 cache sites compressed" in shown and "left dense" not in shown
