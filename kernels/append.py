@@ -88,6 +88,13 @@ def edges_of(codec: Codec, head_dim: int, device: torch.device) -> torch.Tensor:
     return torch.tensor(edges, dtype=torch.float32, device=device)
 
 
+def prepare(codec: Codec, head_dim: int, device: torch.device) -> None:
+    """Put the tables of a codec on `device` before a CUDA graph is captured, whose memory they must not lie in."""
+    edges_of(codec, head_dim, device)
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        table_of(codec.codes, head_dim, dtype, device)
+
+
 def append(
     codec: Codec, planes: Planes, y: torch.Tensor, positions: torch.Tensor | None, folder: str | None = None
 ) -> None:

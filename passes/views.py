@@ -184,7 +184,7 @@ def _expand(node: fx.Node, parent: View, value: torch.Tensor) -> View | None:
 
 
 def _reshape(node: fx.Node, parent: View, value: torch.Tensor) -> View | None:
-    """Only the two reshapes that repeating heads needs: none at all, and merging a dimension with its repeats."""
+    """Only the reshapes that repeating heads needs: none, or merging a dimension with its repeats or a size of 1."""
     old, new = list(tensor_of(parent.node).shape), list(value.shape)
     if len(new) == len(old):
         return _relabelled(node, parent, parent.axes) if all(map(same_size, old, new)) else None
@@ -194,7 +194,7 @@ def _reshape(node: fx.Node, parent: View, value: torch.Tensor) -> View | None:
         head = all(map(same_size, old[:at], new[:at]))
         if head and all(map(same_size, old[at + 2 :], new[at + 1 :])):
             first, second = parent.axes[at : at + 2]
-            if second in ((), ("r",)) and "r" not in first:
+            if () in (first, second) or (second == ("r",) and "r" not in first):
                 return _relabelled(node, parent, [*parent.axes[:at], first + second, *parent.axes[at + 2 :]])
     return None
 

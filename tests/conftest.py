@@ -16,6 +16,9 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent))
 # Structured traces go nowhere here, and pytest would format each of them.
 logging.getLogger("torch.__trace").propagate = False
 
+# Small tensors gain nothing from more threads, and lose a lot where other programs use the cores.
+torch.set_num_threads(1)
+
 settings.register_profile("tests", deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 settings.load_profile("tests")
 

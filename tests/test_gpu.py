@@ -10,8 +10,6 @@ from tqcompile import formats
 
 pytestmark = pytest.mark.gpu
 
-PAIRS = [(name, name) for name in formats.REGISTRY] + [("turboquant:5", "turboquant:3")]
-
 
 @pytest.fixture(autouse=True)
 def on_the_device():
@@ -22,10 +20,14 @@ def on_the_device():
     torch.set_default_device(None)
 
 
-@pytest.mark.parametrize("codecs", PAIRS, ids="/".join)
-@pytest.mark.parametrize("kind", MODELS)
+CASES = [(kind, ("turboquant:5", "turboquant:3")) for kind in MODELS]
+CASES += [("counter", (name, name)) for name in formats.REGISTRY]
+
+
+@pytest.mark.parametrize("kind, codecs", CASES, ids=lambda part: part if isinstance(part, str) else "/".join(part))
 def test_a_conversation_on_kernels_equals_a_quantised_dense_cache(kind, codecs):
-    # The twin and the kernels round scores differently, and a second layer's codes may fall on either side of an edge.
+    # One layer: the twin and the kernels round scores differently, and the codes of a second one may fall on either
+    # side of an edge.
     worst, ours = talk(kind, Shape(layers=1, head_dim=64), codecs, CALLS, inner="inductor")
     assert worst < 2e-3
     assert_compressed(ours, codecs)

@@ -83,7 +83,7 @@ def test_two_conversations_of_one_model_both_count():
     first = ours.caches()
     held = ours.state
     ours.again()
-    ours.feed(torch.randn(2, 3, EMBED))
+    ours.feed(torch.randn(2, 4, EMBED)), ours.feed(torch.randn(2, 1, EMBED))
     second = ours.caches()
     report = tqcompile.report(ours.model)
     assert {id(cache) for cache in report.caches} == {id(cache) for cache in (*first, *second)}

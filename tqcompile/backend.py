@@ -12,6 +12,7 @@ from torch._dynamo.source import AttrSource, ConstantSource, LocalSource
 from tqcompile import ops
 from tqcompile import report as reports
 from tqcompile.options import Options, resolve
+from tqcompile.passes.canonicalize import tensor_of
 from tqcompile.passes.context import Context
 from tqcompile.passes.pipeline import run
 from tqcompile.passes.sites import real
@@ -79,6 +80,9 @@ def _compile(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options
     given = {node.name: value for node, value in zip(_placeholders(gm), example_inputs)}
     examples = [given.get(node.name, node.meta.get("example_value")) for node in _placeholders(copy)]
     _name_sources(gm, copy, context)
+    for site in context.sites:
+        cache = tensor_of(site.root)
+        ops.prepare(site.codec, int(cache.shape[-1]), cache.device)
     compiled = _inner(copy, examples, options, mode)
     return CompiledGraph(gm, compiled, context, record)
 

@@ -66,6 +66,14 @@ def encode_rows(codec: Codec, y: torch.Tensor) -> Tensors:
     return [plane.view(*y.shape[:-1], plane.shape[-1]) for plane in _row_functions[key](rows)]
 
 
+def prepare(codec: Codec, head_dim: int, device: torch.device) -> None:
+    """Make what the operators keep for a codec on `device`, so that none of it is made during a step."""
+    if device.type == "cuda":
+        from tqcompile.kernels import append as kernel
+
+        kernel.prepare(codec, head_dim, device)
+
+
 def _append_reference(planes: Tensors, y: torch.Tensor, positions: torch.Tensor | None, codec: str) -> None:
     reference.append(formats.codec(codec), planes, y, positions, encode_rows)
 
