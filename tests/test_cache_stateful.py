@@ -141,7 +141,7 @@ class Caches(RuleBasedStateMachine):
             change(entry.cache, arguments[0] if arguments else None)
             change(entry.twin, self.stored(arguments[0]).to(entry.twin.dtype) if arguments else None)
             return
-        with pytest.raises(RuntimeError, match=r"another continues|tokens do not lie so"):
+        with pytest.raises(RuntimeError, match=r"another continues or shows|tokens do not lie so"):
             change(entry.cache, arguments[0] if arguments else None)
 
     @rule(which=NUMBER, axis=NUMBER, places=st.lists(NUMBER, min_size=1, max_size=3), how=st.integers(0, 3))
@@ -221,8 +221,29 @@ class Caches(RuleBasedStateMachine):
             return
         axis = axis % (entry.twin.dim() - 2)
         cache, twin = entry.cache.flatten(axis, axis + 1), entry.twin.flatten(axis, axis + 1)
+        if cache.copied:
+            entry.buffer.continued = True
         viewed = twin._base is not None and twin.untyped_storage()._cdata == entry.twin.untyped_storage()._cdata
         self.put(cache, twin, entry.buffer if viewed else None)
+
+    NEWEST = 1
+
+    @rule(which=NUMBER, back=st.integers(1, 2), tokens=st.integers(1, 2), again=st.booleans())
+    def retract_and_go_on(self, which, back, tokens, again):
+        """What speculative decoding does: the last tokens are wrong, and others follow."""
+        self.append(which, 2, tokens)
+        self.take_back(self.NEWEST, back)
+        self.append(self.NEWEST, 2, tokens)
+        if again:
+            self.append(self.NEWEST, 2, tokens)
+
+    @rule(which=NUMBER, axis=NUMBER)
+    def flatten_and_write(self, which, axis):
+        """A view of dense memory that a buffer cannot give: what is written must not vanish."""
+        self.append(which, 2, 1)
+        self.flatten(self.NEWEST, axis)
+        self.unsqueeze(self.NEWEST, axis)
+        self.overwrite(self.NEWEST)
 
     # Copies.
 

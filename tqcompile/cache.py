@@ -80,6 +80,8 @@ class CompressedKV(torch.Tensor):
         `strides` are those of the same view of a dense cache: they decide whether `contiguous()` copies.
         """
         copied = not all(p.untyped_storage()._cdata == q.untyped_storage()._cdata for p, q in zip(planes, self.planes))
+        if copied and self.buffer is not None:
+            self.buffer.shared = True
         buffer = None if copied else self.buffer
         start = -1 if buffer is None else buffer.place(planes[0])
         other = CompressedKV(planes, self.codec, self.shape[-1], self.dtype, buffer, start, strides)
