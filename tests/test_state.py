@@ -64,11 +64,11 @@ def step_traffic(conversation) -> Traffic:
     return traffic(lambda: conversation.feed(tokens(1, conversation.model.shape)))
 
 
-def live_storages(least: int) -> list[torch.Size]:
-    """Shapes of all dense tensors that Python holds with at least so many bytes of memory behind them."""
+def live_tensors(least: int) -> list[torch.Tensor]:
+    """All dense tensors that Python holds with at least so many bytes of memory behind them."""
     tensors = (thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor))
     plain = (t for t in tensors if type(t) in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer))
-    return [t.shape for t in plain if t.device.type == "cpu" and t.untyped_storage().nbytes() >= least]
+    return [t for t in plain if t.device.type == "cpu" and t.untyped_storage().nbytes() >= least]
 
 
 def dense_bytes(tensor: torch.Tensor) -> int:
@@ -115,13 +115,16 @@ def test_adoption_frees_the_memory_of_every_dense_cache(kind):
 @KINDS
 def test_between_calls_nothing_as_large_as_a_dense_cache_is_alive(kind, eager):
     shape = Shape(length=160)
+    # What other tests left, and tables that are kept for the process, is no cache of this one.
+    known = live_tensors(0)
+    others = set(map(id, known))
     ours = conversations(kind, shape, CODECS)[0]
     for at, call in enumerate([120, 1, 2]):
         dense_prefill = eager and at == 0
         ours.feed(tokens(call, shape), eager=dense_prefill)
         # The codes of a cache take less than half of it, spare room included.
         held = ours.caches()
-        found = live_storages(dense_bytes(held[0]))
+        found = [t.shape for t in live_tensors(dense_bytes(held[0])) if id(t) not in others]
         assert (len(found) >= len(held)) if dense_prefill else not found, found
         assert dense_prefill or max(compressed.nbytes for compressed in held) < dense_bytes(held[0]) / 2
 
@@ -150,13 +153,13 @@ def test_no_corner_of_the_process_keeps_a_dense_cache(kind):
 )
 def test_a_step_decodes_blocks_and_never_a_cache(kind, inner):
     peaks = []
-    for length in (2048, 4096):
+    for length in (4096, 8192):
         torch._dynamo.reset()
         ours = filled(kind, length, inner)
         seen = step_traffic(ours)
         dense = dense_bytes(ours.caches()[0])
         assert seen.largest <= BLOCK < dense / 4
-        assert seen.peak < dense if length == 2048 else seen.peak < dense / 2
+        assert seen.peak < dense if length == 4096 else seen.peak < dense / 2
         peaks.append(seen.peak)
     # Scores and masks grow with the length: a few numbers a token and head, where a token has head_dim of them.
     assert peaks[1] - peaks[0] < dense_bytes(ours.caches()[0]) / 2 / 16
