@@ -177,19 +177,19 @@ def test_one_tensor_that_is_appended_to_twice_goes_on_as_two():
 @STEPS
 def test_other_sizes_and_dtypes_get_graphs_of_their_own(step):
     call = compiled(step, ("q8_0", "q8_0"))
-    for like in ({}, {"head_dim": 64}, {"batch": 3}, {"batch": 1}, {"head_dim": 33}):
+    for like in ({"head_dim": 64, "batch": 3}, {"batch": 1, "head_dim": 33}):
         # As many as Dynamo keeps would otherwise run out, and the last of them would run dense.
         torch._dynamo.reset()
         talk = Talk(step, ("q8_0", "q8_0"))
         talk.feed(call)
         talk = Talk(step, ("q8_0", "q8_0"), **like)
-        talk.feed(call), talk.feed(call), talk.feed(call, tokens=2)
+        talk.feed(call), talk.feed(call, tokens=2)
 
 
 @STEPS
 def test_a_cache_that_moves_to_another_dtype(step):
     call, talk = compiled(step, ("identity", "identity")), Talk(step, ("identity", "identity"))
-    for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float32):
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
         talk.like = {"dtype": dtype}
         talk.held = [cache.to(dtype) for cache in talk.held]
         talk.twin = [cache.to(dtype) for cache in talk.twin]
@@ -240,7 +240,7 @@ def test_inference_mode_and_no_grad_may_take_turns_on_one_cache(step, inner):
 @STEPS
 def test_nothing_is_lost_when_dynamo_forgets(step):
     call, talk = compiled(step), Talk(step)
-    for _ in range(3):
+    for _ in range(2):
         talk.feed(call), talk.feed(call)
         torch._dynamo.reset()
 

@@ -2,6 +2,7 @@
 
 import gc
 import math
+import weakref
 from dataclasses import dataclass
 
 import pytest
@@ -145,6 +146,22 @@ def test_no_corner_of_the_process_keeps_a_dense_cache(kind):
     model, held = kept[0].model, kept[0].caches()
     small = sum(dense_bytes(t) for t in (*model.parameters(), *model.buffers()) if t not in set(held))
     assert left - small - tqcompile.report(model).compressed_bytes < dense_bytes(held[0]) / 4
+
+
+@pytest.mark.parametrize("eager", [False, True], ids=["compiled prefill", "eager prefill"])
+def test_an_outgrown_cache_dies_without_waiting_for_the_garbage_collector(eager):
+    shape = Shape(length=64)
+    ours = conversations("tuples", shape, CODECS)[0]
+    gc.collect()
+    gc.disable()
+    try:
+        ours.feed(tokens(40, shape), eager=eager)
+        for _ in range(3):
+            held = [weakref.ref(past) for past in ours.caches()]
+            ours.feed(tokens(1, shape))
+            assert not any(past() is not None for past in held)
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize(
