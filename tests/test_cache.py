@@ -529,7 +529,7 @@ def test_a_cache_that_another_continues_is_not_written_into():
     new = grown(old, torch.randn(2, 3, 1, 48))
     before = codes(new).clone()
     for cache in (old, new, old[:, :, :2], new.detach()):
-        with pytest.raises(RuntimeError, match=r"another continues; clone\(\) it first"):
+        with pytest.raises(RuntimeError, match=r"another continues or shows; clone\(\) it first"):
             cache.zero_()
     assert torch.equal(codes(new), before)
     separate = new.clone()
@@ -544,7 +544,15 @@ def test_a_reshaped_buffer_reads_right_and_is_not_written_into():
     for view in (flat, flat[:, :3], flat.detach()):
         with pytest.raises(RuntimeError, match="tokens do not lie so"):
             view.zero_()
+    with pytest.raises(RuntimeError, match="another continues or shows"):
+        cache.zero_()
+    assert torch.equal(codes(flat), codes(cache).reshape(2, 24, 48))
     assert same(cache.flatten(2) * 1, cache.decode().flatten(2))
+
+
+def test_a_view_that_would_lie_outside_the_buffer_is_no_run_of_tokens():
+    view = grown(made(size=(1, 36, 4, 32)), torch.randn(1, 36, 1, 32)).transpose(1, 2)
+    assert view.start == -1 and grown(view, torch.randn(1, 5, 1, 32)).shape == (1, 5, 37, 32)
 
 
 def test_growing_by_nothing():

@@ -211,7 +211,7 @@ def test_strict_raises_with_the_cache_and_the_line():
     before = touched.k_cache.clone()
     with (
         torch.no_grad(),
-        pytest.raises(Exception, match=r"strict=True, and .*k_cache.*: mul_ .*test_mutations.*line \d+"),
+        pytest.raises(Exception, match=r"strict=True, and .*k_cache.*: mul_ .*test_options.*line \d+"),
     ):
         compiled(*next(calls()))
     assert type(touched.k_cache) is torch.Tensor and torch.equal(touched.k_cache, before)

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from checkpoints import VOCABULARY, new_cache, tiny
 from models import EMBED, MODELS, Conversation, Shape, conversations
-from test_huggingface import VOCABULARY, llama, new_cache
 from torch._dynamo.utils import counters
 
 import tqcompile
@@ -74,7 +74,7 @@ def test_the_first_calls_compile_no_more_than_a_dense_model_and_once_for_the_cac
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
 def test_a_llama_decodes_for_long_without_compiling(kind, attention):
-    model = llama(attention)
+    model = tiny("llama", attention)
     call = torch.compile(model, backend="turboquant", options={"preset": "small", "inner": "eager"})
     cache = new_cache(kind, model) if kind == "dynamic" else long_static_cache(model)
 

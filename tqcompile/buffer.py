@@ -12,7 +12,7 @@ class Buffer:
 
     With the sequence outermost a view's strides depend on neither length nor capacity, so a compiled step fits
     every length. An append leaves the older cache's tokens where they are, so a write would change both for as long
-    as both live.
+    as both live; beside a copy that stands for a view it would change one only.
     """
 
     def __init__(self, planes: Planes, seq_dim: int, room: int):
@@ -36,7 +36,7 @@ class Buffer:
         return tuple(_sequence_view(plane, self.seq_dim, start, stop) for plane in self.storage)
 
     def hold(self, cache: torch.Tensor) -> None:
-        """Count a cache that shows tokens of this storage; views of it keep it alive and need no count of their own."""
+        """Count a cache that shows tokens of this storage, or a copy of them; true views of it need no count."""
         self._holders = [holder for holder in self._holders if holder() is not None] + [weakref.ref(cache)]
 
     @property
@@ -50,12 +50,17 @@ class Buffer:
         if plane.dim() != whole.dim() or plane.untyped_storage()._cdata != whole.untyped_storage()._cdata:
             return -1
         start, within = divmod(plane.storage_offset(), whole.stride(0))
-        run = _sequence_view(whole, self.seq_dim, start, start + plane.shape[self.seq_dim])
-        return start if not within and (run.shape, run.stride()) == (plane.shape, plane.stride()) else -1
+        run = _run_of(whole, self.seq_dim, plane.shape[self.seq_dim])
+        return start if not within and run == (list(plane.shape), list(plane.stride())) else -1
+
+
+def _run_of(storage: torch.Tensor, seq_dim: int, tokens: int) -> tuple[list[int], list[int]]:
+    """Sizes and strides of a run of tokens in the cache's own order of dimensions."""
+    size, stride = list(storage.shape[1:]), list(storage.stride()[1:])
+    size.insert(seq_dim, tokens)
+    stride.insert(seq_dim, storage.stride(0))
+    return size, stride
 
 
 def _sequence_view(storage: torch.Tensor, seq_dim: int, start: int, stop: int) -> torch.Tensor:
-    size, stride = list(storage.shape[1:]), list(storage.stride()[1:])
-    size.insert(seq_dim, stop - start)
-    stride.insert(seq_dim, storage.stride(0))
-    return storage.as_strided(size, stride, start * storage.stride(0))
+    return storage.as_strided(*_run_of(storage, seq_dim, stop - start), start * storage.stride(0))

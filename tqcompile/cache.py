@@ -85,6 +85,8 @@ class CompressedKV(torch.Tensor):
         other = CompressedKV(planes, self.codec, self.shape[-1], self.dtype, buffer, start, strides)
         other.part_of = self if self.part_of is None else self.part_of
         other.copied = copied or self.copied
+        if copied and self.buffer is not None:
+            self.buffer.hold(other)
         return other
 
     def room(self, tokens: int, seq_dim: int) -> "CompressedKV":

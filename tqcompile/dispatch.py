@@ -66,7 +66,7 @@ def _check_writable(func, cache: CompressedKV) -> None:
         raise RuntimeError(f"{func} writes into a view of a compressed cache whose tokens do not lie so; {ADVICE}")
     if cache.buffer is not None and cache.buffer.shared:
         raise RuntimeError(
-            f"{func} writes into a compressed cache that another continues; clone() it first, and write to the clone"
+            f"{func} writes into a compressed cache that another continues or shows; clone() it first, and write there"
         )
 
 
@@ -149,7 +149,7 @@ def _view(func, cache, size):
 
 
 def _fresh(cache: CompressedKV, planes) -> CompressedKV:
-    return CompressedKV(tuple(planes), cache.codec, cache.shape[-1], cache.dtype)
+    return CompressedKV(tuple(p.contiguous() for p in planes), cache.codec, cache.shape[-1], cache.dtype)
 
 
 def _index_select(func, cache, dim, index):
@@ -197,7 +197,7 @@ def _to_copy(func, cache, *, dtype=None, device=None, layout=None, pin_memory=No
         return NotImplemented
     own = dtype if cache.codec.fit == "exact" else None
     planes = (p.to(device=device, dtype=own, non_blocking=non_blocking, copy=True) for p in cache.planes)
-    return CompressedKV(tuple(planes), cache.codec, cache.shape[-1], dtype)
+    return CompressedKV(tuple(p.contiguous() for p in planes), cache.codec, cache.shape[-1], dtype)
 
 
 def _cat(func, tensors, dim=0):

@@ -4,7 +4,9 @@ import torch
 
 
 class ReadOnly(torch.Tensor):
-    """A decoded copy in the place of a view: read like any tensor; a write raises, because the cache would not see it.
+    """A decoded copy in the place of a view, of the moment it was taken: read like any tensor.
+
+    A write raises, because the cache would not see it.
 
     Views of it are read-only too, and whatever is computed from it is a plain tensor.
     """
