@@ -111,12 +111,13 @@ def decode(
         run.tokens.append(int(token))
         start = time.perf_counter()
         logits = step(token, None, None, cache).logits[:, -1:]
-        following = logits.argmax(-1) if forced is None else first.new_tensor([forced[index + 1 : index + 2]])
+        following = logits.argmax(-1)
         run.logits.append(logits[0, 0].float().cpu())
         run.seconds.append(time.perf_counter() - start)
-        if following.numel() == 0:
-            break
-        token = following
+        if forced is None:
+            token = following
+        elif index + 1 < count:
+            token = first.new_tensor([[forced[index + 1]]])
     return run
 
 

@@ -194,4 +194,4 @@ def test_demo_as_make_runs_it():
     shown = run("demo.py", "--tokens", 32)
     assert number(r"dense +[\d,]+ +([\d.]+)", shown) == 32
     assert number(r"\ncompressed +[\d,]+ +[\d.]+ +([\d.]+) x", shown) > 5
-    assert "60 cache sites compressed" in shown and "left dense" not in shown
+    assert "live caches: 60," in shown and "left dense" not in shown
