@@ -30,7 +30,7 @@ demo: env  ## compress a small model's cache and compare: make demo ARGS="--devi
 test: env  ## lint, and every test that needs no GPU and is not slow
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 $(ARGS)
 
 test-slow: env  ## the sweeps that are too long for CI
 	$(BIN)/python -m pytest -m "slow and not gpu" $(ARGS)
