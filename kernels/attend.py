@@ -8,7 +8,7 @@ tokens; each token is decoded once for all rows of the block. Every reduction ha
 give equal bits on one kind of device.
 """
 
-from functools import cache
+from functools import cache, partial
 from types import ModuleType
 
 import torch
@@ -17,7 +17,7 @@ import triton.language as tl
 
 from tqcompile import tables
 from tqcompile.codec import Codec, Lookup
-from tqcompile.kernels import emit, tune
+from tqcompile.kernels import emit, integer, tune
 from tqcompile.kernels.emit import Reader
 from tqcompile.reference import Planes, split
 
@@ -113,36 +113,28 @@ def attend_split(
 
 @triton.jit(do_not_specialize=["rows", "splits"])
 def attend_combine(
-    parts,
-    peaks,
-    totals,
-    out,
-    rows,
-    splits,
-    VALUE_DIM: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-    BLOCK_V: tl.constexpr,
+    parts, peaks, totals, out, rows, splits, VALUE_DIM: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_V: tl.constexpr
 ):
     head = (tl.program_id(0) // rows).to(tl.int64)
     row = tl.program_id(0) % rows
-    d = tl.arange(0, BLOCK_V)[None, :]
+    d = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
     peak = float("-inf")
-    for start in range(0, splits, BLOCK_S):
-        s = start + tl.arange(0, BLOCK_S)
-        part = tl.load(peaks + (head * splits + s) * rows + row, mask=s < splits, other=float("-inf"))
-        peak = tl.maximum(peak, maximum_of(part, 0))
-    pivot = tl.where(peak == float("-inf"), 0.0, peak)
     total = 0.0
     mixed = tl.full([BLOCK_V], 0.0, tl.float32)
     for start in range(0, splits, BLOCK_S):
         s = start + tl.arange(0, BLOCK_S)
         place = (head * splits + s) * rows + row
-        share = tl.exp(tl.load(peaks + place, mask=s < splits, other=float("-inf")) - pivot)
-        total += sum_of(tl.load(totals + place, mask=s < splits, other=0.0) * share, 0)
-        inside = (s < splits)[:, None] & (d < VALUE_DIM)
-        mixed += sum_of(tl.load(parts + place[:, None] * VALUE_DIM + d, mask=inside, other=0.0) * share[:, None], 0)
+        part = tl.load(peaks + place, mask=s < splits, other=float("-inf"))
+        inside = (s < splits)[:, None] & (d < VALUE_DIM)[None, :]
+        sums = tl.load(parts + place[:, None] * VALUE_DIM + d[None, :], mask=inside, other=0.0)
+        new_peak = tl.maximum(peak, maximum_of(part, 0))
+        pivot = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+        rescale = tl.exp(peak - pivot)
+        share = tl.exp(part - pivot)
+        total = total * rescale + sum_of(tl.load(totals + place, mask=s < splits, other=0.0) * share, 0)
+        mixed = mixed * rescale + sum_of(sums * share[:, None], 0)
+        peak = new_peak
     mixed = tl.where(total == 0.0, 0.0, mixed / tl.where(total == 0.0, 1.0, total))
-    d = tl.arange(0, BLOCK_V)
     tl.store(out + (head * rows + row) * VALUE_DIM + d, mixed, mask=d < VALUE_DIM)
 
 
@@ -155,7 +147,7 @@ def source(key_codec: Codec, value_codec: Codec, head_dims: tuple[int, int], rea
         *emit.reading_helpers("value", value_codec, value_dim),
         emit.score_helper(reader),
     )
-    return emit.module_text(title, helpers, (maximum_of, sum_of, attend_split, attend_combine))
+    return emit.module_text(title, helpers, (maximum_of, sum_of, attend_split))
 
 
 @cache
@@ -208,7 +200,7 @@ def attend(
     Raises:
         ValueError: q has a dtype that no cache holds, or its heads are no multiple of the planes'.
     """
-    batch, query_heads, queries, key_dim = q.shape
+    batch, query_heads, queries, _ = q.shape
     key_codes, key_scale = split(key_codec, keys)
     value_codes, value_scale = split(value_codec, values)
     kv_heads, length = key_codes.shape[1], key_codes.shape[2]
@@ -220,62 +212,72 @@ def attend(
     shape = (batch, query_heads, queries, head_dims[1])
     if not batch * kv_heads * rows * length:
         return q.new_zeros(shape, dtype=torch.float32)
-    interpreted = q.device.type == "cpu"
-    reader = reader_of(mask, causal)
-    built = module(key_codec, value_codec, head_dims, reader, folder, interpreted)
-    types = [product_dtype(q.dtype, codes) for codes in (key_codes, value_codes)]
-    plan = tune.attend_plan(rows, batch * kv_heads, length, max(head_dims), torch.float32 in types, q.device)
-    sides = (
-        *(
-            key_codes,
-            key_codes if key_scale is None else key_scale,
-            table_of(key_codec.codes, key_dim, types[0], q.device),
-        ),
-        *(value_codes, value_codes if value_scale is None else value_scale),
-        table_of(value_codec.codes, head_dims[1], types[1], q.device),
-    )
-    return launch(built, q, sides, mask, scale, types, plan, shape)
-
-
-def launch(built: ModuleType, q, sides, mask, scale: float, types, plan: tune.AttendPlan, shape) -> torch.Tensor:
-    """Run both kernels of a built module; `sides` is codes, scale and table of the keys, then of the values."""
-    batch, query_heads, queries, value_dim = shape
-    kv_heads, length = sides[0].shape[1], sides[0].shape[2]
-    groups = query_heads // kv_heads
-    rows, heads = groups * queries, batch * kv_heads
-    parts = q.new_empty((heads, plan.splits, rows, value_dim), dtype=torch.float32)
-    peaks, totals = parts.new_empty((2, heads, plan.splits, rows)).unbind(0)
-    part, strides = q, (0, 0, 0, 0)
+    reader, codecs = reader_of(mask, causal), (key_codec, value_codec)
     if mask is not None:
         mask = mask.broadcast_to(batch, query_heads, queries, length)
-        part, strides = mask.view(torch.uint8) if mask.dtype == torch.bool else mask, mask.stride()
+        mask = (mask.view(torch.uint8) if mask.dtype == torch.bool else mask), mask.stride()
+    place = (batch * kv_heads, rows, head_dims[1])
+    if integer.takes(q, keys, values, codecs, head_dims):
+        allocate = partial(parts, q, *place)
+        left = integer.launch(q, keys, values, mask, scale, codecs, head_dims, reader, folder, allocate)
+    else:
+        built = module(*codecs, head_dims, reader, folder, q.device.type == "cpu")
+        left = launch(built, q, (key_codes, key_scale), (value_codes, value_scale), mask, scale, codecs, place)
+    return combine(left, place, folder).view(shape)
+
+
+def parts(like: torch.Tensor, heads: int, rows: int, value_dim: int, splits: int) -> tuple[torch.Tensor, ...]:
+    """What `splits` programs leave of each row: their sums [heads, splits, rows, value_dim], peaks and totals."""
+    sums = like.new_empty((heads, splits, rows, value_dim), dtype=torch.float32)
+    return sums, *sums.new_empty((2, heads, splits, rows)).unbind(0)
+
+
+def launch(built: ModuleType, q, keys, values, mask, scale: float, codecs, place) -> tuple[torch.Tensor, ...]:
+    """Run the portable kernel; `keys` and `values` are codes and scale, `mask` None or a mask and its strides."""
+    heads, rows, value_dim = place
+    key_dim, queries = q.shape[-1], q.shape[2]
+    types = [product_dtype(q.dtype, codes) for codes, _ in (keys, values)]
+    kv_heads, length = keys[0].shape[1], keys[0].shape[2]
+    plan = tune.attend_plan(rows, heads, length, max(key_dim, value_dim), torch.float32 in types, q.device)
+    left = parts(q, *place, plan.splits)
+    part, strides = mask if mask is not None else (q, (0, 0, 0, 0))
+    sides = []
+    for (codes, scales), codec, dim, dtype in zip((keys, values), codecs, (key_dim, value_dim), types):
+        sides += [codes, codes if scales is None else scales, table_of(codec.codes, dim, dtype, q.device)]
     # The interpreter multiplies bfloat16 by its bits; there the rounded numbers go to the product as float32.
     products = [torch.float32 if q.device.type == "cpu" else dtype for dtype in types]
     built.attend_split[(heads, triton.cdiv(rows, plan.block_rows), plan.splits)](
-        *(q, *sides, part, parts, peaks, totals, scale, kv_heads, groups, queries, length, plan.span, plan.splits),
+        *(q, *sides, part, *left, scale, kv_heads, rows // queries, queries, length, plan.span, plan.splits),
         *(*q.stride(), *sides[0].stride()[:3], *sides[1].stride()[:3], *sides[3].stride()[:3], *sides[4].stride()[:3]),
         *strides,
-        *(q.shape[-1], value_dim, plan.block_rows, plan.block_tokens, tune.extent(q.shape[-1]), tune.extent(value_dim)),
+        *(key_dim, value_dim, plan.block_rows, plan.block_tokens, tune.extent(key_dim), tune.extent(value_dim)),
         *(TRITON_DTYPES[dtype] for dtype in (*types, *products)),
         types[1] == torch.float16,
         num_warps=plan.warps,
         num_stages=1,
         maxnreg=plan.registers,
     )
-    out = parts.new_empty(shape)
-    built.attend_combine[(heads * rows,)](
-        parts,
-        peaks,
-        totals,
-        out,
-        rows,
-        plan.splits,
-        value_dim,
-        tune.COMBINE_SPLITS,
-        tune.extent(value_dim),
-        num_warps=4,
+    return left
+
+
+def combine(left: tuple[torch.Tensor, ...], place: tuple[int, int, int], folder: str | None) -> torch.Tensor:
+    """The softmax over all splits of what `parts` holds: [heads, rows, value_dim]."""
+    heads, rows, value_dim = place
+    out = left[0].new_empty(place)
+    built = combine_module(folder, out.device.type == "cpu")
+    splits = left[0].shape[1]
+    block_splits, block_dims = tune.combine_blocks(splits, value_dim)
+    built.attend_combine[(heads * rows, triton.cdiv(value_dim, block_dims))](
+        *left, out, rows, splits, value_dim, block_splits, block_dims, num_warps=4
     )
     return out
+
+
+@cache
+def combine_module(folder: str | None, interpreted: bool) -> ModuleType:
+    """The imported module of `attend_combine`, which is the same for all codecs."""
+    text = emit.module_text("The softmax over the splits of a cache.", (), (maximum_of, sum_of, attend_combine))
+    return emit.build(text, folder, interpreted)
 
 
 def product_dtype(query: torch.dtype, codes: torch.Tensor) -> torch.dtype:

@@ -47,11 +47,11 @@ class Reader:
             raise ValueError(f"mask={self.mask!r}; allowed are 'none', 'bool' and 'additive'")
 
 
-def module_text(title: str, helpers: tuple[str, ...], kernels: tuple) -> str:
-    """One file: the printed helpers, then the source of `kernels`, which are functions under `triton.jit`."""
+def module_text(title: str, helpers: tuple[str, ...], kernels: tuple, header: str = HEADER) -> str:
+    """One file: the printed helpers, then the source of `kernels`, functions under a decorator of Triton's."""
     # Triton finds the globals of a function when it compiles it, so a helper may stand above what it calls.
     bodies = [inspect.getsource(kernel.fn).strip() for kernel in kernels]
-    return "\n\n\n".join([HEADER.format(title=title).strip(), *helpers, *bodies]) + "\n"
+    return "\n\n\n".join([header.format(title=title).strip(), *helpers, *bodies]) + "\n"
 
 
 def reading_helpers(side: str, codec: Codec, head_dim: int) -> tuple[str, str]:

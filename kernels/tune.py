@@ -16,10 +16,15 @@ ATTEND = {
     (64, False): (64, 64, 8, 255),
     (64, True): (16, 16, 8, 255),
 }
+# Programs of the kernel on int8 units, one warp each, that one of a multiprocessor's four parts holds by the registers
+# a thread may take. More programs hide more latency, and few registers are what small tiles need.
+INTEGER_REGISTERS, INTEGER_REGISTERS_WIDE = 128, 255
+REGISTERS_PER_PART = 16384
 APPEND_REGISTERS = 128
-# Programs that a multiprocessor holds at once, and splits that one step of the combination reads.
+# Programs that a multiprocessor holds at once, and dims and most splits that one step of the combination reads.
 PROGRAMS_PER_PROCESSOR = 2
-COMBINE_SPLITS = 16
+COMBINE_DIMS = 32
+COMBINE_SPLITS = 128
 # What the interpreter plans for, where there is no device to ask.
 DEFAULT_PROCESSORS = 4
 
@@ -62,10 +67,35 @@ def attend_plan(
     return AttendPlan(block_rows, block_tokens, -(-length // span), span, warps, registers)
 
 
+@lru_cache(maxsize=4096)
+def integer_plan(
+    rows: int,
+    heads: int,
+    length: int,
+    head_dim: int,
+    device: torch.device,
+    processors: int | None = None,
+) -> AttendPlan:
+    """The plan of the kernel on int8 units: as many programs as the device holds at once, and no more."""
+    block_rows = 4 if rows <= 4 or head_dim > 128 else 8
+    small = block_rows * head_dim <= 512
+    block_tokens, registers = (64, INTEGER_REGISTERS) if small else (32, INTEGER_REGISTERS_WIDE)
+    held = (processors or processors_of(device)) * 4 * (REGISTERS_PER_PART // (32 * registers))
+    blocks = -(-length // block_tokens)
+    splits = max(1, min(blocks, held // (heads * -(-rows // block_rows))))
+    span = -(-blocks // splits) * block_tokens
+    return AttendPlan(block_rows, block_tokens, -(-length // span), span, 1, registers)
+
+
 def append_plan(tokens: int, head_dim: int) -> tuple[int, int]:
     """Tokens of a program, and its warps."""
     block = min(power_of_two(tokens), max(1, 2048 // extent(head_dim)))
     return block, 4 if block * extent(head_dim) >= 512 else 1
+
+
+def combine_blocks(splits: int, value_dim: int) -> tuple[int, int]:
+    """Splits and dims that a program of the combination reads at once."""
+    return min(COMBINE_SPLITS, power_of_two(splits)), min(COMBINE_DIMS, extent(value_dim))
 
 
 @cache

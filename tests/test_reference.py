@@ -89,6 +89,7 @@ def plain_centroids(codec, x):
     codes, _ = reference.split(codec, reference.encode(codec, x))
     plane = layout_of(codec, head_dim, torch.float32, "cpu").plane(codec.codes.plane.name)
     centroids = reference.lookup(codec.codes, plane.unpack(codes), head_dim).double()
+    centroids *= tables.unit(codec.codes, head_dim)
     return centroids * x.double().norm(dim=-1, keepdim=True) / math.sqrt(head_dim)
 
 

@@ -70,7 +70,7 @@ def _encode_sphere(codec: Codec, y: torch.Tensor) -> tuple[torch.Tensor, ...]:
     unit = torch.where(size > 0, shape / size, 0.0) * math.sqrt(head_dim)
     edges = torch.tensor(tables.boundaries(codebook), dtype=torch.float32, device=y.device)
     codes = torch.bucketize(unit, edges)
-    fitted = (unit * lookup(codec.codes, codes, head_dim)).sum(-1, keepdim=True)
+    fitted = (unit * lookup(codec.codes, codes, head_dim)).sum(-1, keepdim=True) * tables.unit(codec.codes, head_dim)
     # |x|^2 / <x, c> with x = peak * size / sqrt(head_dim) * unit: no square of a large norm is formed.
     scale = peak * torch.where(size > 0, size, 1.0) * math.sqrt(head_dim) / fitted
     scale = torch.where(peak == 0, 0.0, scale)
@@ -87,18 +87,19 @@ def _in_order(codec: Codec, y: torch.Tensor, scale: torch.Tensor, codes: torch.T
 
 
 def lookup(factor: Lookup, codes: torch.Tensor, head_dim: int) -> torch.Tensor:
-    """Codes [...] -> numbers [...], float32."""
+    """Codes [...] -> numbers [...], float32, in units of `tables.unit`."""
     if factor.table == "signed":
         limit = 2 ** (factor.plane.bits - 1)
         return ((codes ^ limit) - limit).float()
     coefficients = tables.polynomial(factor, head_dim)
     if coefficients is None:
         return torch.tensor(tables.numbers(factor, head_dim), dtype=torch.float32, device=codes.device)[codes]
+    size = tables.unit(factor, head_dim)
     x = codes.float() - (2**factor.plane.bits - 1) / 2
-    square, number = x * x, coefficients[-1]
+    square, number = x * x, coefficients[-1] / size
     for coefficient in reversed(coefficients[:-1]):
-        number = number * square + coefficient
-    return number * x
+        number = number * square + coefficient / size
+    return number * x if tables.integers(factor, head_dim) is None else (number * x).round()
 
 
 def decode(codec: Codec, planes: Planes, head_dim: int) -> torch.Tensor:
@@ -107,7 +108,7 @@ def decode(codec: Codec, planes: Planes, head_dim: int) -> torch.Tensor:
         return planes[0]
     codes, scale = split(codec, planes)
     layout = layout_of(codec, head_dim, torch.float32, codes.device.type).plane(codec.codes.plane.name)
-    scale, block = scale.float(), codec.scale.plane.per or head_dim
+    scale, block = scale.float() * tables.unit(codec.codes, head_dim), codec.scale.plane.per or head_dim
     pieces = []
     for coordinates, code in layout.pieces(codes):
         number = lookup(codec.codes, code, head_dim)

@@ -96,13 +96,46 @@ def polynomial(lookup: Lookup, head_dim: int) -> tuple[float, ...] | None:
 
 
 @cache
+def integers(lookup: Lookup, head_dim: int) -> tuple[tuple[int, ...], float] | None:
+    """The numbers of a codebook look-up of up to four bits as integers, and their unit; None for other look-ups.
+
+    Matrix units multiply bytes, and get sixteen numbers as the sum of two bytes: number i and number i + 8 must be
+    less than 128 apart. Of the units that allow it, within a fifth of the smallest, the one of least distortion.
+    """
+    if lookup.table != "codebook" or lookup.plane.bits > 4:
+        return None
+    coefficients, half = polynomial(lookup, head_dim), 2 ** (lookup.plane.bits - 1)
+    x = np.arange(half) + 0.5
+    positive = sum(a * x ** (2 * i + 1) for i, a in enumerate(coefficients))
+    spread = (positive + positive[::-1]).max() if half == 8 else positive[-1]
+    mass, _ = _cells(_edges(positive / np.sqrt(head_dim)), head_dim)
+    units = spread / np.linspace(126.4, 105, 400)
+    places = np.round(positive / units[:, None])
+    # Half a unit away from a tie, so that whoever rounds the polynomial rounds alike.
+    clear = np.abs(np.abs(positive / units[:, None] - places) - 0.5).min(1) > 0.02
+    loss = (mass * (positive - places * units[:, None]) ** 2).sum(1)
+    best = np.where(clear, loss, np.inf).argmin()
+    whole = [int(place) for place in places[best]]
+    return (*(-place for place in reversed(whole)), *whole), float(units[best])
+
+
+@cache
 def numbers(lookup: Lookup, head_dim: int) -> tuple[float, ...]:
     """The table of a codebook look-up: the number of each code, in order of the code."""
-    coefficients, bits = polynomial(lookup, head_dim), lookup.plane.bits
+    whole, bits = integers(lookup, head_dim), lookup.plane.bits
+    if whole is not None:
+        return tuple(place * whole[1] for place in whole[0])
+    coefficients = polynomial(lookup, head_dim)
     if coefficients is None:
         return sphere_codebook(bits, head_dim)
     x = np.arange(2**bits) - (2**bits - 1) / 2
     return tuple(float(c) for c in sum(a * x ** (2 * i + 1) for i, a in enumerate(coefficients)))
+
+
+def unit(lookup: Lookup, head_dim: int) -> float:
+    """What numbers are multiples of where they are whole; 1 elsewhere."""
+    whole = integers(lookup, head_dim)
+    return 1.0 if whole is None else whole[1]
 
 
 def _edges(centroids: np.ndarray) -> np.ndarray:

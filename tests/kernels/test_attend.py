@@ -2,15 +2,27 @@ import math
 
 import pytest
 import torch
-from cases import close, compressed
+from cases import TOLERANCE, close, compressed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tqcompile import formats, reference
-from tqcompile.kernels import attend, tune
+from tqcompile.kernels import attend, integer, tune
 
 CODECS = list(formats.REGISTRY)
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+@pytest.fixture(autouse=True, params=["portable", pytest.param("int8", marks=pytest.mark.gpu)])
+def kernel(request, device, monkeypatch):
+    """Each test runs on the portable kernel, and on a GPU also on the one that it prefers where it can."""
+    if request.param == "portable":
+        monkeypatch.setattr(integer, "takes", lambda *arguments: False)
+    elif device == "cpu":
+        pytest.skip("int8 units have no interpreter")
+    else:
+        # Fifteen bits of q and of the weights, whatever the dtype of q.
+        monkeypatch.setitem(TOLERANCE, torch.float32, 4e-4)
 
 
 def both(q, keys, values, mask, causal, codecs, head_dims):

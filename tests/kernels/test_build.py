@@ -20,6 +20,21 @@ def test_attend_compiles_without_a_device_and_spills_nothing(case):
     assert usage.spills == 0 and 0 < usage.registers <= 255
 
 
+INTEGER = [
+    (("turboquant:4", "turboquant:3"), 128, Reader("bool"), 4, 90),
+    (("turboquant:3", "turboquant:3"), 64, Reader(), 4, 80),
+    (("turboquant:2", "turboquant:2"), 96, Reader("additive"), 8, 90),
+    (("turboquant:4", "turboquant:4"), 256, Reader("none", True), 4, 90),
+]
+
+
+@pytest.mark.parametrize("case", INTEGER, ids=str)
+def test_attend_on_int8_units_needs_no_shared_memory_and_spills_a_few_words(case):
+    names, *rest = case
+    usage = build.integer_usage(tuple(map(formats.codec, names)), *rest)
+    assert usage.shared == 0 and usage.spills <= build.SPILLED
+
+
 @pytest.mark.parametrize("name", ["q8_0", "turboquant:5"])
 def test_append_compiles_without_a_device_and_spills_nothing(name):
     assert build.append_usage(formats.codec(name), 128, torch.bfloat16, 4096, 90).spills == 0
@@ -27,4 +42,4 @@ def test_append_compiles_without_a_device_and_spills_nothing(name):
 
 @pytest.mark.slow
 def test_no_kernel_of_any_codec_spills():
-    assert not [usage for usage in build.every_usage() if usage.spills]
+    assert not [usage for usage in build.every_usage() if usage.spills > build.allowed_spills(usage)]

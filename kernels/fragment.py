@@ -1,0 +1,212 @@
+"""Attention of a few query rows over codes of two, three or four bits, on int8 matrix units: the kernel.
+
+One warp is a program: it takes one KV head, up to eight rows (query head of the group, query), and a span of tokens.
+Keys and values go from packed codes to matrix operands in registers (`operands`). Sums of products are exact integers;
+what rounds is q, and the probabilities of a tile times their values' scalars, each to 15 bits of its largest.
+
+`emit` prints `key_look_up`, `value_look_up` and `read_scores` above this, and the numbers of `Side`.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import mma_v2
+
+from tqcompile.kernels.operands import (
+    WEIGHT_LIMIT,
+    dim_of,
+    eight_nibbles,
+    four_tokens,
+    key_operand,
+    load_keys,
+    load_values,
+    rounded,
+    table_like,
+    value_operand,
+    weight_operand,
+    word_layout,
+)  # fmt: skip
+
+# Printed by `emit`; the names stand here so that the skeleton can be read, and checked, as ordinary Python.
+key_look_up = value_look_up = read_scores = None
+KEY_RUN = KEY_HIGH_RUN = KEY_WORDS = KEY_FIELDS = KEY_TERMS = KEY_DIMS = KEY_DIM = gl.constexpr(0)
+VALUE_RUN = VALUE_HIGH_RUN = VALUE_WORDS = VALUE_FIELDS = VALUE_TERMS = VALUE_DIMS = VALUE_DIM = gl.constexpr(0)
+VALUE_SHARED = gl.constexpr(False)
+
+LOG2_E = gl.constexpr(1.4426950408889634)
+# The largest |128 high + low| that two int8 parts hold, with room for rounding.
+QUERY_LIMIT = gl.constexpr(16256.0)
+
+
+@gluon.jit
+def query_operand(q, row, q_h, q_t, q_d, queries, groups, LAYOUT: gl.constexpr, R: gl.constexpr):
+    """Rows of q as the right operand [KEY_DIMS, 2 R] in the keys' order of dims, and the size of one unit of a row."""
+    k = gl.arange(0, KEY_DIMS, gl.SliceLayout(1, LAYOUT))
+    column = gl.arange(0, 2 * R, gl.SliceLayout(0, LAYOUT))
+    group, nibble = k // 32, k // 16 % 2 * 4 + k % 4
+    word = k // 4 % 4 * KEY_WORDS + group // KEY_FIELDS
+    dim = dim_of(word, nibble, group % KEY_FIELDS, KEY_RUN, KEY_FIELDS)
+    place = row + column // 2
+    address = place // queries * q_h + place % queries * q_t
+    inside = (dim < KEY_DIM)[:, None] & (place < groups * queries)[None, :]
+    x = gl.load(q + address[None, :] + dim[:, None] * q_d, mask=inside, other=0.0).to(gl.float32)
+    # A product with zero keeps what is no number, which a maximum may drop.
+    size = gl.max(gl.abs(x), 0) + gl.sum(x * 0.0, 0)
+    size = gl.where(size == 0.0, 1.0, size)
+    number = rounded(x * (QUERY_LIMIT / size)[None, :])
+    high = (number + 64) >> 7
+    operand = gl.where((column % 2 == 0)[None, :], high, number - high * 128).to(gl.int8)
+    return operand, gl.max(gl.reshape(size, [R, 2]), 1) / QUERY_LIMIT
+
+
+@gluon.jit
+def key_product(codes, high, table, asked, T: gl.constexpr, MMA: gl.constexpr, R: gl.constexpr):
+    """The integers [T, R, 2] of keys times the two parts of each row of q."""
+    LEFT: gl.constexpr = gl.DotOperandLayout(0, MMA, 4)
+    x = key_look_up(codes, high, table[0], table[1], table[2], table[3])
+    product = gl.full([T, 2 * R], 0, gl.int32, MMA)
+    if KEY_TERMS == 2:
+        product = mma_v2(gl.convert_layout(key_operand(x[2], x[3], T, KEY_DIMS), LEFT), asked, product)
+        operand = key_operand(x[0], x[1], T, KEY_DIMS)
+    else:
+        operand = key_operand(gl.join(x[0], x[2]), gl.join(x[1], x[3]), T, KEY_DIMS)
+    return gl.reshape(mma_v2(gl.convert_layout(operand, LEFT), asked, product), [T, R, 2])
+
+
+@gluon.jit
+def value_product(codes, high, table, weights, T: gl.constexpr, MMA: gl.constexpr, R: gl.constexpr):
+    """The integers [VALUE_DIMS, R, 2] of values times the two parts of each row's weights."""
+    LEFT: gl.constexpr = gl.DotOperandLayout(0, MMA, 4)
+    x = value_look_up(four_tokens(codes, T, VALUE_WORDS), four_tokens(high, T, VALUE_WORDS), table)
+    product = gl.full([VALUE_DIMS, 2 * R], 0, gl.int32, MMA)
+    nibbles = eight_nibbles(x, 0)
+    if VALUE_TERMS == 2:
+        second = value_operand(eight_nibbles(x, 8), T, VALUE_DIMS)
+        product = mma_v2(gl.convert_layout(second, LEFT), weights, product)
+    elif VALUE_FIELDS == 2:
+        nibbles = gl.join(nibbles, eight_nibbles(x, 8))
+    operand = value_operand(nibbles, T, VALUE_DIMS)
+    return gl.reshape(mma_v2(gl.convert_layout(operand, LEFT), weights, product), [VALUE_DIMS, R, 2])
+
+
+# fmt: off
+@gluon.jit
+def tile(
+    peak, total, mixed, asked, unit, key_codes, key_scale, value_codes, value_scale, key_table, value_table,
+    mask, mask_row, mask_s, query, count,
+    T: gl.constexpr, R: gl.constexpr, MMA: gl.constexpr, SCORES: gl.constexpr,
+    KEY_S: gl.constexpr, KEY_SCALE_S: gl.constexpr, VALUE_S: gl.constexpr, VALUE_SCALE_S: gl.constexpr,
+):
+    """One tile of T tokens, or of the first `count` of them, into the running softmax of R rows."""
+    token = gl.arange(0, T, gl.SliceLayout(1, SCORES))
+    last = None
+    near = token
+    if count is not None:
+        last = count - 1
+        near = gl.minimum(token, last)
+    codes, high = load_keys(key_codes, last, T, KEY_S, KEY_RUN, KEY_HIGH_RUN, KEY_WORDS)
+    scalars = gl.load(key_scale + near * KEY_SCALE_S)
+    words, top = load_values(value_codes, last, T, VALUE_S, VALUE_RUN, VALUE_HIGH_RUN, VALUE_WORDS, VALUE_SHARED)
+    value_scalars = gl.load(value_scale + near * VALUE_SCALE_S).to(gl.float32)
+    coarse, fine = gl.split(key_product(codes, high, key_table, asked, T, MMA, R))
+    # The product with zero makes a key whose scalar is infinite no number, as its decoded dims would.
+    scalars = scalars.to(gl.float32)
+    scores = (coarse * 128 + fine).to(gl.float32) * ((scalars + scalars * 0.0)[:, None] * unit[None, :])
+    address = mask_row[None, :] + token[:, None] * mask_s
+    scores = read_scores(scores, mask, address, query[None, :], token[:, None], last)
+    if count is not None:
+        scores = gl.where((token < count)[:, None], scores, float("-inf"))
+    new_peak = gl.maximum(peak, gl.max(scores, 0))
+    pivot = gl.where(new_peak == float("-inf"), 0.0, new_peak)
+    rescale = gl.exp2((peak - pivot) * LOG2_E)
+    weights = gl.exp2((scores - pivot[None, :]) * LOG2_E)
+    scaled = weights * value_scalars[:, None]
+    if count is not None:
+        scaled = gl.where((token < count)[:, None], scaled, 0.0)
+    # The product with zero marks a row that met a value which is no number; integers would hide it.
+    part = gl.sum(gl.reshape(weights + scaled * 0.0, [T // 8, 8, R]), 0)
+    total = total * gl.convert_layout(rescale, gl.SliceLayout(0, total.type.layout))[None, :] + part
+    size = gl.maximum(gl.max(gl.abs(scaled), 0), 1e-30)
+    operand = weight_operand(scaled * (WEIGHT_LIMIT / size)[None, :], T, R)
+    operand = gl.convert_layout(operand, gl.DotOperandLayout(1, MMA, 4))
+    coarse, fine = gl.split(value_product(words, top, value_table, operand, T, MMA, R))
+    columns: gl.constexpr = gl.SliceLayout(0, mixed.type.layout)
+    mixed = mixed * gl.convert_layout(rescale, columns)[None, :]
+    mixed += (coarse * 256 + fine).to(gl.float32) * gl.convert_layout(size * (1.0 / WEIGHT_LIMIT), columns)[None, :]
+    return new_peak, total, mixed
+
+
+@gluon.jit(do_not_specialize=[
+    "key_unit", "value_unit", "groups", "queries", "length", "span", "splits", "mask_b", "mask_h", "mask_t",
+])
+def attend_fragments(
+    q, key_codes, key_scale, value_codes, value_scale, tables, mask, out, peaks, totals,
+    key_unit, value_unit, kv_heads, groups, queries, length, span, splits,
+    q_b, q_h, q_t, q_d, key_b, key_h, key_scale_b, key_scale_h, value_b, value_h, value_scale_b, value_scale_h,
+    mask_b, mask_h, mask_t, mask_s,
+    KEY_S: gl.constexpr, KEY_SCALE_S: gl.constexpr, VALUE_S: gl.constexpr, VALUE_SCALE_S: gl.constexpr,
+    T: gl.constexpr, R: gl.constexpr, num_warps: gl.constexpr = 1,
+):
+    MMA: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [1, 1], [16, 8])
+    zeros, _ = gl.split(gl.reshape(gl.full([T, 2 * R], 0.0, gl.float32, MMA), [T, R, 2]))
+    mixed, _ = gl.split(gl.reshape(gl.full([VALUE_DIMS, 2 * R], 0.0, gl.float32, MMA), [VALUE_DIMS, R, 2]))
+    SCORES: gl.constexpr = zeros.type.layout
+    batch = (gl.program_id(0) // kv_heads).to(gl.int64)
+    head = (gl.program_id(0) % kv_heads).to(gl.int64)
+    first = gl.program_id(2) * span
+    stop = gl.minimum(first + span, length)
+    start = first.to(gl.int64)
+
+    q += batch * q_b + head * groups * q_h
+    RIGHT: gl.constexpr = gl.DotOperandLayout(1, MMA, 4)
+    asked, unit = query_operand(q, gl.program_id(1) * R, q_h, q_t, q_d, queries, groups, RIGHT, R)
+    unit = gl.convert_layout(unit, gl.SliceLayout(0, SCORES)) * key_unit
+    row = gl.program_id(1) * R + gl.arange(0, R, gl.SliceLayout(0, SCORES))
+    near = gl.minimum(row, groups * queries - 1)
+    query = near % queries - first
+    mask_row = batch * mask_b + (head * groups + near // queries) * mask_h + (near % queries).to(gl.int64) * mask_t
+    mask += start * mask_s
+
+    key_codes += batch * key_b + head * key_h + start * KEY_S
+    key_scale += batch * key_scale_b + head * key_scale_h + start * KEY_SCALE_S
+    value_codes += batch * value_b + head * value_h + start * VALUE_S
+    value_scale += batch * value_scale_b + head * value_scale_h + start * VALUE_SCALE_S
+    key_table = table_like(tables, word_layout(T // 8, KEY_WORDS))
+    words = gl.full([T // 4, 32, VALUE_WORDS], 0, gl.int32, word_layout(T // 4, VALUE_WORDS))
+    value_table = table_like(tables + 128, four_tokens(words, T, VALUE_WORDS)[0].type.layout)
+
+    peak = gl.full([R], float("-inf"), gl.float32, gl.SliceLayout(0, SCORES))
+    total = gl.sum(gl.reshape(zeros, [T // 8, 8, R]), 0)
+    for _ in range((stop - first) // T):
+        peak, total, mixed = tile(
+            peak, total, mixed, asked, unit, key_codes, key_scale, value_codes, value_scale, key_table, value_table,
+            mask, mask_row, mask_s, query, None, T, R, MMA, SCORES, KEY_S, KEY_SCALE_S, VALUE_S, VALUE_SCALE_S,
+        )
+        key_codes += T * KEY_S
+        key_scale += T * KEY_SCALE_S
+        value_codes += T * VALUE_S
+        value_scale += T * VALUE_SCALE_S
+        mask += T * mask_s
+        query -= T
+    if (stop - first) % T:
+        peak, total, mixed = tile(
+            peak, total, mixed, asked, unit, key_codes, key_scale, value_codes, value_scale, key_table, value_table,
+            mask, mask_row, mask_s, query, (stop - first) % T,
+            T, R, MMA, SCORES, KEY_S, KEY_SCALE_S, VALUE_S, VALUE_SCALE_S,
+        )
+
+    place = (gl.program_id(0).to(gl.int64) * splits + gl.program_id(2)) * (groups * queries)
+    gl.store(peaks + place + row, peak, mask=row < groups * queries)
+    total = gl.sum(total, 0)
+    row = gl.program_id(1) * R + gl.arange(0, R, total.type.layout)
+    gl.store(totals + place + row, total, mask=row < groups * queries)
+    m = gl.arange(0, VALUE_DIMS, gl.SliceLayout(1, mixed.type.layout))
+    outer = m // 8
+    word, nibble, field = outer // (8 * VALUE_FIELDS), outer // VALUE_FIELDS % 8, outer % VALUE_FIELDS
+    if VALUE_SHARED:
+        dim = dim_of(m % 4, nibble, m // 4 % 2, VALUE_RUN, 2)
+    else:
+        dim = dim_of(m % 8 * VALUE_WORDS + word, nibble, field, VALUE_RUN, VALUE_FIELDS)
+    row = gl.program_id(1) * R + gl.arange(0, R, gl.SliceLayout(0, mixed.type.layout))
+    inside = (dim < VALUE_DIM)[:, None] & (row < groups * queries)[None, :]
+    gl.store(out + (place + row)[None, :] * VALUE_DIM + dim[:, None], mixed * value_unit, mask=inside)
+# fmt: on

@@ -1,0 +1,119 @@
+"""The printed look-ups, run by an interpreter of the few instructions they are made of."""
+
+import re
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tqcompile import formats, tables
+from tqcompile.kernels import ptx
+from tqcompile.layout import layout_of
+
+WORD = st.integers(0, 2**32 - 1)
+
+
+def prmt(a, b, selector):
+    source = [(a | b << 32) >> 8 * place & 255 for place in range(8)]
+    picks = [selector >> 4 * place & 15 for place in range(4)]
+    result = [(255 if source[pick & 7] & 128 else 0) if pick & 8 else source[pick & 7] for pick in picks]
+    return int.from_bytes(bytes(result), "little")
+
+
+def lop3(a, b, c, table):
+    bits = [table >> ((a >> k & 1) << 2 | (b >> k & 1) << 1 | (c >> k & 1)) & 1 for k in range(32)]
+    return sum(bit << place for place, bit in enumerate(bits))
+
+
+OPERATIONS = {
+    "prmt": prmt,
+    "lop3": lop3,
+    "and": lambda a, b: a & b,
+    "shr": lambda a, b: a >> b,
+    "shl": lambda a, b: a << b & 0xFFFFFFFF,
+}
+
+
+def run(block, inputs, numbers):
+    """The outputs of a block, each as four signed bytes."""
+    values = dict(enumerate([*inputs, *(word & 0xFFFFFFFF for word in ptx.table_words(numbers))], block.outputs))
+    registers = {f"${place}": value for place, value in values.items()}
+    for line in block.lines:
+        operation, target, rest = re.fullmatch(r"(\w+)\.b32 (\S+), (.*);", line).groups()
+        operands = [registers[o] if o in registers else int(o, 0) for o in rest.split(", ")]
+        registers[target] = OPERATIONS[operation](*operands)
+    outputs = [registers[f"${place}"].to_bytes(4, "little") for place in range(block.outputs)]
+    return [[byte - 256 if byte > 127 else byte for byte in output] for output in outputs]
+
+
+def numbers_of(bits, head_dim=128):
+    return tables.integers(formats.codec(f"turboquant:{bits}").codes, head_dim)[0]
+
+
+def code(bits, word, high, nibble, field):
+    if bits == 4:
+        return word >> 4 * nibble & 15
+    low = word >> 4 * nibble + 2 * field & 3
+    return low | (high >> 4 * nibble + 2 * field & 1) << 2 if bits == 3 else low
+
+
+@pytest.mark.parametrize(("bits", "fields"), [(4, 1), (3, 2), (3, 1), (2, 2), (2, 1)])
+@given(word=WORD, high=WORD)
+def test_a_word_of_keys_becomes_its_numbers(bits, fields, word, high):
+    numbers = numbers_of(bits)
+    found = run(ptx.key_look_up(bits, fields), [word, high] if bits == 3 else [word], numbers)
+    if bits == 4:
+        found = [[x + y for x, y in zip(*pair)] for pair in zip(found[:2], found[2:])]
+    for field in range(fields):
+        expected = [numbers[code(bits, word, high, nibble, field)] for nibble in range(8)]
+        assert found[2 * field] + found[2 * field + 1] == expected
+
+
+@pytest.mark.parametrize(("bits", "fields"), [(4, 1), (3, 2), (3, 1), (2, 2), (2, 1)])
+@given(words=st.tuples(WORD, WORD, WORD, WORD), high=st.tuples(WORD, WORD, WORD, WORD))
+def test_four_tokens_of_values_become_their_numbers_dim_by_dim(bits, fields, words, high):
+    numbers = numbers_of(bits)
+    found = run(ptx.value_look_up(bits, fields), [*words, *(high if bits == 3 else ())], numbers)
+    if bits == 4:
+        found = [[x + y for x, y in zip(*pair)] for pair in zip(found[:8], found[8:])]
+    for field in range(fields):
+        for nibble in range(8):
+            codes = [code(bits, *pair, nibble, field) for pair in zip(words, high)]
+            assert found[8 * field + nibble] == [numbers[c] for c in codes]
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("head_dim", [16, 32, 64, 96, 128, 256, 576])
+def test_the_bytes_of_every_codebook_add_up(bits, head_dim):
+    numbers = numbers_of(bits, head_dim)
+    words = b"".join((word & 0xFFFFFFFF).to_bytes(4, "little") for word in ptx.table_words(numbers))
+    signed = [byte - 256 if byte > 127 else byte for byte in words]
+    if bits < 4:
+        assert signed[: 2**bits] == list(numbers)
+    else:
+        assert [signed[place] + signed[8 + place] for place in range(8)] == list(numbers[:8])
+        assert [number - 1 for number in signed[:8]] == list(numbers[8:])
+        assert max(signed[8:]) < 0
+
+
+def test_numbers_too_far_apart_for_a_byte_are_refused():
+    with pytest.raises(AssertionError, match="further apart"):
+        ptx.table_words([*range(-127, -119), *range(120, 128)])
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("head_dim", [32, 64, 96, 128])
+def test_a_code_lies_where_the_look_up_finds_it(bits, head_dim):
+    """The layout's bytes, read as words of nibbles, hold the dim that the kernel thinks they do."""
+    plane = layout_of(formats.codec(f"turboquant:{bits}"), head_dim, torch.float32, "cuda").plane("codes")
+    codes = torch.randint(0, 2**bits, (head_dim,))
+    packed = plane.pack(codes).contiguous().view(torch.int32).tolist()
+    run_bytes, fields = plane.sections[0].run, 1 if bits == 4 else 2
+    high_run = plane.sections[1].run if bits == 3 else 4
+    for word in range(run_bytes // 4):
+        high = packed[run_bytes // 4 + word % (high_run // 4)] >> word // (high_run // 4) if bits == 3 else 0
+        for nibble in range(8):
+            for field in range(fields):
+                dim = 4 * word + nibble // 2 + run_bytes * (fields * (nibble % 2) + field)
+                assert code(bits, packed[word] & 0xFFFFFFFF, high & 0xFFFFFFFF, nibble, field) == codes[dim]
