@@ -32,7 +32,10 @@ class Options:
     """Codec of the value cache."""
 
     strict: bool = False
-    """Raise where a cache cannot be compressed, instead of leaving it dense and saying so in the report."""
+    """Raise where a cache cannot be compressed, instead of leaving it dense and saying so in the report.
+
+    What a graph stores tokens in and reads counts as a cache, known to a pattern or not.
+    """
 
     disable: tuple[str, ...] = ()
     """Passes to leave out, by name."""
