@@ -44,7 +44,9 @@ class Options:
     """The compiler that gets the rewritten graph: inductor, aot_eager or eager."""
 
     dump: Path | None = None
-    """Folder that receives the graph before and after the passes, and generated sources."""
+    """Folder that receives, for each graph with a cache, the graph before and after the passes, the source that
+    Inductor generated for the rewritten one, and on CUDA the Triton modules of its caches and readers.
+    """
 
     def __post_init__(self):
         _one_of("preset", self.preset, tuple(formats.PRESETS))
