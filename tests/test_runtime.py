@@ -404,3 +404,44 @@ def test_a_write_into_a_cache_that_another_one_continues_stays_its_own():
     young.check(), old.check()
     young.feed(grow)
     old.check()
+
+
+def first_tokens(keys):
+    return keys[:, :, :6]
+
+
+def a_view_of_a_view(keys):
+    return keys[:, :1].transpose(1, 2)[:, 2:]
+
+
+@pytest.mark.parametrize("view", [first_tokens, a_view_of_a_view, torch.Tensor.detach])
+def test_a_view_sees_a_compiled_write_into_a_cache_that_had_grown(view):
+    grow, write = compiled(append), compiled(in_place)
+    talk = Talk(append)
+    talk.feed(grow), talk.feed(grow)
+    shown = view(talk.held[0])
+    talk.step, talk.at, talk.twin = in_place, 3, [twin.clone() for twin in talk.twin]
+    for tokens in (1, 2):
+        talk.feed(write, tokens)
+        torch.testing.assert_close(shown.decode(), view(talk.twin[0]))
+    assert any("a view of it is alive" in event for g in tqcompile.report().graphs for event in g.events.values())
+    del shown
+    for graph in tqcompile.report().graphs:
+        graph.events.clear()
+    talk.feed(write), talk.feed(write)
+    assert not any(graph.events for graph in tqcompile.report().graphs)
+
+
+def test_a_write_that_would_part_a_view_from_its_cache_raises_where_another_continues_that():
+    grow, write = compiled(append), compiled(in_place)
+    old = Talk(append)
+    old.feed(grow)
+    young = Talk(append)
+    young.held, young.twin, young.at = list(old.held), list(old.twin), 50
+    young.feed(grow)
+    shown = old.held[0][:, :, :4]
+    old.step, old.at = in_place, 3
+    with pytest.raises(RuntimeError, match="another continues or shows; clone"):
+        old.feed(write)
+    young.check(), old.check()
+    torch.testing.assert_close(shown.decode(), old.twin[0][:, :, :4])
