@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import EMBED, Shape, conversations
+from conversations import conversations
+from models import EMBED, Shape
 from test_mutations import LOSSLESS, Layer, calls
 
 import tqcompile

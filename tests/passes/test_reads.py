@@ -5,7 +5,7 @@ Keys and values differ in width, codec and basis, so that neither can stand for 
 
 import pytest
 import torch
-from models import fake_quantised
+from conversations import fake_quantised
 
 import tqcompile
 
