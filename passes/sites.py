@@ -4,6 +4,7 @@ Nothing is edited here. The result is frozen records that `compress` consumes: `
 compressed, `Refusal` for one that stays dense and why.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +13,8 @@ from torch import fx
 from tqcompile.cache import CompressedKV, refusal
 from tqcompile.codec import Codec
 from tqcompile.layout import layout_of
-from tqcompile.passes.canonicalize import tensor_of
+from tqcompile.passes.canonicalize import spelling, tensor_of
+from tqcompile.passes.overlooked import Overlooked, overlooked
 from tqcompile.passes.survey import Append, Read, Survey
 from tqcompile.passes.views import written_value
 
@@ -41,7 +43,13 @@ class Refusal:
 
 
 def sites(gm: fx.GraphModule, context) -> int:
-    """Fill `context.sites`, `context.refusals` and `context.survey`; returns how many caches can be compressed."""
+    """Fill `context.sites`, `context.refusals` and `context.survey`; returns how many caches can be compressed.
+
+    Raises:
+        ValueError: `strict`, and a cache stays dense. One that this graph writes and never reads is reported and does
+            not raise: whether attention knows it is for the graph to say that reads it, and a prefill over its own
+            keys and values is no failure.
+    """
     outputs = _outputs(gm.graph)
     inputs = [node for node in gm.graph.nodes if node.op == "placeholder" and _may_be_cache(node)]
     made = [node for node in map(written_value, outputs) if node.op.startswith("call_") and _may_be_cache(node)]
@@ -50,12 +58,15 @@ def sites(gm: fx.GraphModule, context) -> int:
     context.survey = held
     found, refused = _decide(held, outputs, context)
     new, also_refused = _decide_created(created, context)
-    context.sites, context.refusals = (*found, *new), (*refused, *also_refused)
+    unknown = list(overlooked(_others(gm.graph, {site.root for site in found} | refused.keys())))
+    context.sites = (*found, *new)
+    context.refusals = (*refused.values(), *also_refused, *(_unknown(cache) for cache in unknown if cache.reader))
     if context.options.strict and context.refusals:
         first = context.refusals[0]
         raise ValueError(
             f"strict=True, and {first.name} cannot be compressed: {first.reason} ({first.where}). {first.remedy}"
         )
+    context.refusals += tuple(_unknown(cache) for cache in unknown if cache.reader is None)
     return len(context.sites)
 
 
@@ -74,6 +85,15 @@ def _may_be_cache(node: fx.Node) -> bool:
     )
 
 
+def _others(graph: fx.Graph, decided: Iterable[fx.Node]) -> list[fx.Node]:
+    """The inputs of any rank and dtype that could be a cache of another kind than those decided on."""
+    given = [
+        node for node in graph.nodes if node.op == "placeholder" and node not in decided and tensor_of(node) is not None
+    ]
+    floats = [node for node in given if tensor_of(node).dim() >= 3 and tensor_of(node).is_floating_point()]
+    return [node for node in floats if not isinstance(real(node), torch.nn.Parameter)]
+
+
 def real(node: fx.Node) -> torch.Tensor | None:
     """The tensor that Dynamo traced a placeholder with, while it is still alive."""
     argument = node.meta.get("grapharg")
@@ -81,7 +101,7 @@ def real(node: fx.Node) -> torch.Tensor | None:
     return value if isinstance(value, torch.Tensor) else None
 
 
-def _decide(survey: Survey, outputs: list[fx.Node], context) -> tuple[list[Site], list[Refusal]]:
+def _decide(survey: Survey, outputs: list[fx.Node], context) -> tuple[list[Site], dict[fx.Node, Refusal]]:
     written = {view.root for view in survey.writes.values()}
     appended = {survey.views[node].root: append for node, append in survey.appends.items()}
     compressed = {root for root in _roots(survey) if isinstance(real(root), CompressedKV)}
@@ -102,7 +122,7 @@ def _decide(survey: Survey, outputs: list[fx.Node], context) -> tuple[list[Site]
         if root in compressed:
             # It is compressed already: the graph reads a decoded copy, and must not write into that.
             context.decoded_inputs.add(root)
-    return list(accepted.values()), [_refusal(r, why, survey.culprits.get(r)) for r, why in refused.items()]
+    return list(accepted.values()), {r: _refusal(r, why, survey.culprits.get(r)) for r, why in refused.items()}
 
 
 def _decide_created(survey: Survey, context) -> tuple[list[Site], list[Refusal]]:
@@ -186,6 +206,20 @@ _REMEDIES = {
 def _refusal(root: fx.Node, reason: str, culprit: fx.Node | None = None) -> Refusal:
     remedy = _REMEDIES.get(reason, "It works as before, uncompressed.")
     return Refusal(name_of(root), reason, where(culprit or next(iter(root.users), root)), remedy)
+
+
+def _unknown(cache: Overlooked) -> Refusal:
+    """The refusal of a cache that no pattern took for one."""
+    value = tensor_of(cache.root)
+    if value.dim() != 4:
+        reason = f"it has {value.dim()} dimensions, where keys and values have [batch, heads, tokens, head_dim]"
+    elif value.dtype not in FLOATS:
+        reason = f"its dtype is {value.dtype}"
+    elif cache.reader is None:
+        reason = "this graph writes it and never reads it"
+    else:
+        reason = f"{spelling(cache.reader)} reads it in a way that no attention pattern knows"
+    return _refusal(cache.root, reason, cache.reader or cache.kept)
 
 
 def name_of(node: fx.Node) -> str:

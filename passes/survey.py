@@ -48,7 +48,7 @@ class Survey:
         self._aliases: list[fx.Node] = []
         self._order = {node: at for at, node in enumerate(graph.nodes)}
         for root in list(self.views):
-            other = self._memory.setdefault(_memory_of(root), root)
+            other = self._memory.setdefault(memory_of(root), root)
             if other is not root:
                 self.losses[root] = self.losses[other] = "two inputs of the graph share its memory"
         for node in graph.nodes:
@@ -69,10 +69,10 @@ class Survey:
             self._product(node)
         elif node not in self.views:
             self._derive(node)
-        if tensor_of(node) is not None and node not in self.views and _memory_of(node) in self._memory:
+        if tensor_of(node) is not None and node not in self.views and memory_of(node) in self._memory:
             self._aliases.append(node)
         elif node in self.views:
-            self._memory.setdefault(_memory_of(node), self.views[node].root)
+            self._memory.setdefault(memory_of(node), self.views[node].root)
 
     def _derive(self, node: fx.Node) -> None:
         parent = self.views.get(node.args[0]) if node.args and isinstance(node.args[0], fx.Node) else None
@@ -93,13 +93,13 @@ class Survey:
 
     def _mutated(self, node: fx.Node) -> fx.Node | None:
         """The operand this node writes into, where that operand shares memory with a cache."""
-        for operand in _written_operands(node):
-            if tensor_of(operand) is not None and _memory_of(operand) in self._memory:
+        for operand in written_operands(node):
+            if tensor_of(operand) is not None and memory_of(operand) in self._memory:
                 return operand
         return None
 
     def _write(self, node: fx.Node, target: fx.Node) -> None:
-        root = self._memory[_memory_of(target)]
+        root = self._memory[memory_of(target)]
         self._mutations[root] = self._mutations.get(root, 0) + 1
         view = self.views.get(target)
         if view is None or not view.writable or not view.plain or not _whole_tokens(node, view, self.views):
@@ -109,7 +109,7 @@ class Survey:
         if any(self._outlives(other, node) for other in self.views.values() if other.root is root):
             self.losses.setdefault(root, "a copy of it that was made before a write is read after it")
             return
-        aliases = (alias for alias in self._aliases if self._memory[_memory_of(alias)] is root)
+        aliases = (alias for alias in self._aliases if self._memory[memory_of(alias)] is root)
         if any(self._order[user] > self._order[node] for alias in aliases for user in alias.users):
             self.losses.setdefault(root, "a view of it that no rule follows is read after a write")
             return
@@ -119,7 +119,7 @@ class Survey:
 
     def _outlives(self, view: View, write: fx.Node) -> bool:
         """Whether `view` is a copy the planes cannot tell from the cache, and is used after `write` changed that."""
-        if _memory_of(view.node) == _memory_of(view.owner) or _memory_of(view.owner) != _memory_of(write.args[0]):
+        if memory_of(view.node) == memory_of(view.owner) or memory_of(view.owner) != memory_of(write.args[0]):
             return False
         return any(self._order[user] > self._order[write] for user in view.node.users)
 
@@ -176,11 +176,11 @@ class Survey:
             self.reads[node] = Read(node, "mix", None, right)
 
 
-def _memory_of(node: fx.Node) -> int:
+def memory_of(node: fx.Node) -> int:
     return tensor_of(node).untyped_storage()._cdata
 
 
-def _written_operands(node: fx.Node) -> list:
+def written_operands(node: fx.Node) -> list:
     """The operands a node writes into, as far as its name or its schema says."""
     name, target = spelling(node), node.target
     operands = [node.kwargs.get("out")]

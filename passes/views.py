@@ -222,3 +222,6 @@ _RULES = {
     **dict.fromkeys(("reshape", "view", "flatten"), _reshape),
     "repeat_interleave": _repeat_interleave,
 }
+
+CARRIERS = frozenset(_RULES)
+"""Names of the operators that hand on tokens as they are, in some form at least."""

@@ -1,16 +1,10 @@
-"""Small models, one for each way a program keeps a KV cache, and the conversation a test holds with one.
+"""Small models, one for each way a program keeps a KV cache: plain PyTorch with dense behaviour."""
 
-Each is plain PyTorch with dense behaviour. `Conversation` drives a model through calls of any length, compiled or
-not; with `store` it is the reference twin of a compressed model: a dense cache that holds decoded codes.
-"""
-
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
+from readers import READERS
 from torch import nn
-
-from tqcompile import formats, reference, tables
 
 EMBED = 16
 LENGTH = 24
@@ -28,95 +22,6 @@ class Shape:
     length: int = LENGTH
     dtype: torch.dtype = torch.float32
     reader: str = "sdpa_mask"
-
-
-def repeat_kv(x: torch.Tensor, times: int) -> torch.Tensor:
-    """Hugging Face's: [B, H, S, D] -> [B, H * times, S, D]."""
-    batch, heads, length, dim = x.shape
-    if times == 1:
-        return x
-    return x[:, :, None, :, :].expand(batch, heads, times, length, dim).reshape(batch, heads * times, length, dim)
-
-
-def _groups(q, k) -> int:
-    return q.shape[1] // k.shape[1]
-
-
-def sdpa_mask(q, k, v, mask):
-    times = _groups(q, k)
-    return nn.functional.scaled_dot_product_attention(q, repeat_kv(k, times), repeat_kv(v, times), attn_mask=mask)
-
-
-def sdpa_float_mask(q, k, v, mask):
-    bias = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill(~mask, torch.finfo(q.dtype).min)
-    return nn.functional.scaled_dot_product_attention(q, k, v, bias, enable_gqa=True)
-
-
-def sdpa_gqa_scale(q, k, v, mask):
-    return nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=0.3, enable_gqa=True)
-
-
-def eager_matmul(q, k, v, mask):
-    times = _groups(q, k)
-    scores = torch.matmul(q, repeat_kv(k, times).transpose(2, 3)) * q.shape[-1] ** -0.5
-    scores = scores.masked_fill(~mask, float("-inf"))
-    weights = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)
-    weights = nn.functional.dropout(weights, p=0.0, training=False)
-    return torch.matmul(weights, repeat_kv(v, times))
-
-
-def eager_at(q, k, v, mask):
-    times = _groups(q, k)
-    bias = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill(~mask, torch.finfo(q.dtype).min)
-    scores = (q @ k.repeat_interleave(times, dim=1).mT) / (q.shape[-1] ** 0.5) + bias
-    return torch.softmax(scores.float(), -1).type_as(q) @ v.repeat_interleave(times, dim=1)
-
-
-def eager_einsum(q, k, v, mask):
-    times = _groups(q, k)
-    scores = torch.einsum("bhqd,bhkd->bhqk", q, repeat_kv(k, times)) / q.shape[-1] ** 0.5
-    weights = scores.masked_fill(~mask, float("-inf")).softmax(-1)
-    return torch.einsum("bhqk,bhkd->bhqd", weights, repeat_kv(v, times))
-
-
-def softcap(q, k, v, mask):
-    times = _groups(q, k)
-    scores = (q @ repeat_kv(k, times).permute(0, 1, 3, 2)) * 0.25
-    scores = torch.tanh(scores / 2.0) * 2.0
-    return scores.masked_fill(~mask, float("-inf")).softmax(-1, dtype=torch.float32).type(q.dtype) @ repeat_kv(v, times)
-
-
-def alibi(q, k, v, mask):
-    times = _groups(q, k)
-    slopes = torch.linspace(-0.5, -0.1, q.shape[1], device=q.device).view(1, -1, 1, 1).to(q.dtype)
-    distance = torch.arange(k.shape[2], device=q.device).to(q.dtype)
-    scores = q @ repeat_kv(k, times).transpose(-1, -2) * q.shape[-1] ** -0.5 + slopes * distance
-    return scores.masked_fill(~mask, float("-inf")).softmax(-1) @ repeat_kv(v, times)
-
-
-def sinks(q, k, v, mask):
-    times = _groups(q, k)
-    scores = q @ repeat_kv(k, times).transpose(-1, -2) * q.shape[-1] ** -0.5
-    column = torch.linspace(-1, 1, q.shape[1], device=q.device).to(q.dtype).reshape(1, -1, 1, 1)
-    column = column.expand(q.shape[0], -1, q.shape[2], 1)
-    weights = torch.cat([scores.masked_fill(~mask, float("-inf")), column], -1).softmax(-1)
-    return weights[..., :-1] @ repeat_kv(v, times)
-
-
-READERS: dict[str, Callable] = {
-    reader.__name__: reader
-    for reader in (
-        sdpa_mask,
-        sdpa_float_mask,
-        sdpa_gqa_scale,
-        eager_matmul,
-        eager_at,
-        eager_einsum,
-        softcap,
-        alibi,
-        sinks,
-    )
-}
 
 
 def unchanged(k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -294,94 +199,6 @@ class Made(Model):
         return x, tuple(made)
 
 
-def fake_quantised(x: torch.Tensor, codec: str) -> torch.Tensor:
-    """`x` [..., head_dim] as a cache of that codec gives it back."""
-    format = formats.codec(codec)
-    basis = tables.basis_matrix(format, x.shape[-1], x.device)
-    planes = reference.encode(format, reference.rotate(x, basis))
-    return reference.rotate_back(reference.decode(format, planes, x.shape[-1]), basis, x.dtype)
-
-
-@dataclass
-class Conversation:
-    """Calls of a model, one after the other, on one cache.
-
-    With `codecs` (keys, values) the model is the twin of a compressed one: what it stores is quantised and decoded.
-    """
-
-    model: Model
-    call: Callable | None = None
-    codecs: tuple[str, str] | None = None
-    filled: int = 0
-    state: object = None
-    twin: dict = field(default_factory=dict)
-
-    def __post_init__(self):
-        self.call = self.model if self.call is None else self.call
-        self._store(exact=False)
-
-    def _store(self, exact: bool) -> None:
-        if self.codecs is not None:
-            store = unchanged if exact else lambda k, v: tuple(map(fake_quantised, (k, v), self.codecs))
-            for block in self.model.blocks:
-                block.store = store
-
-    @torch.no_grad()
-    def feed(self, x: torch.Tensor, exact: bool = False, eager: bool = False) -> torch.Tensor:
-        """The model's output for x [B, T, EMBED].
-
-        `exact`: the twin of a call that attends over its own unquantised tokens and encodes them afterwards.
-        """
-        call, tokens = self.model if eager else self.call, x.shape[1]
-        self._store(exact)
-        positions = torch.arange(self.filled, self.filled + tokens, device=x.device)
-        if isinstance(self.model, Tuples):
-            out, self.state = call(x, self.state)
-        elif isinstance(self.model, Made):
-            out, self.state = call(x, self.state, positions)
-        elif isinstance(self.model, Buffers):
-            out = call(x, positions)
-        elif isinstance(self.model, Slices):
-            out = call(x, self.filled)
-        else:
-            out = call(x)
-        if exact and self.codecs is not None:
-            self._quantise()
-        self.filled += tokens
-        return out
-
-    def _quantise(self) -> None:
-        if self.state is not None:
-            self.state = tuple(tuple(map(fake_quantised, kv, self.codecs)) for kv in self.state)
-        else:
-            for tensor, codec in zip(self.caches(), self.codecs * self.model.shape.layers):
-                tensor.copy_(fake_quantised(tensor, codec))
-
-    def again(self) -> None:
-        """Start another conversation in the same cache, without clearing it."""
-        self.filled, self.state = 0, None
-        for block in self.model.blocks:
-            if hasattr(block, "filled"):
-                block.filled.zero_()
-
-    def reset(self) -> None:
-        """Clear the cache and start again."""
-        if not isinstance(self.model, (Tuples, Made)):
-            for tensor in self.caches():
-                tensor.zero_()
-        self.again()
-
-    def caches(self) -> list[torch.Tensor]:
-        """The live caches, keys and values in turn."""
-        if self.state is not None:
-            return [tensor for kv in self.state for tensor in kv]
-        if isinstance(self.model, Slices):
-            return [tensor for block in self.model.blocks for tensor in (block.cache_k, block.cache_v)]
-        if isinstance(self.model, (Tuples, Made)):
-            return []
-        return [tensor for block in self.model.blocks for tensor in (block.k_cache, block.v_cache)]
-
-
 MODELS: dict[str, type[Model]] = {
     "tuples": Tuples,
     "buffers": Buffers,
@@ -389,16 +206,3 @@ MODELS: dict[str, type[Model]] = {
     "counter": Counter,
     "made": Made,
 }
-
-
-def conversations(
-    kind: str, shape: Shape, codecs: tuple[str, str], seed: int = 0, **options
-) -> tuple[Conversation, Conversation]:
-    """A compiled model with a compressed cache, and the twin it has to agree with."""
-    torch.manual_seed(seed)
-    model, twin = MODELS[kind](shape), MODELS[kind](shape)
-    twin.load_state_dict(model.state_dict())
-    model.requires_grad_(False), twin.requires_grad_(False)
-    options = {"keys": codecs[0], "values": codecs[1], "inner": "eager", **options}
-    compiled = torch.compile(model, backend="turboquant", options=options)
-    return Conversation(model, compiled), Conversation(twin, codecs=codecs)

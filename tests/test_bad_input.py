@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from models import EMBED, Shape, conversations
+from conversations import conversations
+from models import EMBED, Shape
 from test_mutations import LOSSLESS, SIZE, Layer, calls
 
 import tqcompile

@@ -2,7 +2,9 @@
 
 import pytest
 import torch
-from models import EMBED, MODELS, READERS, Shape, conversations, fake_quantised
+from conversations import conversations, fake_quantised
+from models import EMBED, MODELS, Shape
+from readers import READERS
 
 import tqcompile
 from tqcompile import formats

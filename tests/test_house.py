@@ -21,7 +21,7 @@ FLOORS = (
     ("cache+buffer+dispatch+readonly",),
     ("report",),
     ("passes",),
-    ("backend+runtime",),
+    ("backend+runtime+dump",),
     ("__init__",),
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

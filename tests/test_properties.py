@@ -2,17 +2,17 @@
 
 import pytest
 import torch
+from conversations import conversations, fake_quantised
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from models import EMBED, MODELS, READERS, Shape, conversations, fake_quantised
-from torch import nn
+from models import EMBED, MODELS, Shape
+from readers import READERS
+from torch.nn import functional as F
 
 import tqcompile
-from tqcompile import formats
-from tqcompile.cache import CompressedKV
+from tqcompile import CompressedKV, formats
 from tqcompile.report import clear
 
-F = nn.functional
 CREATES = ("tuples", "made")
 LENGTH = 32
 # Attention in half precision rounds scores, weights and sums where the codes' own keeps float32.

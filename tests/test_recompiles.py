@@ -3,7 +3,8 @@
 import pytest
 import torch
 from checkpoints import VOCABULARY, new_cache, tiny
-from models import EMBED, MODELS, Conversation, Shape, conversations
+from conversations import Conversation, conversations
+from models import EMBED, MODELS, Shape
 from torch._dynamo.utils import counters
 from transformers import StaticCache
 

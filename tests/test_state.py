@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from models import EMBED, MODELS, Shape, conversations
+from conversations import conversations
+from models import EMBED, MODELS, Shape
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.profiler import ProfilerActivity, profile
 

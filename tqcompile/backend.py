@@ -11,6 +11,7 @@ from torch._dynamo.source import AttrSource, ConstantSource, LocalSource
 
 from tqcompile import ops
 from tqcompile import report as reports
+from tqcompile.dump import Dump
 from tqcompile.options import Options, resolve
 from tqcompile.passes.canonicalize import tensor_of
 from tqcompile.passes.context import Context
@@ -75,15 +76,16 @@ def _compile(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options
     record = reports.record(_record(gm, context))
     if not context.inputs and not any(site.kind == "create" for site in context.sites):
         return _inner(gm, example_inputs, options, mode)
-    if options.dump is not None:
-        record.dump = _dump(options.dump, record.name, gm, copy)
+    dump = Dump(options.dump, record.name) if options.dump is not None else None
+    if dump is not None:
+        record.dump = dump.graphs(gm, copy, context.sites)
     given = {node.name: value for node, value in zip(_placeholders(gm), example_inputs)}
     examples = [given.get(node.name, node.meta.get("example_value")) for node in _placeholders(copy)]
     _name_sources(gm, copy, context)
     for site in context.sites:
         cache = tensor_of(site.root)
         ops.prepare(site.codec, int(cache.shape[-1]), cache.device)
-    compiled = _inner(copy, examples, options, mode)
+    compiled = _inner(copy, examples, options, mode, dump)
     return CompiledGraph(gm, compiled, context, record)
 
 
@@ -121,13 +123,32 @@ def _name_sources(gm: fx.GraphModule, copy: fx.GraphModule, context: Context) ->
         copy._param_name_to_source.setdefault(name, ConstantSource(source_name=f"tqcompile_{name}"))
 
 
-def _inner(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, mode: str | None) -> Callable:
+def _inner(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, mode: str | None, dump: Dump | None = None
+) -> Callable:
     if options.inner != "inductor":
         return torch._dynamo.lookup_backend(options.inner)(gm, list(example_inputs))
     from torch._inductor import list_mode_options
     from torch._inductor.compile_fx import compile_fx
 
-    return compile_fx(gm, list(example_inputs), config_patches=list_mode_options(mode) if mode else None)
+    patches = list_mode_options(mode) if mode else None
+    if dump is None:
+        return compile_fx(gm, list(example_inputs), config_patches=patches)
+    # Where AOTAutograd finds the whole graph in its cache it asks no inner compiler, whose source is wanted.
+    with torch._functorch.config.patch(enable_autograd_cache=False):
+        return compile_fx(gm, list(example_inputs), _dumping(dump), config_patches=patches)
+
+
+def _dumping(dump: Dump) -> Callable:
+    """Inductor's inner compiler, which also writes down what it generates."""
+    from torch._inductor.compile_fx import compile_fx_inner
+
+    def compile(gm: fx.GraphModule, example_inputs: Sequence[Any], **kwargs):
+        compiled = compile_fx_inner(gm, example_inputs, **kwargs)
+        dump.write("inductor_backward" if kwargs.get("is_backward") else "inductor", compiled.source_code)
+        return compiled
+
+    return compile
 
 
 def _compile_rows(function: Callable, rows: Sequence[torch.Tensor]) -> Callable:
@@ -170,11 +191,3 @@ def _record(gm: fx.GraphModule, context: Context) -> reports.Graph:
         counts=context.counts,
         reads=context.reads,
     )
-
-
-def _dump(folder: Path, name: str, before: fx.GraphModule, after: fx.GraphModule) -> str:
-    folder.mkdir(parents=True, exist_ok=True)
-    stem = name.replace("/", "_")
-    for suffix, gm in (("before", before), ("after", after)):
-        (folder / f"{stem}.{suffix}.py").write_text(gm.print_readable(print_output=False))
-    return str(folder / f"{stem}.after.py")

@@ -5,6 +5,7 @@ dimensions in the model's order, so that whatever moves whole tokens is done on 
 """
 
 import math
+import weakref
 from collections.abc import Callable
 
 import torch
@@ -19,7 +20,7 @@ class CompressedKV(torch.Tensor):
     """A cache of keys or values [..., head_dim] kept as the planes [..., width] of a codec.
 
     `part_of` is the cache it was taken from, and `copied` says that it should show that cache's memory but its planes
-    could only be copied: a write would be lost.
+    could only be copied: a write would be lost. `shown_by` are the views of a cache that lies in a buffer.
     """
 
     __torch_function__ = torch._C._disabled_torch_function_impl
@@ -30,6 +31,7 @@ class CompressedKV(torch.Tensor):
     start: int
     part_of: "CompressedKV | None"
     copied: bool
+    shown_by: list[weakref.ref]
     anchor = torch.empty(0)
 
     @staticmethod
@@ -48,7 +50,7 @@ class CompressedKV(torch.Tensor):
             self = torch.Tensor._make_wrapper_subclass(cls, shape, strides, dtype=dtype, device=device)
         torch._C._set_throw_on_mutable_data_ptr(self)
         self.planes, self.codec, self.buffer, self.start = tuple(planes), codec, buffer, start
-        self.part_of, self.copied = None, False
+        self.part_of, self.copied, self.shown_by = None, False, []
         return self
 
     @classmethod
@@ -85,6 +87,9 @@ class CompressedKV(torch.Tensor):
         other = CompressedKV(planes, self.codec, self.shape[-1], self.dtype, buffer, start, strides)
         other.part_of = self if self.part_of is None else self.part_of
         other.copied = copied or self.copied
+        if self.buffer is not None:
+            whole = other.part_of
+            whole.shown_by = [view for view in whole.shown_by if view() is not None] + [weakref.ref(other)]
         if copied and self.buffer is not None:
             self.buffer.hold(other)
         return other
@@ -121,6 +126,8 @@ class CompressedKV(torch.Tensor):
             return None
         if self.part_of is not None:
             return "it is a view of another compressed cache, whose planes lie otherwise"
+        if any(view() is not None for view in self.shown_by):
+            return "a view of it is alive, which would not follow it to planes that lie as this graph writes them"
         with torch.inference_mode(False):
             self.planes = tuple(plane.clone(memory_format=torch.contiguous_format) for plane in self.planes)
         self.buffer, self.start = None, 0

@@ -32,7 +32,10 @@ class Options:
     """Codec of the value cache."""
 
     strict: bool = False
-    """Raise where a cache cannot be compressed, instead of leaving it dense and saying so in the report."""
+    """Raise where a cache cannot be compressed, instead of leaving it dense and saying so in the report.
+
+    What a graph stores tokens in and reads counts as a cache, known to a pattern or not.
+    """
 
     disable: tuple[str, ...] = ()
     """Passes to leave out, by name."""
@@ -41,7 +44,9 @@ class Options:
     """The compiler that gets the rewritten graph: inductor, aot_eager or eager."""
 
     dump: Path | None = None
-    """Folder that receives the graph before and after the passes, and generated sources."""
+    """Folder that receives, for each graph with a cache, the graph before and after the passes, the source that
+    Inductor generated for the rewritten one, and on CUDA the Triton modules of its caches and readers.
+    """
 
     def __post_init__(self):
         _one_of("preset", self.preset, tuple(formats.PRESETS))

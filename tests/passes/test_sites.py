@@ -86,15 +86,6 @@ def test_no_cache_is_seen_where_nothing_is_kept():
     assert not context.sites and not context.refusals
 
 
-def test_a_tensor_that_is_written_but_never_attended_to_is_no_cache_and_no_refusal():
-    def step(kc, vc, q, k, v, at):
-        write(kc, k, at)
-        return kc.sum()
-
-    context = found(Cache(step), Q, K, V, AT)
-    assert not context.sites and not context.refusals
-
-
 def test_one_tensor_for_keys_and_values_needs_one_codec():
     def step(kc, vc, q, k, v, at):
         write(kc, k, at)

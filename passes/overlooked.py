@@ -1,0 +1,98 @@
+"""Inputs that are kept like a cache and that `sites` neither compresses nor refuses: the ones no pattern knows.
+
+A cache is known here by what becomes of it alone: tokens are written into a part of it, or are put behind it and the
+longer one is returned. States that are replaced as a whole (of a convolution, of a recurrence) are no caches.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from torch import fx
+
+from tqcompile.passes.canonicalize import example, spelling, tensor_of
+from tqcompile.passes.survey import memory_of, written_operands
+from tqcompile.passes.views import CARRIERS, full, index_items, shape_only
+
+_INDEXED = {"index_copy_", "index_put_", "index_add_", "scatter_", "scatter_add_"}
+
+
+@dataclass(frozen=True)
+class Overlooked:
+    """Cache `root`, the node that shows it to be one, and the first that reads its numbers; None where none does."""
+
+    root: fx.Node
+    kept: fx.Node
+    reader: fx.Node | None
+
+
+def overlooked(roots: Iterable[fx.Node]) -> Iterator[Overlooked]:
+    """Those of `roots` that tokens are stored in."""
+    for root in roots:
+        kept, reader = _history(root)
+        if kept is not None:
+            yield Overlooked(root, kept, reader)
+
+
+def _history(root: fx.Node) -> tuple[fx.Node | None, fx.Node | None]:
+    """The first node that keeps tokens in `root` and the first that reads them, of all that its views reach."""
+    kept, reader = None, None
+    longer: dict[fx.Node, fx.Node] = {}
+    reached = {root: None}
+    for node in (queue := [root]):
+        for user in node.users:
+            if user.op == "output":
+                kept = kept or _returned(node, longer.get(node))
+            elif node in written_operands(user):
+                kept = kept or (user if _writes_tokens(user, node, root) else None)
+            elif _continues(user, node) and node not in longer:
+                longer[user] = user
+            elif not _carries(user, node):
+                reader = reader or (None if shape_only(user) else user)
+                continue
+            elif node in longer:
+                longer[user] = longer[node]
+            if user.op != "output" and tensor_of(user) is not None and user not in reached:
+                reached[user] = None
+                queue.append(user)
+    # Whoever returns a longer tensor that nothing reads has concatenated, and that is all.
+    return (None if kept in longer and reader is None else kept), reader
+
+
+def _carries(user: fx.Node, node: fx.Node) -> bool:
+    """Whether `user` hands on the tokens of `node`, as a view of it or as a copy, and computes nothing."""
+    if tensor_of(user) is None:
+        return False
+    return memory_of(user) == memory_of(node) or (spelling(user) in CARRIERS and user.args[0] is node)
+
+
+def _continues(user: fx.Node, node: fx.Node) -> bool:
+    """Whether `user` puts tokens behind those of `node`."""
+    return spelling(user) == "cat" and isinstance(user.args[0], (tuple, list)) and user.args[0][0] is node
+
+
+def _returned(node: fx.Node, cat: fx.Node | None) -> fx.Node | None:
+    """`cat`, where `node` shows what it made; a cut along the last dimension is the state of a convolution."""
+    if cat is None:
+        return None
+    rank = tensor_of(cat).dim()
+    whole = node is cat or _sizes(node) == _sizes(cat)
+    return cat if whole or cat.args[1] % rank < rank - 1 else None
+
+
+def _writes_tokens(write: fx.Node, target: fx.Node, root: fx.Node) -> bool:
+    """Whether a write changes a part of `root` that could be tokens: not all of it, nor one of a stack of states."""
+    if memory_of(target) != memory_of(root):
+        return False
+    if spelling(write) in _INDEXED:
+        return True
+    if spelling(write) != "setitem":
+        return _sizes(target) not in (_sizes(root), _sizes(root)[1:])
+    items = index_items(write.args[1], tensor_of(target).dim())
+    if items is None or None in items:
+        return False
+    parts = [not full(item, size) for item, size in zip(items, tensor_of(target).shape)]
+    return any(parts[1:]) or (parts[0] and not isinstance(example(items[0]), int))
+
+
+def _sizes(node: fx.Node) -> list[str]:
+    return [str(size) for size in tensor_of(node).shape]

@@ -1,0 +1,153 @@
+"""Every option of attention, and every way to name the tokens, reads the codes as dense attention reads their numbers.
+
+Keys and values differ in width, codec and basis, so that neither can stand for the other.
+"""
+
+import pytest
+import torch
+from conversations import fake_quantised
+
+import tqcompile
+
+F = torch.nn.functional
+sdpa = F.scaled_dot_product_attention
+LOSSLESS, LOSSY = ("identity", "identity"), ("turboquant:4", "q8_0")
+KEY_SIZE, VALUE_SIZE = (2, 4, 9, 32), (2, 4, 9, 64)
+
+
+class Cache(torch.nn.Module):
+    """Two buffers [B, H, S, D], or [B, S, H, D] with `tokens_first`, that a call writes into before it reads them."""
+
+    def __init__(self, read, tokens_first=False):
+        super().__init__()
+        self.read, self.tokens_first = read, tokens_first
+        for name, size in (("k", KEY_SIZE), ("v", VALUE_SIZE)):
+            # Half full of other numbers: a token read at the wrong place must not be one that reads as nothing.
+            dense = torch.randn(size, generator=torch.Generator().manual_seed(7))
+            self.register_buffer(name, dense.transpose(1, 2).contiguous() if tokens_first else dense)
+
+    def forward(self, q, k, v, at, mask):
+        if self.tokens_first:
+            self.k[:, at], self.v[:, at] = k.transpose(1, 2), v.transpose(1, 2)
+            return self.read(q, self.k.transpose(1, 2), self.v.transpose(1, 2), mask)
+        self.k[:, :, at], self.v[:, :, at] = k, v
+        return self.read(q, self.k, self.v, mask)
+
+
+def calls(heads=4):
+    generator = torch.Generator().manual_seed(3)
+    for start in (1, 5):
+        q, k = (torch.randn(2, count, 3, 32, generator=generator) for count in (heads, 4))
+        v = torch.randn(2, 4, 3, 64, generator=generator)
+        yield q, k, v, torch.arange(start, start + 3), torch.rand(2, heads, 3, 9, generator=generator) < 0.7
+
+
+def compare(read, codecs, heads=4, tokens_first=False, decoded=False):
+    """Both calls of the compiled model and of its twin, whose dense cache holds decoded codes.
+
+    `decoded`: some reader is one that no rule knows.
+    """
+    model, twin = Cache(read, tokens_first), Cache(read, tokens_first)
+    for tensor, codec in zip((twin.k, twin.v), codecs):
+        tensor.copy_(fake_quantised(tensor, codec))
+    options = {"keys": codecs[0], "values": codecs[1], "inner": "eager", "strict": True}
+    compiled = torch.compile(model, backend="turboquant", options=options)
+    for q, k, v, at, mask in calls(heads):
+        stored = map(fake_quantised, (k, v), codecs)
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(q, k, v, at, mask), twin(q, *stored, at, mask), rtol=1e-4, atol=1e-5)
+    report = tqcompile.report(model)
+    assert isinstance(model.k, tqcompile.CompressedKV) and isinstance(model.v, tqcompile.CompressedKV)
+    assert sum(graph.reads for graph in report.graphs) and bool(report.fallbacks) == decoded
+
+
+def bias(mask):
+    return torch.zeros(mask.shape).masked_fill(~mask, float("-inf")) + torch.arange(9) / 4
+
+
+ATTENTIONS = {
+    "no option": lambda q, k, v, mask: sdpa(q, k, v),
+    "a mask for each head": lambda q, k, v, mask: sdpa(q, k, v, mask),
+    "a mask of one row": lambda q, k, v, mask: sdpa(q, k, v, attn_mask=mask[:1, :1, :1]),
+    "a mask for each row of a batch": lambda q, k, v, mask: sdpa(q, k, v, attn_mask=mask[:, :1]),
+    "a bias": lambda q, k, v, mask: sdpa(q, k, v, bias(mask)),
+    "a scale": lambda q, k, v, mask: sdpa(q, k, v, scale=0.6),
+    "a scale and a mask": lambda q, k, v, mask: sdpa(q, k, v, mask, 0.0, False, scale=0.6),
+    "causal": lambda q, k, v, mask: sdpa(q, k[:, :, :3], v[:, :, :3], is_causal=True),
+    "causal with fewer queries than tokens": lambda q, k, v, mask: sdpa(q, k, v, is_causal=True),
+    "causal with more queries than tokens": lambda q, k, v, mask: sdpa(q, k[:, :, :2], v[:, :, :2], is_causal=True),
+    "causal by position": lambda q, k, v, mask: sdpa(q, k, v, None, 0.0, True, scale=0.6),
+    "one query": lambda q, k, v, mask: sdpa(q[:, :, -1:], k, v, mask[:, :, -1:]),
+    "tokens from within": lambda q, k, v, mask: sdpa(q, k[:, :, 2:8], v[:, :, 2:8], mask[..., 2:8]),
+    "narrowed tokens": lambda q, k, v, mask: sdpa(q, k.narrow(2, 3, 4), v.narrow(2, 3, 4), mask[..., 3:7]),
+    "keys and values at different places": lambda q, k, v, mask: sdpa(q, k[:, :, 1:7], v[:, :, 3:]),
+    "some of the heads": lambda q, k, v, mask: sdpa(q[:, :2], k[:, 2:], v[:, 2:]),
+    "one row of the batch": lambda q, k, v, mask: sdpa(q[1:], k[1:], v[1:], mask[1:]),
+}
+
+PRODUCTS = {
+    "softmax": lambda s, mask: s.softmax(-1),
+    "scale": lambda s, mask: (s * 0.6).softmax(-1),
+    "mask": lambda s, mask: (s / 32**0.5).masked_fill(~mask, float("-inf")).softmax(-1),
+    "bias": lambda s, mask: (s * 0.2 + bias(mask)).softmax(-1),
+    "softcap": lambda s, mask: (torch.tanh(s / 3) * 3).masked_fill(~mask, -1e9).softmax(-1),
+    "no softmax": lambda s, mask: s / 9,
+}
+
+EVERY_CODEC = pytest.mark.parametrize("codecs", [LOSSLESS, LOSSY], ids="/".join)
+EVERY_ORDER = pytest.mark.parametrize("tokens_first", [False, True])
+
+
+@EVERY_ORDER
+@EVERY_CODEC
+@pytest.mark.parametrize("name", ATTENTIONS)
+def test_attention_reads_codes_as_dense_numbers(name, codecs, tokens_first):
+    compare(ATTENTIONS[name], codecs, tokens_first=tokens_first)
+
+
+@EVERY_ORDER
+@EVERY_CODEC
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_two_products_read_codes_as_dense_numbers(name, codecs, tokens_first):
+    compare(lambda q, k, v, mask: PRODUCTS[name](q @ k.mT, mask) @ v, codecs, tokens_first=tokens_first)
+
+
+def repeated_along(dim, x):
+    """Heads repeated in the other order of dimensions, where they are `dim`."""
+    return x.transpose(1, 2).repeat_interleave(2, dim).transpose(1, 2)
+
+
+GROUPED = {
+    "repeated before they are transposed": lambda q, k, v, mask: sdpa(
+        q, repeated_along(2, k), repeated_along(2, v), mask
+    ),
+    "enable_gqa": lambda q, k, v, mask: sdpa(q, k, v, enable_gqa=True),
+    "enable_gqa, mask and scale": lambda q, k, v, mask: sdpa(q, k, v, mask, scale=0.6, enable_gqa=True),
+    "enable_gqa, causal": lambda q, k, v, mask: sdpa(q, k, v, is_causal=True, enable_gqa=True),
+    "repeated": lambda q, k, v, mask: sdpa(q, k.repeat_interleave(2, 1), v.repeat_interleave(2, 1), mask),
+    "expanded": lambda q, k, v, mask: sdpa(
+        q, *(x.unsqueeze(2).expand(-1, -1, 2, -1, -1).flatten(1, 2) for x in (k, v))
+    ),
+    "products": lambda q, k, v, mask: (q @ k.repeat_interleave(2, 1).mT).softmax(-1) @ v.repeat_interleave(2, 1),
+}
+
+
+@EVERY_ORDER
+@EVERY_CODEC
+@pytest.mark.parametrize("name", GROUPED)
+def test_a_query_head_reads_the_keys_of_its_group(name, codecs, tokens_first):
+    compare(GROUPED[name], codecs, heads=8, tokens_first=tokens_first)
+
+
+BROADCAST = {
+    "one query head": lambda q, k, v, mask: sdpa(q[:, :1], k, v),
+    "one key head": lambda q, k, v, mask: sdpa(q, k[:, :1], v[:, :1]),
+    "one query head in products": lambda q, k, v, mask: (q[:, :1] @ k.mT).softmax(-1) @ v,
+    "one key head in products": lambda q, k, v, mask: (q @ k[:, :1].mT).softmax(-1) @ v[:, :1],
+    "one row of queries": lambda q, k, v, mask: sdpa(q[:1], k, v),
+}
+
+
+@pytest.mark.parametrize("name", BROADCAST)
+def test_heads_and_rows_that_broadcast_are_no_groups_of_heads(name):
+    compare(lambda *given: BROADCAST[name](*given) + sdpa(*given[:3]), LOSSLESS, decoded=True)

@@ -1,0 +1,106 @@
+"""Option `dump`: which files there are, and that each holds what its name says."""
+
+import ast
+import re
+
+import pytest
+import torch
+from test_mutations import SIZE, Layer, calls
+
+import tqcompile
+from tqcompile.dump import Dump, kernel_sources
+
+F = torch.nn.functional
+CODECS = {"keys": "turboquant:4", "values": "q8_0"}
+
+
+def dumped(folder, model, *args, **options):
+    """The text of every file, without comments, by what its name says after the graph's."""
+    torch._dynamo.reset()
+    with torch.no_grad():
+        torch.compile(model, backend="turboquant", options={**CODECS, "dump": folder, **options})(*args)
+    return {path.name.split(".", 1)[1]: re.sub("#.*", "", path.read_text()) for path in folder.iterdir()}
+
+
+def test_the_graph_is_written_before_and_after(tmp_path):
+    folder, model = tmp_path / "new" / "folder", Layer()
+    code = dumped(folder, model, *next(calls()), inner="eager")
+    assert code.keys() == {"before.py", "after.py"}
+    assert "scaled_dot_product_attention(" in code["before.py"] and "tqcompile" not in code["before.py"]
+    assert "tqcompile.append" in code["after.py"] and "tqcompile.attend" in code["after.py"]
+    assert "scaled_dot_product_attention(" not in code["after.py"]
+    (graph,) = tqcompile.report(model).graphs
+    assert graph.dump in map(str, folder.glob("*.after.py"))
+    ast.parse(code["after.py"])
+
+
+def test_the_source_that_inductor_generated_calls_the_operators(tmp_path):
+    code = dumped(tmp_path, Layer(), *next(calls()))
+    assert code.keys() == {"before.py", "after.py", "inductor.py"}
+    source = code["inductor.py"]
+    ast.parse(source)
+    assert "def call(" in source and "scaled_dot_product_attention" not in source
+    assert source.count("torch.ops.tqcompile.append.default(") == 2
+    assert source.count("torch.ops.tqcompile.attend.default(") == 1
+
+
+def test_a_mode_of_inductor_writes_the_source_too(tmp_path):
+    backend = tqcompile.turboquant(**CODECS, dump=tmp_path)
+    with torch.no_grad():
+        torch.compile(Layer(), backend=backend, mode="reduce-overhead")(*next(calls()))
+    assert len(list(tmp_path.glob("*.inductor.py"))) == 1
+
+
+def trained(dump=None):
+    """A query is trained on two caches: a graph that AOTAutograd keeps in its cache."""
+
+    def read(keys, values, q):
+        return F.scaled_dot_product_attention(q, keys, values).sum()
+
+    torch._dynamo.reset()
+    caches = [tqcompile.CompressedKV.encode(torch.randn(SIZE), tqcompile.formats.codec("identity")) for _ in "kv"]
+    q = torch.randn(2, 4, 2, 32, requires_grad=True)
+    torch.compile(read, backend="turboquant", options={"dump": dump})(*caches, q).backward()
+
+
+def test_a_backward_graph_has_a_file_of_its_own_also_where_both_are_in_a_cache(tmp_path):
+    trained(), trained(dump=tmp_path)
+    files = {path.name.split(".", 1)[1]: path.read_text() for path in tmp_path.iterdir()}
+    assert files.keys() == {"before.py", "after.py", "inductor.py", "inductor_backward.py"}
+    assert "forward" in files["inductor.py"] and "backward" in files["inductor_backward.py"]
+
+
+READERS = {
+    "no mask": (lambda q, k, v, mask: F.scaled_dot_product_attention(q, k, v), "none_mask"),
+    "causal": (lambda q, k, v, mask: F.scaled_dot_product_attention(q, k, v, is_causal=True), "causal_none_mask"),
+    "bool": (lambda q, k, v, mask: F.scaled_dot_product_attention(q, k, v, mask), "bool_mask"),
+    "additive": (lambda q, k, v, mask: F.scaled_dot_product_attention(q, k, v, mask.float()), "additive_mask"),
+}
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_the_kernels_of_a_graph_are_those_of_its_codecs_and_readers(name, tmp_path, monkeypatch):
+    read, said = READERS[name]
+    graphs = []
+    monkeypatch.setattr(Dump, "graphs", lambda self, before, after, sites: graphs.append((after, sites)))
+
+    def step(keys, values, q, at, mask):
+        keys[:, :, at] = q
+        values[:, :, at] = q
+        return read(q, keys, values, mask)
+
+    args = (torch.zeros(SIZE), torch.zeros(SIZE), *next(calls())[::3], torch.ones(2, 8, dtype=torch.bool))
+    options = {**CODECS, "inner": "eager", "dump": tmp_path}
+    with torch.no_grad():
+        torch.compile(step, backend="turboquant", options=options)(*args)
+    ((after, sites),) = graphs
+    sources = kernel_sources(after, sites)
+    attend = f"attend_turboquant_4_q8_0_32_32_{said}"
+    assert sources.keys() == {"append_turboquant_4_32", "append_q8_0_32", attend}
+    for what, text in sources.items():
+        functions = {node.name for node in ast.parse(text).body if isinstance(node, ast.FunctionDef)}
+        kernels = {"attend_split", "read_scores", "key_numbers"} if what == attend else {"append_tokens"}
+        assert kernels <= functions
+    (scores,) = re.findall(r"def read_scores.*?\n\n", sources[attend], re.DOTALL)
+    assert ("token[None, :] <= query[:, None]" in scores) == (name == "causal")
+    assert ("part != 0" in scores) == (name == "bool") and ("scores += part" in scores) == (name == "additive")
