@@ -64,9 +64,9 @@ def mix(weights: torch.Tensor, values: Tensors, codec: Codec, head_dim: int) -> 
         return reference.mix(weights, values, codec, head_dim, decode_rows)
     by_head, planes = _by_head(weights, values)
     tensors = [*by_head.unsqueeze(-1).unbind(1), *planes]
-    compute = _compiled(_mix_of_rows, codec, head_dim, tensors, _attention_sizes())
-    out = sum(compute(*block)[0] for block in _blocks(tensors))
-    return out.view(*weights.shape[:3], head_dim)
+    parts = [part for block in _blocks(tensors) for part in _in_chunks(block)]
+    compute = _compiled(_mix_of_rows, codec, head_dim, parts[0], (*_attention_sizes(), CHUNK))
+    return reduce(torch.add, [compute(*part)[0] for part in parts]).view(*weights.shape[:3], head_dim)
 
 
 def decode_rows(codec: Codec, planes: Tensors, head_dim: int) -> torch.Tensor:
@@ -119,6 +119,14 @@ def _blocks(tensors: Tensors) -> list[Tensors]:
     return [[tensor[:, start : start + size] for tensor in tensors] for start in range(0, length, size)]
 
 
+def _in_chunks(tensors: Tensors) -> list[Tensors]:
+    """Tensors [heads, S, ...] as [heads, chunks, CHUNK, ...], and one shorter chunk where tokens are left."""
+    chunks, rest = divmod(tensors[0].shape[1], CHUNK)
+    whole = [tensor[:, : chunks * CHUNK].unflatten(1, (chunks, CHUNK)) for tensor in tensors] if chunks else None
+    left = [tensor[:, None, chunks * CHUNK :] for tensor in tensors] if rest else None
+    return [part for part in (whole, left) if part is not None]
+
+
 def _compiled(function: Callable, codec: Codec, head_dim: int, tensors: Tensors, sizes: tuple[int, ...]) -> Callable:
     """`function(codec, head_dim, *tensors)`, compiled at its first use for tensors [*sizes, last] like these."""
     key = (function, codec, head_dim, tensors[0].device, *((tensor.shape[-1], tensor.dtype) for tensor in tensors))
@@ -164,18 +172,11 @@ def _logits_of_rows(codec: Codec, head_dim: int, queries: torch.Tensor, *planes:
 
 
 def _mix_of_rows(codec: Codec, head_dim: int, *tensors: torch.Tensor) -> Tensors:
-    """G weights [N, S, 1], planes [N, S, width] -> [N, G, D]: sums over chunks of tokens, and over what is left."""
-    chunks = tensors[0].shape[1] // CHUNK
-    whole = [tensor[:, : chunks * CHUNK].unflatten(1, (chunks, CHUNK)) for tensor in tensors]
-    rest = [tensor[:, chunks * CHUNK :] for tensor in tensors]
-    return (_weighted_sums(codec, head_dim, whole).sum(2) + _weighted_sums(codec, head_dim, rest),)
-
-
-def _weighted_sums(codec: Codec, head_dim: int, tensors: Tensors) -> torch.Tensor:
-    """G weights [N, ..., T, 1], planes [N, ..., T, width] -> [N, G, ..., D], summed over T."""
+    """G weights [N, chunks, T, 1], planes [N, chunks, T, width] -> [N, G, D], summed over a chunk, then over chunks."""
     weights, planes = tensors[: -len(codec.planes)], tensors[-len(codec.planes) :]
     pieces = reference.pieces(codec, planes, head_dim, wide_runs)
-    return torch.stack([torch.cat([(part * weight).sum(-2) for _, part in pieces], -1) for weight in weights], 1)
+    sums = [torch.cat([(part * weight).sum(2) for _, part in pieces], -1) for weight in weights]
+    return (torch.stack(sums, 1).sum(2),)
 
 
 def wide_runs(layout: PlaneLayout, packed: torch.Tensor) -> list[tuple[slice, torch.Tensor]]:
