@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from tqcompile import ops
+from tqcompile import cpu
 from tqcompile.report import clear
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
@@ -30,7 +30,7 @@ torch.set_num_threads(1)
 def fresh_compiler():
     """No graph, record or seed is carried from one test to the next."""
     torch._dynamo.reset()
-    ops.use_row_compiler(None)
+    cpu.use_row_compiler(None)
     clear()
     torch.manual_seed(0)
     yield

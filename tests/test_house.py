@@ -16,7 +16,7 @@ FLOORS = (
     ("tables", "layout"),
     ("formats", "reference"),
     ("options",),
-    ("kernels",),
+    ("kernels", "cpu"),
     ("ops",),
     ("cache+buffer+dispatch+readonly",),
     ("report",),

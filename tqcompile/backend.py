@@ -9,7 +9,7 @@ import torch
 from torch import fx
 from torch._dynamo.source import AttrSource, ConstantSource, LocalSource
 
-from tqcompile import ops
+from tqcompile import cpu, ops
 from tqcompile import report as reports
 from tqcompile.dump import Dump
 from tqcompile.options import Options, resolve
@@ -70,7 +70,7 @@ def turboquant(
 
 def _compile(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, mode: str | None) -> Callable:
     if options.inner == "inductor":
-        ops.use_row_compiler(_compile_rows)
+        cpu.use_row_compiler(_compile_rows)
     context, copy = Context(options), _copy(gm)
     run(copy, context)
     record = reports.record(_record(gm, context))
@@ -152,7 +152,7 @@ def _dumping(dump: Dump) -> Callable:
 
 
 def _compile_rows(function: Callable, rows: Sequence[torch.Tensor]) -> Callable:
-    """`function` of 2-D planes, compiled for any number of rows; straight to Inductor, for a call costs less so."""
+    """`function`, compiled for all sizes but the last of each tensor; straight to Inductor: a call costs less so."""
     from torch._inductor import config
     from torch._inductor.compile_fx import compile_fx_inner
     from torch._inductor.decomposition import select_decomp_table
@@ -163,12 +163,20 @@ def _compile_rows(function: Callable, rows: Sequence[torch.Tensor]) -> Callable:
 
     with torch._guards.tracing(None), torch.no_grad(), torch.inference_mode(False):
         mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
-        any_rows = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC, DimDynamic.STATIC])
-        sources = [LocalSource(f"rows{place}") for place in range(len(rows))]
-        fakes = [mode.from_tensor(r, source=s, symbolic_context=any_rows) for r, s in zip(rows, sources)]
+        fakes = []
+        for place, tensor in enumerate(rows):
+            sizes = [*[DimDynamic.DYNAMIC] * (tensor.dim() - 1), DimDynamic.STATIC]
+            context = StatelessSymbolicContext(dynamic_sizes=sizes)
+            fakes.append(mode.from_tensor(tensor, source=LocalSource(f"rows{place}"), symbolic_context=context))
         gm = make_fx(function, decomposition_table=select_decomp_table(), tracing_mode="symbolic")(*fakes)
         # A scale that is stored in half precision divides as it is stored: a code must not depend on who computed it.
-        with V.set_fake_mode(mode), config.patch(emulate_precision_casts=True):
+        # A decoded number is computed where it is used, however long its expression is: it is never stored.
+        settings = {
+            "emulate_precision_casts": True,
+            "realize_opcount_threshold": 10**6,
+            "realize_reads_threshold": 10**6,
+        }
+        with V.set_fake_mode(mode), config.patch(settings):
             compiled = compile_fx_inner(gm, fakes)
     return lambda *rows: compiled(list(rows))
 

@@ -11,7 +11,7 @@ import torch
 
 from tqcompile import tables
 from tqcompile.codec import Codec, Lookup
-from tqcompile.layout import layout_of
+from tqcompile.layout import PlaneLayout, layout_of
 
 Planes = Sequence[torch.Tensor]
 RowDecoder = Callable[[Codec, Planes, int], torch.Tensor]
@@ -106,17 +106,24 @@ def decode(codec: Codec, planes: Planes, head_dim: int) -> torch.Tensor:
     """Planes [..., width] -> coordinates [..., head_dim] in the codec's basis, float32 (`identity`: its own dtype)."""
     if codec.fit == "exact":
         return planes[0]
+    return torch.cat([numbers for _, numbers in pieces(codec, planes, head_dim)], -1)
+
+
+def pieces(
+    codec: Codec, planes: Planes, head_dim: int, runs: Callable = PlaneLayout.pieces
+) -> list[tuple[slice, torch.Tensor]]:
+    """What `decode` makes, as runs of neighbouring coordinates: (coordinates, float32 [..., run])."""
     codes, scale = split(codec, planes)
     layout = layout_of(codec, head_dim, torch.float32, codes.device.type).plane(codec.codes.plane.name)
     scale, block = scale.float() * tables.unit(codec.codes, head_dim), codec.scale.plane.per or head_dim
-    pieces = []
-    for coordinates, code in layout.pieces(codes):
+    found = []
+    for coordinates, code in runs(layout, codes):
         number = lookup(codec.codes, code, head_dim)
         edges = [coordinates.start, *range(-(-(coordinates.start + 1) // block) * block, coordinates.stop, block)]
         for start, stop in zip(edges, [*edges[1:], coordinates.stop]):
             part = number[..., start - coordinates.start : stop - coordinates.start]
-            pieces.append(part * scale[..., start // block : start // block + 1])
-    return torch.cat(pieces, -1)
+            found.append((slice(start, stop), part * scale[..., start // block : start // block + 1]))
+    return found
 
 
 def split(codec: Codec, planes: Planes) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -164,12 +171,12 @@ def attend(
     length = keys[0].shape[2]
     if batch * heads * queries * length <= 2 * BLOCK_ELEMENTS:
         scores = logits(q.float() * scale, keys, key_codec, head_dims[0], row_decoder)
-        weights = _softmax(scores, mask, causal)
+        weights = softmax(scores, mask, causal)
         return mix(weights, values, value_codec, head_dims[1], row_decoder)
     return _attend_online(q, keys, values, mask, causal, scale, key_codec, value_codec, head_dims, row_decoder)
 
 
-def _softmax(scores: torch.Tensor, mask: torch.Tensor | None, causal: bool) -> torch.Tensor:
+def softmax(scores: torch.Tensor, mask: torch.Tensor | None, causal: bool) -> torch.Tensor:
     """Softmax of scores [B, Hq, T, S] over the keys a query may see, with zeros where it may see none of them."""
     if mask is None and not causal:
         return scores.softmax(-1)
