@@ -13,7 +13,8 @@ import triton.language as tl
 from tqcompile import tables
 from tqcompile.codec import Codec
 from tqcompile.kernels import emit, tune
-from tqcompile.kernels.attend import maximum_of, sum_of, table_of
+from tqcompile.kernels.attend import table_of
+from tqcompile.kernels.combine import maximum_of, sum_of
 from tqcompile.kernels.writers import WRITERS
 from tqcompile.reference import Planes, split
 

@@ -18,6 +18,7 @@ import triton.language as tl
 from tqcompile import tables
 from tqcompile.codec import Codec, Lookup
 from tqcompile.kernels import emit, integer, tune
+from tqcompile.kernels.combine import combine, maximum_of, parts, sum_of
 from tqcompile.kernels.emit import Reader
 from tqcompile.reference import Planes, split
 
@@ -25,17 +26,6 @@ from tqcompile.reference import Planes, split
 key_scalars = key_numbers = value_scalars = value_numbers = read_scores = None
 
 TRITON_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
-
-
-@triton.jit
-def maximum_of(x, axis: tl.constexpr):
-    # Not tl.max and tl.sum: those are compiled functions even where this file is interpreted.
-    return tl.reduce(x, axis, tl.standard._elementwise_max)
-
-
-@triton.jit
-def sum_of(x, axis: tl.constexpr):
-    return tl.reduce(x, axis, tl.standard._sum_combine)
 
 
 # fmt: off
@@ -111,33 +101,6 @@ def attend_split(
 # fmt: on
 
 
-@triton.jit(do_not_specialize=["rows", "splits"])
-def attend_combine(
-    parts, peaks, totals, out, rows, splits, VALUE_DIM: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_V: tl.constexpr
-):
-    head = (tl.program_id(0) // rows).to(tl.int64)
-    row = tl.program_id(0) % rows
-    d = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
-    peak = float("-inf")
-    total = 0.0
-    mixed = tl.full([BLOCK_V], 0.0, tl.float32)
-    for start in range(0, splits, BLOCK_S):
-        s = start + tl.arange(0, BLOCK_S)
-        place = (head * splits + s) * rows + row
-        part = tl.load(peaks + place, mask=s < splits, other=float("-inf"))
-        inside = (s < splits)[:, None] & (d < VALUE_DIM)[None, :]
-        sums = tl.load(parts + place[:, None] * VALUE_DIM + d[None, :], mask=inside, other=0.0)
-        new_peak = tl.maximum(peak, maximum_of(part, 0))
-        pivot = tl.where(new_peak == float("-inf"), 0.0, new_peak)
-        rescale = tl.exp(peak - pivot)
-        share = tl.exp(part - pivot)
-        total = total * rescale + sum_of(tl.load(totals + place, mask=s < splits, other=0.0) * share, 0)
-        mixed = mixed * rescale + sum_of(sums * share[:, None], 0)
-        peak = new_peak
-    mixed = tl.where(total == 0.0, 0.0, mixed / tl.where(total == 0.0, 1.0, total))
-    tl.store(out + (head * rows + row) * VALUE_DIM + d, mixed, mask=d < VALUE_DIM)
-
-
 def source(key_codec: Codec, value_codec: Codec, head_dims: tuple[int, int], reader: Reader) -> str:
     """The text of the module that `attend` launches."""
     (key_dim, value_dim), keys, values = head_dims, key_codec.name, value_codec.name
@@ -193,9 +156,11 @@ def attend(
 
     q [B, Hq, T, D] float32, float16 or bfloat16 in the key basis, any strides; planes [B, Hkv, S, width], any strides
     but contiguous in the last; mask broadcasts to [B, Hq, T, S], bool (True keeps) or additive. Returns
-    [B, Hq, T, Dv] float32. Matrix products run in q's dtype (float32: without tf32) and accumulate in float32; a
-    plane of native numbers in another dtype than q's is read as float32. Nothing waits for the device, and after the
-    first call with the same codecs, dtypes and reader a CUDA graph can capture it. Generated files go to `folder`.
+    [B, Hq, T, Dv] float32. On a GPU, up to 16 rows a KV head over codes of two to five bits run on int8 units
+    (`integer`), with 15 bits of q and of the probabilities. Elsewhere matrix products run in q's dtype (float32:
+    without tf32) and accumulate in float32; a plane of native numbers in another dtype than q's is read as float32.
+    Nothing waits for the device, and after the first call with the same codecs, dtypes and reader a CUDA graph can
+    capture it. Generated files go to `folder`.
 
     Raises:
         ValueError: q has a dtype that no cache holds, or its heads are no multiple of the planes'.
@@ -226,12 +191,6 @@ def attend(
     return combine(left, place, folder).view(shape)
 
 
-def parts(like: torch.Tensor, heads: int, rows: int, value_dim: int, splits: int) -> tuple[torch.Tensor, ...]:
-    """What `splits` programs leave of each row: their sums [heads, splits, rows, value_dim], peaks and totals."""
-    sums = like.new_empty((heads, splits, rows, value_dim), dtype=torch.float32)
-    return sums, *sums.new_empty((2, heads, splits, rows)).unbind(0)
-
-
 def launch(built: ModuleType, q, keys, values, mask, scale: float, codecs, place) -> tuple[torch.Tensor, ...]:
     """Run the portable kernel; `keys` and `values` are codes and scale, `mask` None or a mask and its strides."""
     heads, rows, value_dim = place
@@ -258,26 +217,6 @@ def launch(built: ModuleType, q, keys, values, mask, scale: float, codecs, place
         maxnreg=plan.registers,
     )
     return left
-
-
-def combine(left: tuple[torch.Tensor, ...], place: tuple[int, int, int], folder: str | None) -> torch.Tensor:
-    """The softmax over all splits of what `parts` holds: [heads, rows, value_dim]."""
-    heads, rows, value_dim = place
-    out = left[0].new_empty(place)
-    built = combine_module(folder, out.device.type == "cpu")
-    splits = left[0].shape[1]
-    block_splits, block_dims = tune.combine_blocks(splits, value_dim)
-    built.attend_combine[(heads * rows, triton.cdiv(value_dim, block_dims))](
-        *left, out, rows, splits, value_dim, block_splits, block_dims, num_warps=4
-    )
-    return out
-
-
-@cache
-def combine_module(folder: str | None, interpreted: bool) -> ModuleType:
-    """The imported module of `attend_combine`, which is the same for all codecs."""
-    text = emit.module_text("The softmax over the splits of a cache.", (), (maximum_of, sum_of, attend_combine))
-    return emit.build(text, folder, interpreted)
 
 
 def product_dtype(query: torch.dtype, codes: torch.Tensor) -> torch.dtype:

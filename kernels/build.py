@@ -2,7 +2,7 @@
 
     python -m tqcompile.kernels.build
 
-Exits with status 1 if a kernel spills registers to memory that has no leave to.
+Exits with status 1 if a kernel spills registers to memory.
 """
 
 import re
@@ -31,9 +31,6 @@ HEAD_DIMS = (64, 128)
 READERS = (Reader("none"), Reader("bool"), Reader("additive"), Reader("none", True))
 POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.uint8: "*u8"}
 ALIGNED = re.compile(r".*_(b|h|s|t)$")
-# The kernel on int8 units spills this many bytes at most: a few words, outside its inner products, cost less than the
-# programs that more registers would crowd out.
-SPILLED = 16
 
 
 @dataclass(frozen=True)
@@ -80,7 +77,7 @@ def attend_usage(
 
 def integer_usage(pair: tuple[Codec, Codec], head_dim: int, reader: Reader, rows: int, capability: int) -> Usage:
     """Compile `attend_fragments` for contiguous planes and queries in bfloat16."""
-    sides = [integer.side_of(codec, head_dim, lanes) for codec, lanes in zip(pair, (4, 8))]
+    sides = integer.sides_of(pair, (head_dim, head_dim))
     plan = tune.integer_plan(rows, 8, 4096, head_dim, torch.device("cpu"))
     kernel = integer.module(*sides, reader, None).attend_fragments
     mask = torch.uint8 if reader.mask == "bool" else torch.bfloat16
@@ -88,7 +85,7 @@ def integer_usage(pair: tuple[Codec, Codec], head_dim: int, reader: Reader, rows
     pointers |= {"key_scale": torch.float16, "value_scale": torch.float16}
     widths = [layout_of(codec, head_dim, torch.float32, "cuda").plane(codec.codes.plane.name).width for codec in pair]
     constants = {"KEY_S": widths[0], "VALUE_S": widths[1], "KEY_SCALE_S": 1, "VALUE_SCALE_S": 1, "q_d": 1, "mask_s": 1}
-    constants |= {"T": plan.block_tokens, "R": plan.block_rows, "num_warps": 1}
+    constants |= {"T": plan.block_tokens, "R": plan.block_rows, "EARLY": capability >= 90, "num_warps": 1}
     types = {"tables": "*i32", "key_unit": "fp32", "value_unit": "fp32"}
     label = (
         f"int8 attend {pair[0].name} {pair[1].name} d{head_dim} {reader.mask}{' causal' * reader.causal} {rows} rows"
@@ -158,15 +155,10 @@ def every_usage() -> Iterator[Usage]:
                     yield attend_usage((codec, codec), head_dim, READERS[0], dtype, rows, capability)
         for head_dim in (64, 96, 128, 256):
             for pair in mixed_pairs(REGISTRY):
-                if integer.side_of(pair[0], head_dim, 4) and integer.side_of(pair[1], head_dim, 8):
+                if integer.sides_of(pair, (head_dim, head_dim)):
                     for reader in READERS:
                         yield integer_usage(pair, head_dim, reader, 4, capability)
                     yield integer_usage(pair, head_dim, READERS[0], 8, capability)
-
-
-def allowed_spills(usage: Usage) -> int:
-    """Bytes that a kernel may spill."""
-    return SPILLED if usage.kernel.startswith("int8") else 0
 
 
 def main() -> int:
@@ -174,8 +166,8 @@ def main() -> int:
     usages = list(every_usage())
     columns = ("kernel", "capability", "registers", "spills", "shared")
     print(tabulate([[getattr(usage, column) for column in columns] for usage in usages], headers=columns))
-    spilled = [usage for usage in usages if usage.spills > allowed_spills(usage)]
-    print(f"\n{len(usages)} kernels, {len(spilled)} spill more than they may")
+    spilled = [usage for usage in usages if usage.spills]
+    print(f"\n{len(usages)} kernels, {len(spilled)} spill")
     return 1 if spilled else 0
 
 

@@ -1,4 +1,4 @@
-"""Attention of a few query rows over codes of two, three or four bits, on int8 matrix units: the kernel.
+"""Attention of a few query rows over codes of two to five bits, on int8 matrix units: the kernel.
 
 One warp is a program: it takes one KV head, up to eight rows (query head of the group, query), and a span of tokens.
 Keys and values go from packed codes to matrix operands in registers (`operands`). Sums of products are exact integers;
@@ -10,6 +10,7 @@ what rounds is q, and the probabilities of a tile times their values' scalars, e
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
+from triton.language.extra.cuda import gdc_launch_dependents
 
 from tqcompile.kernels.operands import (
     WEIGHT_LIMIT,
@@ -62,13 +63,15 @@ def query_operand(q, row, q_h, q_t, q_d, queries, groups, LAYOUT: gl.constexpr, 
 def key_product(codes, high, table, asked, T: gl.constexpr, MMA: gl.constexpr, R: gl.constexpr):
     """The integers [T, R, 2] of keys times the two parts of each row of q."""
     LEFT: gl.constexpr = gl.DotOperandLayout(0, MMA, 4)
-    x = key_look_up(codes, high, table[0], table[1], table[2], table[3])
+    x = key_look_up(codes, high, table)
     product = gl.full([T, 2 * R], 0, gl.int32, MMA)
-    if KEY_TERMS == 2:
-        product = mma_v2(gl.convert_layout(key_operand(x[2], x[3], T, KEY_DIMS), LEFT), asked, product)
-        operand = key_operand(x[0], x[1], T, KEY_DIMS)
-    else:
+    if KEY_FIELDS == 2:
         operand = key_operand(gl.join(x[0], x[2]), gl.join(x[1], x[3]), T, KEY_DIMS)
+    else:
+        operand = key_operand(x[0], x[1], T, KEY_DIMS)
+    for term in gl.static_range(1, KEY_TERMS):
+        product = mma_v2(gl.convert_layout(operand, LEFT), asked, product)
+        operand = key_operand(x[2 * term], x[2 * term + 1], T, KEY_DIMS)
     return gl.reshape(mma_v2(gl.convert_layout(operand, LEFT), asked, product), [T, R, 2])
 
 
@@ -79,10 +82,10 @@ def value_product(codes, high, table, weights, T: gl.constexpr, MMA: gl.constexp
     x = value_look_up(four_tokens(codes, T, VALUE_WORDS), four_tokens(high, T, VALUE_WORDS), table)
     product = gl.full([VALUE_DIMS, 2 * R], 0, gl.int32, MMA)
     nibbles = eight_nibbles(x, 0)
-    if VALUE_TERMS == 2:
-        second = value_operand(eight_nibbles(x, 8), T, VALUE_DIMS)
-        product = mma_v2(gl.convert_layout(second, LEFT), weights, product)
-    elif VALUE_FIELDS == 2:
+    for term in gl.static_range(1, VALUE_TERMS):
+        product = mma_v2(gl.convert_layout(value_operand(nibbles, T, VALUE_DIMS), LEFT), weights, product)
+        nibbles = eight_nibbles(x, 8 * term)
+    if VALUE_FIELDS == 2:
         nibbles = gl.join(nibbles, eight_nibbles(x, 8))
     operand = value_operand(nibbles, T, VALUE_DIMS)
     return gl.reshape(mma_v2(gl.convert_layout(operand, LEFT), weights, product), [VALUE_DIMS, R, 2])
@@ -90,45 +93,51 @@ def value_product(codes, high, table, weights, T: gl.constexpr, MMA: gl.constexp
 
 # fmt: off
 @gluon.jit
-def tile(
-    peak, total, mixed, asked, unit, key_codes, key_scale, value_codes, value_scale, key_table, value_table,
-    mask, mask_row, mask_s, query, count,
-    T: gl.constexpr, R: gl.constexpr, MMA: gl.constexpr, SCORES: gl.constexpr,
+def load_tile(
+    at, last, T: gl.constexpr, SCORES: gl.constexpr,
     KEY_S: gl.constexpr, KEY_SCALE_S: gl.constexpr, VALUE_S: gl.constexpr, VALUE_SCALE_S: gl.constexpr,
 ):
-    """One tile of T tokens, or of the first `count` of them, into the running softmax of R rows."""
+    """Words and scalars of a tile at four pointers; tokens after `last` repeat it (None: there are none)."""
     token = gl.arange(0, T, gl.SliceLayout(1, SCORES))
-    last = None
-    near = token
-    if count is not None:
-        last = count - 1
-        near = gl.minimum(token, last)
-    codes, high = load_keys(key_codes, last, T, KEY_S, KEY_RUN, KEY_HIGH_RUN, KEY_WORDS)
-    scalars = gl.load(key_scale + near * KEY_SCALE_S)
-    words, top = load_values(value_codes, last, T, VALUE_S, VALUE_RUN, VALUE_HIGH_RUN, VALUE_WORDS, VALUE_SHARED)
-    value_scalars = gl.load(value_scale + near * VALUE_SCALE_S).to(gl.float32)
-    coarse, fine = gl.split(key_product(codes, high, key_table, asked, T, MMA, R))
+    if last is not None:
+        token = gl.minimum(token, last)
+    codes, high = load_keys(at[0], last, T, KEY_S, KEY_RUN, KEY_HIGH_RUN, KEY_WORDS)
+    key_scalars = gl.load(at[1] + token * KEY_SCALE_S)
+    words, top = load_values(at[2], last, T, VALUE_S, VALUE_RUN, VALUE_HIGH_RUN, VALUE_WORDS, VALUE_SHARED)
+    value_scalars = gl.load(at[3] + token * VALUE_SCALE_S)
+    return codes, high, key_scalars, words, top, value_scalars
+
+
+@gluon.jit
+def scores_of(tile, asked, unit, key_table, T: gl.constexpr, R: gl.constexpr, MMA: gl.constexpr):
+    """Scores [T, R] of a tile's keys."""
+    coarse, fine = gl.split(key_product(tile[0], tile[1], key_table, asked, T, MMA, R))
     # The product with zero makes a key whose scalar is infinite no number, as its decoded dims would.
-    scalars = scalars.to(gl.float32)
-    scores = (coarse * 128 + fine).to(gl.float32) * ((scalars + scalars * 0.0)[:, None] * unit[None, :])
-    address = mask_row[None, :] + token[:, None] * mask_s
-    scores = read_scores(scores, mask, address, query[None, :], token[:, None], last)
+    scalars = tile[2].to(gl.float32)
+    return (coarse * 128 + fine).to(gl.float32) * ((scalars + scalars * 0.0)[:, None] * unit[None, :])
+
+
+@gluon.jit
+def absorb(tile, scores, state, value_table, count, T: gl.constexpr, R: gl.constexpr, MMA: gl.constexpr):
+    """The running softmax of R rows (peak, total, mixed) after a tile of T tokens, or its first `count`."""
+    peak, total, mixed = state
+    scalars = tile[5].to(gl.float32)
     if count is not None:
-        scores = gl.where((token < count)[:, None], scores, float("-inf"))
+        inside = gl.arange(0, T, scalars.type.layout) < count
+        scores = gl.where(inside[:, None], scores, float("-inf"))
+        scalars = gl.where(inside, scalars, 0.0)
     new_peak = gl.maximum(peak, gl.max(scores, 0))
     pivot = gl.where(new_peak == float("-inf"), 0.0, new_peak)
     rescale = gl.exp2((peak - pivot) * LOG2_E)
     weights = gl.exp2((scores - pivot[None, :]) * LOG2_E)
-    scaled = weights * value_scalars[:, None]
-    if count is not None:
-        scaled = gl.where((token < count)[:, None], scaled, 0.0)
+    scaled = weights * scalars[:, None]
     # The product with zero marks a row that met a value which is no number; integers would hide it.
     part = gl.sum(gl.reshape(weights + scaled * 0.0, [T // 8, 8, R]), 0)
     total = total * gl.convert_layout(rescale, gl.SliceLayout(0, total.type.layout))[None, :] + part
     size = gl.maximum(gl.max(gl.abs(scaled), 0), 1e-30)
     operand = weight_operand(scaled * (WEIGHT_LIMIT / size)[None, :], T, R)
     operand = gl.convert_layout(operand, gl.DotOperandLayout(1, MMA, 4))
-    coarse, fine = gl.split(value_product(words, top, value_table, operand, T, MMA, R))
+    coarse, fine = gl.split(value_product(tile[3], tile[4], value_table, operand, T, MMA, R))
     columns: gl.constexpr = gl.SliceLayout(0, mixed.type.layout)
     mixed = mixed * gl.convert_layout(rescale, columns)[None, :]
     mixed += (coarse * 256 + fine).to(gl.float32) * gl.convert_layout(size * (1.0 / WEIGHT_LIMIT), columns)[None, :]
@@ -144,55 +153,65 @@ def attend_fragments(
     q_b, q_h, q_t, q_d, key_b, key_h, key_scale_b, key_scale_h, value_b, value_h, value_scale_b, value_scale_h,
     mask_b, mask_h, mask_t, mask_s,
     KEY_S: gl.constexpr, KEY_SCALE_S: gl.constexpr, VALUE_S: gl.constexpr, VALUE_SCALE_S: gl.constexpr,
-    T: gl.constexpr, R: gl.constexpr, num_warps: gl.constexpr = 1,
+    T: gl.constexpr, R: gl.constexpr, EARLY: gl.constexpr, num_warps: gl.constexpr = 1,
 ):
     MMA: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [1, 1], [16, 8])
+    RIGHT: gl.constexpr = gl.DotOperandLayout(1, MMA, 4)
     zeros, _ = gl.split(gl.reshape(gl.full([T, 2 * R], 0.0, gl.float32, MMA), [T, R, 2]))
     mixed, _ = gl.split(gl.reshape(gl.full([VALUE_DIMS, 2 * R], 0.0, gl.float32, MMA), [VALUE_DIMS, R, 2]))
     SCORES: gl.constexpr = zeros.type.layout
     batch = (gl.program_id(0) // kv_heads).to(gl.int64)
     head = (gl.program_id(0) % kv_heads).to(gl.int64)
     first = gl.program_id(2) * span
-    stop = gl.minimum(first + span, length)
+    count = gl.minimum(span, length - first)
     start = first.to(gl.int64)
+    at = (
+        key_codes + batch * key_b + head * key_h + start * KEY_S,
+        key_scale + batch * key_scale_b + head * key_scale_h + start * KEY_SCALE_S,
+        value_codes + batch * value_b + head * value_h + start * VALUE_S,
+        value_scale + batch * value_scale_b + head * value_scale_h + start * VALUE_SCALE_S,
+    )
+    if EARLY:
+        # The combination may be put on the device now; it waits there for what this kernel writes.
+        gdc_launch_dependents()
+    # Asked for before q is, so that the first tile is on its way meanwhile; each tile is, while the last one is used.
+    tile = load_tile(at, count - 1, T, SCORES, KEY_S, KEY_SCALE_S, VALUE_S, VALUE_SCALE_S)
 
     q += batch * q_b + head * groups * q_h
-    RIGHT: gl.constexpr = gl.DotOperandLayout(1, MMA, 4)
     asked, unit = query_operand(q, gl.program_id(1) * R, q_h, q_t, q_d, queries, groups, RIGHT, R)
     unit = gl.convert_layout(unit, gl.SliceLayout(0, SCORES)) * key_unit
     row = gl.program_id(1) * R + gl.arange(0, R, gl.SliceLayout(0, SCORES))
     near = gl.minimum(row, groups * queries - 1)
     query = near % queries - first
     mask_row = batch * mask_b + (head * groups + near // queries) * mask_h + (near % queries).to(gl.int64) * mask_t
-    mask += start * mask_s
-
-    key_codes += batch * key_b + head * key_h + start * KEY_S
-    key_scale += batch * key_scale_b + head * key_scale_h + start * KEY_SCALE_S
-    value_codes += batch * value_b + head * value_h + start * VALUE_S
-    value_scale += batch * value_scale_b + head * value_scale_h + start * VALUE_SCALE_S
+    token = gl.arange(0, T, gl.SliceLayout(1, SCORES))
+    address = mask_row[None, :] + start * mask_s + token[:, None] * mask_s
     key_table = table_like(tables, word_layout(T // 8, KEY_WORDS))
     words = gl.full([T // 4, 32, VALUE_WORDS], 0, gl.int32, word_layout(T // 4, VALUE_WORDS))
-    value_table = table_like(tables + 128, four_tokens(words, T, VALUE_WORDS)[0].type.layout)
+    FIRST: gl.constexpr = four_tokens(words, T, VALUE_WORDS)[0].type.layout
+    value_table = table_like(tables + 192, FIRST)
 
     peak = gl.full([R], float("-inf"), gl.float32, gl.SliceLayout(0, SCORES))
-    total = gl.sum(gl.reshape(zeros, [T // 8, 8, R]), 0)
-    for _ in range((stop - first) // T):
-        peak, total, mixed = tile(
-            peak, total, mixed, asked, unit, key_codes, key_scale, value_codes, value_scale, key_table, value_table,
-            mask, mask_row, mask_s, query, None, T, R, MMA, SCORES, KEY_S, KEY_SCALE_S, VALUE_S, VALUE_SCALE_S,
-        )
-        key_codes += T * KEY_S
-        key_scale += T * KEY_SCALE_S
-        value_codes += T * VALUE_S
-        value_scale += T * VALUE_SCALE_S
-        mask += T * mask_s
+    state = (peak, gl.sum(gl.reshape(zeros, [T // 8, 8, R]), 0), mixed)
+    full = count // T
+    for i in range(full):
+        step = gl.where(i + 1 < full, T, 0)
+        at = (at[0] + step * KEY_S, at[1] + step * KEY_SCALE_S, at[2] + step * VALUE_S, at[3] + step * VALUE_SCALE_S)
+        scores = scores_of(tile, asked, unit, key_table, T, R, MMA)
+        scores = read_scores(scores, mask, address, query[None, :], token[:, None], None)
+        state = absorb(tile, scores, state, value_table, None, T, R, MMA)
+        tile = load_tile(at, None, T, SCORES, KEY_S, KEY_SCALE_S, VALUE_S, VALUE_SCALE_S)
         query -= T
-    if (stop - first) % T:
-        peak, total, mixed = tile(
-            peak, total, mixed, asked, unit, key_codes, key_scale, value_codes, value_scale, key_table, value_table,
-            mask, mask_row, mask_s, query, (stop - first) % T,
-            T, R, MMA, SCORES, KEY_S, KEY_SCALE_S, VALUE_S, VALUE_SCALE_S,
-        )
+        mask += T * mask_s
+    count -= full * T
+    if count > 0:
+        step = gl.where(full > 0, T, 0)
+        at = (at[0] + step * KEY_S, at[1] + step * KEY_SCALE_S, at[2] + step * VALUE_S, at[3] + step * VALUE_SCALE_S)
+        tile = load_tile(at, count - 1, T, SCORES, KEY_S, KEY_SCALE_S, VALUE_S, VALUE_SCALE_S)
+        scores = scores_of(tile, asked, unit, key_table, T, R, MMA)
+        scores = read_scores(scores, mask, address, query[None, :], token[:, None], count - 1)
+        state = absorb(tile, scores, state, value_table, count, T, R, MMA)
+    peak, total, mixed = state
 
     place = (gl.program_id(0).to(gl.int64) * splits + gl.program_id(2)) * (groups * queries)
     gl.store(peaks + place + row, peak, mask=row < groups * queries)

@@ -96,15 +96,21 @@ def shifted(x, count):
 
 
 @gluon.jit
+def row_of(codes, near, own, last, STRIDE: gl.constexpr):
+    """Where token `near + own` starts: the part that a lane knows first, so that the other becomes an immediate."""
+    base = codes.to(gl.pointer_type(gl.int32), bitcast=True)
+    if last is not None:
+        return base + gl.minimum(near + own, last) * (STRIDE // 4)
+    return base + own * (STRIDE // 4) + near * (STRIDE // 4)
+
+
+@gluon.jit
 def load_keys(
     codes, last, T: gl.constexpr, STRIDE: gl.constexpr, RUN: gl.constexpr, HIGH_RUN: gl.constexpr, WORDS: gl.constexpr
 ):
     """Words [T / 8, 32, WORDS] of a tile of keys; tokens after `last` repeat it (None: there are none)."""
     i, lane, word = places(word_layout(T // 8, WORDS), T // 8, WORDS)
-    token = 8 * i + lane // 4
-    if last is not None:
-        token = gl.minimum(token, last)
-    row = codes.to(gl.pointer_type(gl.int32), bitcast=True) + token * (STRIDE // 4)
+    row = row_of(codes, 8 * i, lane // 4, last, STRIDE)
     word = lane % 4 * WORDS + word
     return load_words(row, word, word * 0, RUN, HIGH_RUN, 16 * WORDS > RUN, False)
 
@@ -116,10 +122,7 @@ def load_values(
 ):  # fmt: skip
     """Words [T / 4 (b, h, j), 32, WORDS] of a tile of values."""
     i, lane, word = places(word_layout(T // 4, WORDS), T // 4, WORDS)
-    token = 32 * (i // 8) + 8 * (i % 4) + 4 * (i // 4 % 2) + lane % 4
-    if last is not None:
-        token = gl.minimum(token, last)
-    row = codes.to(gl.pointer_type(gl.int32), bitcast=True) + token * (STRIDE // 4)
+    row = row_of(codes, 32 * (i // 8) + 8 * (i % 4) + 4 * (i // 4 % 2), lane % 4, last, STRIDE)
     if SHARED:
         return load_words(row, lane // 4 % 4, lane // 16, RUN, HIGH_RUN, RUN < 16, True)
     else:
@@ -185,4 +188,5 @@ def table_like(table, LAYOUT: gl.constexpr):
     """The look-up operands beside words of a layout: in registers of every lane, and not in uniform ones, whose copies
     would cost an instruction for most look-ups."""
     lane = gl.arange(0, 32, gl.SliceLayout(0, gl.SliceLayout(2, LAYOUT)))[None, :, None]
-    return gl.load(table + lane), gl.load(table + 32 + lane), gl.load(table + 64 + lane), gl.load(table + 96 + lane)
+    first, second, third = (gl.load(table + lane), gl.load(table + 32 + lane), gl.load(table + 64 + lane))
+    return first, second, third, gl.load(table + 96 + lane), gl.load(table + 128 + lane), gl.load(table + 160 + lane)

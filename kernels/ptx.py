@@ -1,31 +1,50 @@
 """Prints the PTX that turns packed codes into int8 numbers, four to a register: `prmt` is a look-up of four bytes.
 
 Each of the four nibbles in the low half of a selector picks one of eight bytes by its low three bits. Its top bit is
-a flag that replaces the byte by its sign, 0 or -1. Codes of two and three bits need one look-up. Codes of four bits
-are the sum of two: with a_l + b_l = number(l), a_l - 1 = number(l + 8) and b_l < 0, one look-up gives a and the
-flagged one b or -1. Nothing adds them here: both go to the matrix unit, whose sums are exact.
+a flag that replaces the byte by its sign, 0 or -1. Codes of two and three bits need one look-up. The number of a wider
+code is a sum of look-ups, which nothing adds here: each goes to the matrix unit, whose sums are exact.
+
+Four bits, l the low three and f the top one: a(l) + (-1 if f else b(l)), where b(l) < 0.
+Five bits, h the fifth: the same of magnitudes that ascend, and (-1 if h else c(y)), which takes a magnitude to the
+number on the other side of zero; y is l, or 7 - l where f is set, because the codebook is odd.
 """
 
 from collections.abc import Sequence
 
-TABLE_WORDS = 4
-# lop3 truth tables are the function of 0xF0, 0xCC, 0xAA: here `c ? a : b`, and `(a & b) | c`.
-SELECT = "0xe4"
-AND_OR = "0xea"
+TABLE_WORDS = 6
+# lop3 truth tables are the function of 0xF0, 0xCC, 0xAA.
+SELECT = "0xe4"  # c ? a : b
+AND_OR = "0xea"  # (a & b) | c
+XOR_AND = "0x28"  # (a ^ b) & c
+OR_AND = "0xf8"  # a | (b & c)
+
+
+def terms_of(bits: int) -> int:
+    """Look-ups that the number of a code is the sum of."""
+    return max(1, bits - 2)
 
 
 def table_words(numbers: Sequence[int]) -> tuple[int, ...]:
-    """The look-up operands of ascending int8 numbers, 4, 8 or 16 of them: four signed 32-bit words."""
+    """The look-up operands of ascending numbers, 4, 8, 16 or 32 of them: six signed 32-bit words of bytes."""
     numbers = list(numbers)
-    if len(numbers) == 16:
-        first = [number + 1 for number in numbers[8:]]
-        second = [low - high for low, high in zip(numbers, first)]
-        assert all(-128 <= number < 0 for number in second), f"{numbers} are further apart than a byte"
-        numbers = first + second
+    if len(numbers) == 32:
+        magnitudes = numbers[16:]
+        across = [-1 - low - high for low, high in zip(magnitudes[:8], reversed(magnitudes))]
+        numbers = [*_flagged([magnitude + 1 for magnitude in magnitudes]), *across]
+    elif len(numbers) == 16:
+        numbers = _flagged(numbers)
     assert all(-128 <= number < 128 for number in numbers), f"{numbers} are no bytes"
     parts = [bytes(number & 255 for number in numbers[at : at + 4]) for at in range(0, len(numbers), 4)]
     words = [int.from_bytes(part, "little", signed=True) for part in parts]
     return tuple((words * TABLE_WORDS)[:TABLE_WORDS])
+
+
+def _flagged(numbers: Sequence[int]) -> list[int]:
+    """a and b of sixteen numbers."""
+    first = [number + 1 for number in numbers[8:]]
+    second = [low - high for low, high in zip(numbers, first)]
+    assert all(-128 <= number < 0 for number in second), f"{numbers} are further apart than a byte"
+    return first + second
 
 
 class Block:
@@ -43,7 +62,8 @@ class Block:
     def put(self, target: str | int, operation: str, *operands: str | int) -> str:
         """Append one instruction that writes an output, by its number, or a register."""
         target = f"${target}" if isinstance(target, int) else target
-        self.lines.append(f"{operation}.b32 {target}, {', '.join(map(str, operands))};")
+        kind = "" if "." in operation else ".b32"
+        self.lines.append(f"{operation}{kind} {target}, {', '.join(map(str, operands))};")
         return target
 
     def new(self, operation: str, *operands: str | int) -> str:
@@ -58,15 +78,22 @@ class Block:
         return ",".join(["=&r"] * self.outputs + ["r"] * (self.inputs + TABLE_WORDS))
 
 
-def look_up(block: Block, bits: int, word: str, outputs: Sequence[tuple[int, ...]]) -> None:
-    """Eight nibbles of `word` -> four bytes of the low ones, four of the high ones, into each half's outputs."""
-    index = block.new("and", word, "0x77777777") if bits == 4 else word
+def look_up(block: Block, bits: int, word: str, high: str | None, outputs: Sequence[Sequence[int]]) -> None:
+    """Eight nibbles of `word` -> four bytes of the low ones, four of the high ones, into each half's outputs.
+
+    `high` has the fifth bits at the lowest place of each nibble.
+    """
+    index = block.new("and", word, "0x77777777") if bits > 3 else word
+    selectors = [index, word]
+    if bits == 5:
+        upper = block.new("mul.lo.u32", block.new("and", block.new("shr", word, 3), "0x11111111"), 7)
+        folded = block.new("lop3", word, upper, "0x77777777", XOR_AND)
+        selectors.append(block.new("lop3", folded, block.new("shl", high, 3), "0x88888888", OR_AND))
     for half, targets in enumerate(outputs):
-        low = block.new("shr", index, 16) if half else index
-        block.put(targets[0], "prmt", block.table(0), block.table(1 if bits > 2 else 0), low)
-        if bits == 4:
-            flagged = block.new("shr", word, 16) if half else word
-            block.put(targets[1], "prmt", block.table(2), block.table(3), flagged)
+        for term, target in enumerate(targets[: terms_of(bits)]):
+            selector = block.new("shr", selectors[term], 16) if half else selectors[term]
+            tables = (block.table(2 * term), block.table(2 * term + (bits > 2)))
+            block.put(target, "prmt", *tables, selector)
 
 
 def nibbles(block: Block, bits: int, field: int, word: str, high: str | None) -> str:
@@ -74,7 +101,7 @@ def nibbles(block: Block, bits: int, field: int, word: str, high: str | None) ->
 
     The third bit comes from `high`, where that of field 0 lies lowest in each nibble and that of field 1 two above.
     """
-    if bits == 4:
+    if bits > 3:
         return word
     low = block.new("shr", word, 2) if field else word
     if bits == 2:
@@ -101,26 +128,31 @@ def transposed(block: Block, words: Sequence[str]) -> dict[tuple[int, int], str]
 def key_look_up(bits: int, fields: int) -> Block:
     """A word of codes [, a word of top bits] -> for each field or term, low nibbles and high nibbles as bytes.
 
-    Outputs: at four bits (term 0 low, high, term 1 low, high); below (field 0 low, high, [field 1 low, high]).
+    Outputs: (field or term 0 low, high, field or term 1 low, high ...).
     """
-    block = Block(4 if bits == 4 else 2 * fields, 2 if bits == 3 else 1)
+    terms, odd = terms_of(bits), bits % 2
+    block = Block(2 * terms * fields, 1 + odd)
+    word, high = block.input(0), block.input(1) if odd else None
     for field in range(fields):
-        word = nibbles(block, bits, field, block.input(0), block.input(1) if bits == 3 else None)
-        look_up(block, bits, word, [(2 * field, 2), (2 * field + 1, 3)])
+        outputs = [[2 * (field + term) + half for term in range(terms)] for half in range(2)]
+        look_up(block, bits, nibbles(block, bits, field, word, high), high, outputs)
     return block
 
 
 def value_look_up(bits: int, fields: int) -> Block:
     """Four tokens' words [, and words of top bits] -> for each of eight nibbles, four tokens as bytes.
 
-    Outputs: eight of term 0, then at four bits eight of term 1; below eight of each field.
+    Outputs: eight of each field or term.
     """
-    block = Block(16 if bits == 4 else 8 * fields, 8 if bits == 3 else 4)
+    terms, odd = terms_of(bits), bits % 2
+    block = Block(8 * terms * fields, 4 + 4 * odd)
     words, high = ([block.input(start + token) for token in range(4)] for start in (0, 4))
     shared = None if bits == 3 else transposed(block, words)
+    fifth = transposed(block, high) if bits == 5 else None
     for field in range(fields):
         own = shared or transposed(block, [nibbles(block, 3, field, *pair) for pair in zip(words, high)])
-        for places, word in own.items():
+        for pair, word in own.items():
             word = word if bits == 3 else nibbles(block, bits, field, word, None)
-            look_up(block, bits, word, [(8 * field + place, 8 + place) for place in places])
+            outputs = [[8 * (field + term) + nibble for term in range(terms)] for nibble in pair]
+            look_up(block, bits, word, fifth and fifth[pair], outputs)
     return block

@@ -16,10 +16,10 @@ ATTEND = {
     (64, False): (64, 64, 8, 255),
     (64, True): (16, 16, 8, 255),
 }
-# Programs of the kernel on int8 units, one warp each, that one of a multiprocessor's four parts holds by the registers
-# a thread may take. More programs hide more latency, and few registers are what small tiles need.
-INTEGER_REGISTERS, INTEGER_REGISTERS_WIDE = 128, 255
-REGISTERS_PER_PART = 16384
+# The kernel on int8 units: registers a thread may take, for two tiles of codes at once, and programs of one warp that a
+# multiprocessor then holds. A program of a single tile would not pay for its query.
+INTEGER_REGISTERS = 255
+INTEGER_PROGRAMS_PER_PROCESSOR = 8
 APPEND_REGISTERS = 128
 # Programs that a multiprocessor holds at once, and dims and most splits that one step of the combination reads.
 PROGRAMS_PER_PROCESSOR = 2
@@ -78,13 +78,12 @@ def integer_plan(
 ) -> AttendPlan:
     """The plan of the kernel on int8 units: as many programs as the device holds at once, and no more."""
     block_rows = 4 if rows <= 4 or head_dim > 128 else 8
-    small = block_rows * head_dim <= 512
-    block_tokens, registers = (64, INTEGER_REGISTERS) if small else (32, INTEGER_REGISTERS_WIDE)
-    held = (processors or processors_of(device)) * 4 * (REGISTERS_PER_PART // (32 * registers))
-    blocks = -(-length // block_tokens)
-    splits = max(1, min(blocks, held // (heads * -(-rows // block_rows))))
-    span = -(-blocks // splits) * block_tokens
-    return AttendPlan(block_rows, block_tokens, -(-length // span), span, 1, registers)
+    block_tokens = 64 if block_rows * head_dim <= 512 else 32
+    held = (processors or processors_of(device)) * INTEGER_PROGRAMS_PER_PROCESSOR
+    blocks, heads = -(-length // block_tokens), heads * -(-rows // block_rows)
+    least = 2 if 2 * blocks * heads > held else 1
+    span = max(least, -(-blocks // max(1, held // heads))) * block_tokens
+    return AttendPlan(block_rows, block_tokens, -(-length // span), span, 1, INTEGER_REGISTERS)
 
 
 def append_plan(tokens: int, head_dim: int) -> tuple[int, int]:
@@ -104,3 +103,9 @@ def processors_of(device: torch.device) -> int:
     if device.type != "cuda":
         return DEFAULT_PROCESSORS
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@cache
+def overlaps(device: torch.device) -> bool:
+    """Whether a kernel may be launched before the one that it depends on ends (Hopper and later)."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)

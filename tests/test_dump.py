@@ -79,7 +79,8 @@ READERS = {
 
 
 @pytest.mark.parametrize("name", READERS)
-def test_the_kernels_of_a_graph_are_those_of_its_codecs_and_readers(name, tmp_path, monkeypatch):
+@pytest.mark.parametrize("values", ["q8_0", "turboquant:3"])
+def test_the_kernels_of_a_graph_are_those_of_its_codecs_and_readers(name, values, tmp_path, monkeypatch):
     read, said = READERS[name]
     graphs = []
     monkeypatch.setattr(Dump, "graphs", lambda self, before, after, sites: graphs.append((after, sites)))
@@ -90,17 +91,22 @@ def test_the_kernels_of_a_graph_are_those_of_its_codecs_and_readers(name, tmp_pa
         return read(q, keys, values, mask)
 
     args = (torch.zeros(SIZE), torch.zeros(SIZE), *next(calls())[::3], torch.ones(2, 8, dtype=torch.bool))
-    options = {**CODECS, "inner": "eager", "dump": tmp_path}
+    options = {**CODECS, "values": values, "inner": "eager", "dump": tmp_path}
     with torch.no_grad():
         torch.compile(step, backend="turboquant", options=options)(*args)
     ((after, sites),) = graphs
     sources = kernel_sources(after, sites)
-    attend = f"attend_turboquant_4_q8_0_32_32_{said}"
-    assert sources.keys() == {"append_turboquant_4_32", "append_q8_0_32", attend}
+    values = values.replace(":", "_")
+    attend = f"attend_turboquant_4_{values}_32_32_{said}"
+    appends = {"append_turboquant_4_32", f"append_{values}_32"}
+    # Codes of two to five bits on both sides have a kernel on int8 units; which one runs depends on the device.
+    int8 = {f"{attend}_int8"} if values != "q8_0" else set()
+    assert sources.keys() == {attend} | appends | int8
+    kernels = {"append_tokens"}, {"attend_split", "read_scores", "key_numbers"}, {"attend_fragments", "key_look_up"}
     for what, text in sources.items():
         functions = {node.name for node in ast.parse(text).body if isinstance(node, ast.FunctionDef)}
-        kernels = {"attend_split", "read_scores", "key_numbers"} if what == attend else {"append_tokens"}
-        assert kernels <= functions
-    (scores,) = re.findall(r"def read_scores.*?\n\n", sources[attend], re.DOTALL)
-    assert ("token[None, :] <= query[:, None]" in scores) == (name == "causal")
-    assert ("part != 0" in scores) == (name == "bool") and ("scores += part" in scores) == (name == "additive")
+        assert kernels[0 if what in appends else 2 if what in int8 else 1] <= functions
+    for what in sources.keys() - appends:
+        (scores,) = re.findall(r"def read_scores.*?\n\n", sources[what], re.DOTALL)
+        assert ("<= query" in scores) == (name == "causal")
+        assert ("part != 0" in scores) == (name == "bool") and ("scores += part" in scores) == (name == "additive")

@@ -35,7 +35,7 @@ class Dump:
 
 def kernel_sources(after: fx.GraphModule, sites: Iterable[Site]) -> dict[str, str]:
     """The Triton modules that a rewritten graph launches on a GPU, by what they do; needs no GPU."""
-    from tqcompile.kernels import append, attend
+    from tqcompile.kernels import append, attend, integer
 
     sources = {}
     written = [site for site in sites if site.kind in ("in_place", "append")]
@@ -48,7 +48,10 @@ def kernel_sources(after: fx.GraphModule, sites: Iterable[Site]) -> dict[str, st
         reader = attend.reader_of(tensor_of(mask), causal)
         said = "_causal" * causal + f"_{reader.mask}_mask"
         what = f"attend_{_plain(keys)}_{_plain(values)}_{head_dims[0]}_{head_dims[1]}{said}"
-        sources[what] = attend.source(formats.codec(keys), formats.codec(values), tuple(head_dims), reader)
+        codecs = formats.codec(keys), formats.codec(values)
+        sources[what] = attend.source(*codecs, tuple(head_dims), reader)
+        if sides := integer.sides_of(codecs, tuple(head_dims)):
+            sources[f"{what}_int8"] = integer.source(*sides, reader)
     return sources
 
 

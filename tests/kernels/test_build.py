@@ -29,10 +29,10 @@ INTEGER = [
 
 
 @pytest.mark.parametrize("case", INTEGER, ids=str)
-def test_attend_on_int8_units_needs_no_shared_memory_and_spills_a_few_words(case):
+def test_attend_on_int8_units_needs_no_shared_memory_and_spills_nothing(case):
     names, *rest = case
     usage = build.integer_usage(tuple(map(formats.codec, names)), *rest)
-    assert usage.shared == 0 and usage.spills <= build.SPILLED
+    assert usage.shared == 0 and usage.spills == 0
 
 
 @pytest.mark.parametrize("name", ["q8_0", "turboquant:5"])
@@ -42,4 +42,4 @@ def test_append_compiles_without_a_device_and_spills_nothing(name):
 
 @pytest.mark.slow
 def test_no_kernel_of_any_codec_spills():
-    assert not [usage for usage in build.every_usage() if usage.spills > build.allowed_spills(usage)]
+    assert not [usage for usage in build.every_usage() if usage.spills]

@@ -1,0 +1,96 @@
+"""The softmax over the splits of a cache: what programs of `attend` leave behind becomes attention.
+
+Its program is launched while the splits still run where the device allows it, and waits there for what they write.
+"""
+
+from functools import cache
+from types import ModuleType
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_wait
+
+from tqcompile.kernels import emit, tune
+
+# The import that the printed text of `attend_combine` needs.
+WAIT = "from triton.language.extra.cuda import gdc_wait"
+
+
+@triton.jit
+def maximum_of(x, axis: tl.constexpr):
+    # Not tl.max and tl.sum: those are compiled functions even where this file is interpreted.
+    return tl.reduce(x, axis, tl.standard._elementwise_max)
+
+
+@triton.jit
+def sum_of(x, axis: tl.constexpr):
+    return tl.reduce(x, axis, tl.standard._sum_combine)
+
+
+@triton.jit(do_not_specialize=["rows", "splits"])
+def attend_combine(
+    parts,
+    peaks,
+    totals,
+    out,
+    rows,
+    splits,
+    VALUE_DIM: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    if EARLY:
+        # Launched while the splits still run: until here nothing of theirs is read.
+        gdc_wait()
+    head = (tl.program_id(0) // rows).to(tl.int64)
+    row = tl.program_id(0) % rows
+    d = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
+    peak = float("-inf")
+    total = 0.0
+    mixed = tl.full([BLOCK_V], 0.0, tl.float32)
+    for start in range(0, splits, BLOCK_S):
+        s = start + tl.arange(0, BLOCK_S)
+        place = (head * splits + s) * rows + row
+        part = tl.load(peaks + place, mask=s < splits, other=float("-inf"))
+        inside = (s < splits)[:, None] & (d < VALUE_DIM)[None, :]
+        sums = tl.load(parts + place[:, None] * VALUE_DIM + d[None, :], mask=inside, other=0.0)
+        new_peak = tl.maximum(peak, maximum_of(part, 0))
+        pivot = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+        rescale = tl.exp(peak - pivot)
+        share = tl.exp(part - pivot)
+        total = total * rescale + sum_of(tl.load(totals + place, mask=s < splits, other=0.0) * share, 0)
+        mixed = mixed * rescale + sum_of(sums * share[:, None], 0)
+        peak = new_peak
+    mixed = tl.where(total == 0.0, 0.0, mixed / tl.where(total == 0.0, 1.0, total))
+    tl.store(out + (head * rows + row) * VALUE_DIM + d, mixed, mask=d < VALUE_DIM)
+
+
+def parts(like: torch.Tensor, heads: int, rows: int, value_dim: int, splits: int) -> tuple[torch.Tensor, ...]:
+    """What `splits` programs leave of each row: their sums [heads, splits, rows, value_dim], peaks and totals."""
+    sums = like.new_empty((heads, splits, rows, value_dim), dtype=torch.float32)
+    return sums, *sums.new_empty((2, heads, splits, rows)).unbind(0)
+
+
+def combine(left: tuple[torch.Tensor, ...], place: tuple[int, int, int], folder: str | None) -> torch.Tensor:
+    """The softmax over all splits of what `parts` holds: [heads, rows, value_dim]."""
+    heads, rows, value_dim = place
+    out = left[0].new_empty(place)
+    built = combine_module(folder, out.device.type == "cpu")
+    splits = left[0].shape[1]
+    block_splits, block_dims = tune.combine_blocks(splits, value_dim)
+    early = tune.overlaps(out.device)
+    built.attend_combine[(heads * rows, triton.cdiv(value_dim, block_dims))](
+        *(*left, out, rows, splits, value_dim, block_splits, block_dims, early),
+        num_warps=4,
+        **({"launch_pdl": True} if early else {}),
+    )
+    return out
+
+
+@cache
+def combine_module(folder: str | None, interpreted: bool) -> ModuleType:
+    """The imported module of `attend_combine`, which is the same for all codecs."""
+    text = emit.module_text("The softmax over the splits of a cache.", (WAIT,), (maximum_of, sum_of, attend_combine))
+    return emit.build(text, folder, interpreted)
