@@ -159,8 +159,8 @@ def attend(
     [B, Hq, T, Dv] float32. On a GPU, up to 16 rows a KV head over codes of two to five bits run on int8 units
     (`integer`), with 15 bits of q and of the probabilities. Elsewhere matrix products run in q's dtype (float32:
     without tf32) and accumulate in float32; a plane of native numbers in another dtype than q's is read as float32.
-    Nothing waits for the device, and after the first call with the same codecs, dtypes and reader a CUDA graph can
-    capture it. Generated files go to `folder`.
+    Nothing waits for the device, and after a call with like arguments (codecs, dtypes, reader, strides) a CUDA graph
+    can capture it. Generated files go to `folder`.
 
     Raises:
         ValueError: q has a dtype that no cache holds, or its heads are no multiple of the planes'.

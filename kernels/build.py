@@ -86,7 +86,7 @@ def integer_usage(pair: tuple[Codec, Codec], head_dim: int, reader: Reader, rows
     widths = [layout_of(codec, head_dim, torch.float32, "cuda").plane(codec.codes.plane.name).width for codec in pair]
     constants = {"KEY_S": widths[0], "VALUE_S": widths[1], "KEY_SCALE_S": 1, "VALUE_SCALE_S": 1, "q_d": 1, "mask_s": 1}
     constants |= {"T": plan.block_tokens, "R": plan.block_rows, "EARLY": capability >= 90, "num_warps": 1}
-    types = {"tables": "*i32", "key_unit": "fp32", "value_unit": "fp32"}
+    types = {"key_words": "*i32", "value_words": "*i32", "key_unit": "fp32", "value_unit": "fp32"}
     label = (
         f"int8 attend {pair[0].name} {pair[1].name} d{head_dim} {reader.mask}{' causal' * reader.causal} {rows} rows"
     )

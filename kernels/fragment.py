@@ -46,7 +46,7 @@ def query_operand(q, row, q_h, q_t, q_d, queries, groups, LAYOUT: gl.constexpr, 
     group, nibble = k // 32, k // 16 % 2 * 4 + k % 4
     word = k // 4 % 4 * KEY_WORDS + group // KEY_FIELDS
     dim = dim_of(word, nibble, group % KEY_FIELDS, KEY_RUN, KEY_FIELDS)
-    place = row + column // 2
+    place = (row + column // 2).to(gl.int64)
     address = place // queries * q_h + place % queries * q_t
     inside = (dim < KEY_DIM)[:, None] & (place < groups * queries)[None, :]
     x = gl.load(q + address[None, :] + dim[:, None] * q_d, mask=inside, other=0.0).to(gl.float32)
@@ -148,7 +148,7 @@ def absorb(tile, scores, state, value_table, count, T: gl.constexpr, R: gl.const
     "key_unit", "value_unit", "groups", "queries", "length", "span", "splits", "mask_b", "mask_h", "mask_t",
 ])
 def attend_fragments(
-    q, key_codes, key_scale, value_codes, value_scale, tables, mask, out, peaks, totals,
+    q, key_codes, key_scale, value_codes, value_scale, key_words, value_words, mask, out, peaks, totals,
     key_unit, value_unit, kv_heads, groups, queries, length, span, splits,
     q_b, q_h, q_t, q_d, key_b, key_h, key_scale_b, key_scale_h, value_b, value_h, value_scale_b, value_scale_h,
     mask_b, mask_h, mask_t, mask_s,
@@ -186,10 +186,10 @@ def attend_fragments(
     mask_row = batch * mask_b + (head * groups + near // queries) * mask_h + (near % queries).to(gl.int64) * mask_t
     token = gl.arange(0, T, gl.SliceLayout(1, SCORES))
     address = mask_row[None, :] + start * mask_s + token[:, None] * mask_s
-    key_table = table_like(tables, word_layout(T // 8, KEY_WORDS))
+    key_table = table_like(key_words, word_layout(T // 8, KEY_WORDS))
     words = gl.full([T // 4, 32, VALUE_WORDS], 0, gl.int32, word_layout(T // 4, VALUE_WORDS))
     FIRST: gl.constexpr = four_tokens(words, T, VALUE_WORDS)[0].type.layout
-    value_table = table_like(tables + 192, FIRST)
+    value_table = table_like(value_words, FIRST)
 
     peak = gl.full([R], float("-inf"), gl.float32, gl.SliceLayout(0, SCORES))
     state = (peak, gl.sum(gl.reshape(zeros, [T // 8, 8, R]), 0), mixed)

@@ -27,7 +27,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from triton.language.extra.cuda import gdc_launch_dependents
 '''
-MOST_ROWS = 16
+MOST_ROWS, MOST_DIMS = 16, 256
 CAPABILITY = (8, 0)
 
 
@@ -174,11 +174,16 @@ def module(keys: Side, values: Side, reader: Reader, folder: str | None) -> Modu
 
 
 @cache
-def tables_of(key_codec: Codec, value_codec: Codec, head_dims: tuple[int, int], device: torch.device) -> torch.Tensor:
-    """The look-up operands of keys and values for every lane, int32 [2, 6, 32]."""
-    pairs = zip((key_codec, value_codec), head_dims)
-    words = [ptx.table_words(tables.integers(codec.codes, head_dim)[0]) for codec, head_dim in pairs]
-    return torch.tensor(words, dtype=torch.int32, device=device)[:, :, None].expand(-1, -1, 32).contiguous()
+def table_of(codec: Codec, head_dim: int, device: torch.device) -> torch.Tensor:
+    """The look-up operands of a codec for every lane, int32 [6, 32]."""
+    words = ptx.table_words(tables.integers(codec.codes, head_dim)[0])
+    return torch.tensor(words, dtype=torch.int32, device=device)[:, None].expand(-1, 32).contiguous()
+
+
+def prepare(codec: Codec, head_dim: int, device: torch.device) -> None:
+    """Put the tables of a codec on `device` before a CUDA graph is captured, whose memory they must not lie in."""
+    if side_of(codec, head_dim, 4) or side_of(codec, head_dim, 8):
+        table_of(codec, head_dim, device)
 
 
 def takes(
@@ -189,8 +194,14 @@ def takes(
         return False
     rows = q.shape[1] // max(1, keys[0].shape[1]) * q.shape[2]
     codes = (split(codecs[0], keys)[0], split(codecs[1], values)[0])
-    whole = all(plane.data_ptr() % 4 == 0 and not any(s % 4 for s in plane.stride()[:3]) for plane in codes)
-    return sides_of(codecs, head_dims) is not None and rows <= MOST_ROWS and whole
+    few = rows <= MOST_ROWS and max(head_dims) <= MOST_DIMS
+    return few and sides_of(codecs, head_dims) is not None and all(map(_in_words, codes))
+
+
+def _in_words(plane: torch.Tensor) -> bool:
+    """Whether every token of a plane starts at a whole word."""
+    strides = [stride for stride, size in zip(plane.stride()[:3], plane.shape) if size > 1]
+    return plane.data_ptr() % 4 == 0 and not any(stride % 4 for stride in strides)
 
 
 def launch(q, keys: Planes, values: Planes, mask, scale: float, codecs, head_dims, reader: Reader, folder, parts):
@@ -208,7 +219,8 @@ def launch(q, keys: Planes, values: Planes, mask, scale: float, codecs, head_dim
     module(*sides, reader, folder).attend_fragments[
         (batch * kv_heads, -(-groups * queries // plan.block_rows), plan.splits)
     ](
-        *(q, key_codes, key_scale, value_codes, value_scale, tables_of(*codecs, head_dims, q.device)),
+        *(q, key_codes, key_scale, value_codes, value_scale),
+        *(table_of(codec, dim, q.device) for codec, dim in zip(codecs, head_dims)),
         *(part, *left, scale * units[0], units[1], kv_heads, groups, queries, length, plan.span, plan.splits),
         *(*q.stride(), *key_codes.stride()[:2], *key_scale.stride()[:2], *value_codes.stride()[:2]),
         *(*value_scale.stride()[:2], *strides),

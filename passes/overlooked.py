@@ -62,7 +62,8 @@ def _carries(user: fx.Node, node: fx.Node) -> bool:
     """Whether `user` hands on the tokens of `node`, as a view of it or as a copy, and computes nothing."""
     if tensor_of(user) is None:
         return False
-    return memory_of(user) == memory_of(node) or (spelling(user) in CARRIERS and user.args[0] is node)
+    source = user.args[0] if user.args else user.kwargs.get("input")
+    return memory_of(user) == memory_of(node) or (spelling(user) in CARRIERS and source is node)
 
 
 def _continues(user: fx.Node, node: fx.Node) -> bool:

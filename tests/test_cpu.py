@@ -60,6 +60,8 @@ def test_single_queries_see_what_the_reference_decodes_at_every_length(name, hea
 def test_planes_may_lie_in_any_order_and_nothing_is_compiled_again(monkeypatch):
     codec = formats.codec("turboquant:5")
     check(codec, planes_of(codec, 1, 3, 200, 64), 64, 3)
+    # Sequences whose heads do not fold into one dimension go block by block, and are not copied.
+    check(codec, planes_of(codec, 2, 3, 40, 64, tokens_first=True), 64, 3)
     monkeypatch.setattr(cpu, "_compile_rows", lambda *_: pytest.fail("compiled again"))
     check(codec, planes_of(codec, 1, 3, 200, 64, tokens_first=True), 64, 3)
     check(codec, planes_of(codec, 2, 3, 33, 64, tokens_first=True), 64, 3)
@@ -130,3 +132,19 @@ def test_one_token_of_several_heads_lies_apart_in_memory():
     last = [plane[:, :, 64:] for plane in planes]
     assert torch.equal(cpu.decode_rows(codec, last, 64), reference.decode(codec, last, 64))
     assert all(map(torch.equal, cpu.encode_rows(codec, y[:, :, 64:]), last))
+
+
+def test_tokens_whose_dims_are_apart_in_memory_are_copied_and_not_misread():
+    codec = formats.codec("q8_0")
+    y = torch.randn(1, 3, 5, 128)[..., ::2]
+    for found, truth in zip(cpu.encode_rows(codec, y), reference.encode(codec, y)):
+        assert torch.equal(found, truth)
+    planes, q = planes_of(codec, 1, 4, 20, 64), torch.randn(1, 1, 64, 4).permute(0, 3, 1, 2)
+    found, truth = cpu.logits(q, planes, codec, 64), reference.logits(q, planes, codec, 64)
+    torch.testing.assert_close(found, truth, rtol=1e-4, atol=2e-5)
+
+
+def test_strides_that_happen_to_be_equal_are_not_taken_for_one():
+    """At 384 dims and four queries a chunk's stride in the examples is that of a token of 8-bit codes."""
+    codec = formats.codec("q8_0")
+    check(codec, planes_of(codec, 1, 1, 2 * cpu.CHUNK, 384), 384, 4)

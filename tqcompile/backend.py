@@ -145,7 +145,9 @@ def _dumping(dump: Dump) -> Callable:
 
     def compile(gm: fx.GraphModule, example_inputs: Sequence[Any], **kwargs):
         compiled = compile_fx_inner(gm, example_inputs, **kwargs)
-        dump.write("inductor_backward" if kwargs.get("is_backward") else "inductor", compiled.source_code)
+        dump.write(
+            "inductor_backward" if kwargs.get("is_backward") else "inductor", getattr(compiled, "source_code", "")
+        )
         return compiled
 
     return compile
@@ -162,7 +164,7 @@ def _compile_rows(function: Callable, rows: Sequence[torch.Tensor]) -> Callable:
     from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
     with torch._guards.tracing(None), torch.no_grad(), torch.inference_mode(False):
-        mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+        mode = FakeTensorMode(shape_env=ShapeEnv(duck_shape=False), allow_non_fake_inputs=True)
         fakes = []
         for place, tensor in enumerate(rows):
             sizes = [*[DimDynamic.DYNAMIC] * (tensor.dim() - 1), DimDynamic.STATIC]

@@ -52,7 +52,7 @@ def logits(q: torch.Tensor, keys: Tensors, codec: Codec, head_dim: int) -> torch
     if not _compiles(codec, q, keys):
         return reference.logits(q, keys, codec, head_dim, decode_rows)
     queries, planes = _by_head(q, keys)
-    queries = queries.flatten(1)
+    queries = queries.flatten(1).contiguous()
     compute = _compiled(_logits_of_rows, codec, head_dim, [queries, *planes], _attention_sizes())
     out = [compute(queries, *block)[0] for block in _blocks(planes)]
     return (out[0] if len(out) == 1 else torch.cat(out, -1)).view(*q.shape[:3], -1)
@@ -77,7 +77,7 @@ def decode_rows(codec: Codec, planes: Tensors, head_dim: int) -> torch.Tensor:
     order = sorted(range(planes[0].dim() - 1), key=planes[0].stride, reverse=True)
     ordered = [plane.permute(*order, -1) for plane in planes]
     leading = ordered[0].shape[:-1]
-    rows = _full_precision(plane.reshape(-1, plane.shape[-1]) for plane in ordered)
+    rows = _full_precision(plane.reshape(-1, plane.shape[-1]).contiguous() for plane in ordered)
     decode = _compiled(_decode_rows, codec, head_dim, rows, (ROWS,))
     back = sorted(range(len(order)), key=order.__getitem__)
     return decode(*rows)[0].view(*leading, head_dim).permute(*back, -1)
@@ -87,7 +87,7 @@ def encode_rows(codec: Codec, y: torch.Tensor) -> Tensors:
     """`reference.encode` of y [..., head_dim], folded into rows and compiled once a codec, head_dim and dtype."""
     if _compile_rows is None or codec.fit == "exact" or y.shape[:-1].numel() < 2:
         return reference.encode(codec, y)
-    rows = y.reshape(-1, y.shape[-1])
+    rows = y.reshape(-1, y.shape[-1]).contiguous()
     encode = _compiled(_encode_rows, codec, y.shape[-1], [rows], (ROWS,))
     return [plane.view(*y.shape[:-1], plane.shape[-1]) for plane in encode(rows)]
 
@@ -96,7 +96,9 @@ def _compiles(codec: Codec, queries: torch.Tensor, planes: Tensors) -> bool:
     """Whether queries [B, Hq, T, ...] of planes [B, Hkv, S, width] are few enough, and tokens are there."""
     few = queries.shape[2] == 1 and queries.shape[1] <= MOST_QUERIES * planes[0].shape[1]
     able = _compile_rows is not None and codec.fit != "exact" and queries.device.type == "cpu"
-    return able and few and planes[0].numel() > 0
+    # Heads of all sequences as one dimension, without a copy of the cache.
+    folds = planes[0].shape[0] == 1 or planes[0].stride(0) == planes[0].shape[1] * planes[0].stride(1)
+    return able and few and folds and planes[0].numel() > 0
 
 
 def _by_head(queries: torch.Tensor, planes: Tensors) -> tuple[torch.Tensor, Tensors]:
@@ -129,7 +131,15 @@ def _in_chunks(tensors: Tensors) -> list[Tensors]:
 
 def _compiled(function: Callable, codec: Codec, head_dim: int, tensors: Tensors, sizes: tuple[int, ...]) -> Callable:
     """`function(codec, head_dim, *tensors)`, compiled at its first use for tensors [*sizes, last] like these."""
-    key = (function, codec, head_dim, tensors[0].device, *((tensor.shape[-1], tensor.dtype) for tensor in tensors))
+    # Inductor compiles for a number of threads.
+    key = (
+        function,
+        codec,
+        head_dim,
+        tensors[0].device,
+        torch.get_num_threads(),
+        *((tensor.shape[-1], tensor.dtype) for tensor in tensors),
+    )
     if key not in _functions:
         examples = [_example(each, sizes[: each.dim() - 1], place + 1) for place, each in enumerate(tensors)]
         _functions[key] = _compile_rows(partial(function, codec, head_dim), examples)

@@ -32,8 +32,10 @@ def prepare(codec: Codec, head_dim: int, device: torch.device) -> None:
     """Make what the operators keep for a codec on `device`, so that none of it is made during a step."""
     if device.type == "cuda":
         from tqcompile.kernels import append as kernel
+        from tqcompile.kernels import integer
 
         kernel.prepare(codec, head_dim, device)
+        integer.prepare(codec, head_dim, device)
 
 
 def _append_cpu(planes: Tensors, y: torch.Tensor, positions: torch.Tensor | None, codec: str) -> None:
@@ -43,7 +45,8 @@ def _append_cpu(planes: Tensors, y: torch.Tensor, positions: torch.Tensor | None
 def _append_cuda(planes: Tensors, y: torch.Tensor, positions: torch.Tensor | None, codec: str) -> None:
     from tqcompile.kernels import append as kernel
 
-    kernel.append(formats.codec(codec), planes, y, positions)
+    with torch.cuda.device(y.device):
+        kernel.append(formats.codec(codec), planes, y, positions)
 
 
 def _attend_cpu(q, keys, values, mask, causal, scale, key_codec, value_codec, key_dim, value_dim):
@@ -55,7 +58,8 @@ def _attend_cuda(q, keys, values, mask, causal, scale, key_codec, value_codec, k
     from tqcompile.kernels import attend as kernel
 
     codecs = formats.codec(key_codec), formats.codec(value_codec)
-    return kernel.attend(q, keys, values, mask, causal, scale, *codecs, (key_dim, value_dim)).contiguous()
+    with torch.cuda.device(q.device):
+        return kernel.attend(q, keys, values, mask, causal, scale, *codecs, (key_dim, value_dim)).contiguous()
 
 
 def _logits(q: torch.Tensor, keys: Tensors, codec: str, head_dim: int) -> torch.Tensor:

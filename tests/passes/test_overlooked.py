@@ -225,3 +225,11 @@ def test_a_mask_that_is_filled_is_not_listed():
 
     mask = torch.zeros(2, 1, 2, 2)
     assert not refusals(lambda x, m: step(m, x, AT[:1]), X, mask)
+
+
+def test_an_operator_spelled_with_keywords_alone_is_followed_like_any():
+    def step(x):
+        x = torch.index_select(input=x, dim=1, index=AT)
+        return torch.repeat_interleave(input=x, repeats=2, dim=1) + torch.flatten(input=x.mT, start_dim=1).sum()
+
+    assert not refusals(step, torch.randn(2, 4, 8))
