@@ -78,7 +78,7 @@ def attend_usage(
 def integer_usage(pair: tuple[Codec, Codec], head_dim: int, reader: Reader, rows: int, capability: int) -> Usage:
     """Compile `attend_fragments` for contiguous planes and queries in bfloat16."""
     sides = integer.sides_of(pair, (head_dim, head_dim))
-    plan = tune.integer_plan(rows, 8, 4096, head_dim, torch.device("cpu"))
+    plan = tune.integer_plan(rows, 8, 4096, head_dim, sides[1].crowded, torch.device("cpu"))
     kernel = integer.module(*sides, reader, None).attend_fragments
     mask = torch.uint8 if reader.mask == "bool" else torch.bfloat16
     pointers = {"q": torch.bfloat16, "mask": mask, "key_codes": torch.uint8, "value_codes": torch.uint8}

@@ -51,6 +51,11 @@ class Side:
     def terms(self) -> int:
         return ptx.terms_of(self.bits)
 
+    @property
+    def crowded(self) -> bool:
+        """Whether a side of values takes more registers than others: three look-ups a number, and words of padding."""
+        return self.bits == 5 and self.run % 32 != 0
+
     def constants(self, name: str, lanes: int) -> str:
         """The numbers of `fragment` for this side; `lanes` hold a token together."""
         values = {
@@ -213,7 +218,7 @@ def launch(q, keys: Planes, values: Planes, mask, scale: float, codecs, head_dim
     batch, query_heads, queries, _ = q.shape
     kv_heads, length = key_codes.shape[1], key_codes.shape[2]
     groups = query_heads // kv_heads
-    plan = tune.integer_plan(groups * queries, batch * kv_heads, length, max(head_dims), q.device)
+    plan = tune.integer_plan(groups * queries, batch * kv_heads, length, max(head_dims), sides[1].crowded, q.device)
     left = parts(plan.splits)
     part, strides = mask if mask is not None else (q, (0, 0, 0, 0))
     module(*sides, reader, folder).attend_fragments[
