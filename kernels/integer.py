@@ -12,7 +12,7 @@ import torch
 from tqcompile import tables
 from tqcompile.codec import Codec
 from tqcompile.kernels import emit, fragment, operands, ptx, tune
-from tqcompile.kernels.address import power_of_two
+from tqcompile.kernels.address import DEVICE_TYPE, power_of_two
 from tqcompile.kernels.emit import Reader
 from tqcompile.layout import layout_of
 from tqcompile.reference import Planes, split
@@ -67,12 +67,12 @@ class Side:
 
 
 @cache
-def side_of(codec: Codec, head_dim: int, lanes: int, device_type: str = "cuda") -> Side | None:
+def side_of(codec: Codec, head_dim: int, lanes: int) -> Side | None:
     """The side of `codec` where `lanes` (4 for keys, 8 for values) hold a token, or None where it has none."""
     if codec.fit != "sphere" or tables.integers(codec.codes, head_dim) is None:
         return None
     bits = codec.codes.plane.bits
-    sections = layout_of(codec, head_dim, torch.float32, device_type).plane(codec.codes.plane.name).sections
+    sections = layout_of(codec, head_dim, torch.float32, DEVICE_TYPE).plane(codec.codes.plane.name).sections
     runs = [section.run for section in sections]
     if any(run % 4 for run in runs):
         return None
@@ -158,14 +158,8 @@ CONSTANTS = (
 )
 KERNELS = (
     *(operands.doublings, operands.word_layout, operands.weight_layout, operands.bytes_of, operands.rounded),
-    *(
-        operands.places,
-        operands.shifted,
-        operands.load_words,
-        operands.row_of,
-        operands.load_keys,
-        operands.load_values,
-    ),
+    *(operands.places, operands.shifted, operands.load_words, operands.row_of),
+    *(operands.load_keys, operands.load_values),
     *(operands.dim_of, operands.key_operand, operands.four_tokens, operands.eight_nibbles, operands.value_operand),
     *(operands.weight_operand, operands.table_like, fragment.query_operand, fragment.key_product),
     *(fragment.value_product, fragment.load_tile, fragment.scores_of, fragment.absorb, fragment.attend_fragments),
