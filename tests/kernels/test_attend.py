@@ -13,16 +13,20 @@ CODECS = list(formats.REGISTRY)
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
-@pytest.fixture(autouse=True, params=["portable", pytest.param("int8", marks=pytest.mark.gpu)])
-def kernel(request, device, monkeypatch):
-    """Each test runs on the portable kernel, and on a GPU also on the one that it prefers where it can."""
-    if request.param == "portable":
-        monkeypatch.setattr(integer, "takes", lambda *arguments: False)
-    elif device == "cpu":
-        pytest.skip("int8 units have no interpreter")
-    else:
+@pytest.fixture(
+    params=["cpu", *(pytest.param(kernel, marks=pytest.mark.gpu) for kernel in ("cuda-portable", "cuda-int8"))]
+)
+def device(request, monkeypatch):
+    """Each test runs in the interpreter, and on a GPU on both kernels: int8 units have no interpreter."""
+    device, _, kernel = request.param.partition("-")
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    if kernel == "int8":
         # Fifteen bits of q and of the weights, whatever the dtype of q.
         monkeypatch.setitem(TOLERANCE, torch.float32, 4e-4)
+    else:
+        monkeypatch.setattr(integer, "takes", lambda *arguments: False)
+    return device
 
 
 def both(q, keys, values, mask, causal, codecs, head_dims):
