@@ -15,7 +15,7 @@ from tqcompile.codec import Codec
 from tqcompile.kernels import emit, tune
 from tqcompile.kernels.attend import table_of
 from tqcompile.kernels.combine import maximum_of, sum_of
-from tqcompile.kernels.writers import WRITERS
+from tqcompile.kernels.writers import writer
 from tqcompile.reference import Planes, split
 
 # Printed by `emit`; the name stands here so that the skeleton can be read, and checked, as ordinary Python.
@@ -71,7 +71,7 @@ def append_tokens(
 
 def source(codec: Codec, head_dim: int) -> str:
     """The text of the module that `append` launches."""
-    helpers = (WRITERS[codec.fit](codec, head_dim),)
+    helpers = (writer(codec, head_dim),)
     kernels = (maximum_of, sum_of, nearest, rounded, append_tokens)
     return emit.module_text(f"Writes tokens of {head_dim} dims in {codec.name}.", helpers, kernels)
 
@@ -96,6 +96,14 @@ def prepare(codec: Codec, head_dim: int, device: torch.device) -> None:
         table_of(codec.codes, head_dim, dtype, device)
 
 
+def check(y: torch.Tensor, length: int, positions: torch.Tensor | None) -> None:
+    """Raise where tokens do not fit planes of `length` tokens; a GPU is not asked for its positions."""
+    if positions is None and y.shape[2] != length:
+        raise ValueError(f"y has {y.shape[2]} tokens and the planes {length}: without positions they must be equal")
+    if y.device.type == "cpu" and positions is not None and ((positions < 0) | (positions >= length)).any():
+        raise IndexError(f"a position lies outside the {length} tokens of the planes: {positions.tolist()}")
+
+
 def append(
     codec: Codec, planes: Planes, y: torch.Tensor, positions: torch.Tensor | None, folder: str | None = None
 ) -> None:
@@ -114,11 +122,8 @@ def append(
     codes, scale = split(codec, planes)
     batch, heads, tokens, head_dim = y.shape
     length = codes.shape[2]
-    if positions is None and tokens != length:
-        raise ValueError(f"y has {tokens} tokens and the planes {length}: without positions they must be equal")
+    check(y, length, positions)
     interpreted = y.device.type == "cpu"
-    if interpreted and positions is not None and ((positions < 0) | (positions >= length)).any():
-        raise IndexError(f"a position lies outside the {length} tokens of the planes: {positions.tolist()}")
     if not y.numel():
         return
     scale = codes if scale is None else scale

@@ -29,13 +29,15 @@ TRITON_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfl
 
 
 # fmt: off
-@triton.jit(do_not_specialize=["scale", "groups", "queries", "length", "span", "splits", "mask_b", "mask_h", "mask_t"])
+@triton.jit(do_not_specialize=[
+    "scale", "groups", "queries", "length", "span", "splits", "mask_b", "mask_h", "mask_t", "reach_b",
+])
 def attend_split(
-    q, key_codes, key_scale, key_table, value_codes, value_scale, value_table, mask, out, peaks, totals,
+    q, key_codes, key_scale, key_table, value_codes, value_scale, value_table, mask, reach, out, peaks, totals,
     scale, kv_heads, groups, queries, length, span, splits,
     q_b, q_h, q_t, q_d, key_b, key_h, key_s, key_scale_b, key_scale_h, key_scale_s,
-    value_b, value_h, value_s, value_scale_b, value_scale_h, value_scale_s, mask_b, mask_h, mask_t, mask_s,
-    KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
+    value_b, value_h, value_s, value_scale_b, value_scale_h, value_scale_s, mask_b, mask_h, mask_t, mask_s, reach_b,
+    REACH: tl.constexpr, KEY_DIM: tl.constexpr, VALUE_DIM: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
     KEY_TYPE: tl.constexpr, VALUE_TYPE: tl.constexpr, KEY_DOT: tl.constexpr, VALUE_DOT: tl.constexpr,
     SHRINK: tl.constexpr,
@@ -43,6 +45,12 @@ def attend_split(
     batch = (tl.program_id(0) // kv_heads).to(tl.int64)
     head = (tl.program_id(0) % kv_heads).to(tl.int64)
     first = tl.program_id(2).to(tl.int64) * span
+    if REACH:
+        # The splits share the tokens that are seen, in whole tiles.
+        begin = tl.load(reach + batch * reach_b)
+        length = tl.load(reach + batch * reach_b + 1)
+        span = (length - begin + splits * BLOCK_T - 1) // (splits * BLOCK_T) * BLOCK_T
+        first = begin + tl.program_id(2).to(tl.int64) * span
     last = tl.minimum(first + span, length)
 
     row = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -151,16 +159,20 @@ def attend(
     value_codec: Codec,
     head_dims: tuple[int, int],
     folder: str | None = None,
+    reach: torch.Tensor | None = None,
+    basis: torch.Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
     """`reference.attend`, on a GPU, or in Triton's interpreter where the tensors are on a CPU.
 
     q [B, Hq, T, D] float32, float16 or bfloat16 in the key basis, any strides; planes [B, Hkv, S, width], any strides
-    but contiguous in the last; mask broadcasts to [B, Hq, T, S], bool (True keeps) or additive. Returns
-    [B, Hq, T, Dv] float32. On a GPU, up to 16 rows a KV head over codes of two to five bits run on int8 units
-    (`integer`), with 15 bits of q and of the probabilities. Elsewhere matrix products run in q's dtype (float32:
-    without tf32) and accumulate in float32; a plane of native numbers in another dtype than q's is read as float32.
-    Nothing waits for the device, and after a call with like arguments (codecs, dtypes, reader, strides) a CUDA graph
-    can capture it. Generated files go to `folder`.
+    but contiguous in the last; mask broadcasts to [B, Hq, T, S], bool (True keeps) or additive. `reach`, int32 [B or 1,
+    2], says that `mask` hides all tokens but those from the first number to before the second: no other is read then.
+    Returns [B, Hq, T, Dv] in `dtype`, rotated back by `basis`. On a GPU, up to 16 rows a KV head over codes of two to
+    five bits run on int8 units (`integer`), with 15 bits of q and of the probabilities. Elsewhere matrix products run
+    in q's dtype (float32: without tf32) and accumulate in float32; a plane of native numbers in another dtype than q's
+    is read as float32. Nothing waits for the device, and after a call with like arguments (codecs, dtypes, reader,
+    strides) a CUDA graph can capture it. Generated files go to `folder`.
 
     Raises:
         ValueError: q has a dtype that no cache holds, or its heads are no multiple of the planes'.
@@ -176,22 +188,23 @@ def attend(
     rows = query_heads // max(1, kv_heads) * queries
     shape = (batch, query_heads, queries, head_dims[1])
     if not batch * kv_heads * rows * length:
-        return q.new_zeros(shape, dtype=torch.float32)
+        return q.new_zeros(shape, dtype=dtype)
     reader, codecs = reader_of(mask, causal), (key_codec, value_codec)
     if mask is not None:
         mask = mask.broadcast_to(batch, query_heads, queries, length)
         mask = (mask.view(torch.uint8) if mask.dtype == torch.bool else mask), mask.stride()
     place = (batch * kv_heads, rows, head_dims[1])
+    reach = None if reach is None else reach.expand(batch, 2)
     if integer.takes(q, keys, values, codecs, head_dims):
         allocate = partial(parts, q, *place)
-        left = integer.launch(q, keys, values, mask, scale, codecs, head_dims, reader, folder, allocate)
+        left = integer.launch(q, keys, values, mask, reach, scale, codecs, head_dims, reader, folder, allocate)
     else:
         built = module(*codecs, head_dims, reader, folder, q.device.type == "cpu")
-        left = launch(built, q, (key_codes, key_scale), (value_codes, value_scale), mask, scale, codecs, place)
-    return combine(left, place, folder).view(shape)
+        left = launch(built, q, (key_codes, key_scale), (value_codes, value_scale), mask, reach, scale, codecs, place)
+    return combine(left, place, folder, basis, dtype).view(shape)
 
 
-def launch(built: ModuleType, q, keys, values, mask, scale: float, codecs, place) -> tuple[torch.Tensor, ...]:
+def launch(built: ModuleType, q, keys, values, mask, reach, scale: float, codecs, place) -> tuple[torch.Tensor, ...]:
     """Run the portable kernel; `keys` and `values` are codes and scale, `mask` None or a mask and its strides."""
     heads, rows, value_dim = place
     key_dim, queries = q.shape[-1], q.shape[2]
@@ -206,9 +219,10 @@ def launch(built: ModuleType, q, keys, values, mask, scale: float, codecs, place
     # The interpreter multiplies bfloat16 by its bits; there the rounded numbers go to the product as float32.
     products = [torch.float32 if q.device.type == "cpu" else dtype for dtype in types]
     built.attend_split[(heads, triton.cdiv(rows, plan.block_rows), plan.splits)](
-        *(q, *sides, part, *left, scale, kv_heads, rows // queries, queries, length, plan.span, plan.splits),
+        *(q, *sides, part, q if reach is None else reach, *left),
+        *(scale, kv_heads, rows // queries, queries, length, plan.span, plan.splits),
         *(*q.stride(), *sides[0].stride()[:3], *sides[1].stride()[:3], *sides[3].stride()[:3], *sides[4].stride()[:3]),
-        *strides,
+        *(*strides, 0 if reach is None else reach.stride(0), reach is not None),
         *(key_dim, value_dim, plan.block_rows, plan.block_tokens, tune.extent(key_dim), tune.extent(value_dim)),
         *(TRITON_DTYPES[dtype] for dtype in (*types, *products)),
         types[1] == torch.float16,

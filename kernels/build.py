@@ -22,7 +22,7 @@ from triton.experimental.gluon._runtime import GluonASTSource
 
 from tqcompile.codec import Codec
 from tqcompile.formats import REGISTRY
-from tqcompile.kernels import append, attend, integer, tune
+from tqcompile.kernels import append, attend, integer, step, tune
 from tqcompile.kernels.emit import Reader
 from tqcompile.layout import layout_of
 
@@ -57,6 +57,7 @@ def attend_usage(
     kernel = attend.module(*pair, (head_dim, head_dim), reader, None, False).attend_split
     plan = tune.attend_plan(rows, 8, 4096, head_dim, dtype == torch.float32, torch.device("cpu"))
     pointers = {"q": dtype, "key_table": dtype, "value_table": dtype, "mask": dtype}
+    types = {"scale": "fp32", "reach": "*i32"}
     if reader.mask == "bool":
         pointers["mask"] = torch.uint8
     for side, codec in zip(("key", "value"), pair):
@@ -68,11 +69,12 @@ def attend_usage(
         **{"BLOCK_R": plan.block_rows, "BLOCK_T": plan.block_tokens},
         **{"BLOCK_K": tune.extent(head_dim), "BLOCK_V": tune.extent(head_dim)},
         **{"KEY_TYPE": kind, "VALUE_TYPE": kind, "KEY_DOT": kind, "VALUE_DOT": kind},
+        "REACH": reader.mask != "none",
         "SHRINK": dtype == torch.float16,
     }
     name = f"attend {pair[0].name} {pair[1].name} d{head_dim} {reader.mask}{' causal' * reader.causal}"
     label = f"{name} {str(dtype)[6:]} {plan.block_rows} rows"
-    return compiled(label, kernel, pointers, constants, {"scale": "fp32"}, plan.warps, plan.registers, capability)
+    return compiled(label, kernel, pointers, constants, types, plan.warps, plan.registers, capability)
 
 
 def integer_usage(pair: tuple[Codec, Codec], head_dim: int, reader: Reader, rows: int, capability: int) -> Usage:
@@ -85,8 +87,15 @@ def integer_usage(pair: tuple[Codec, Codec], head_dim: int, reader: Reader, rows
     pointers |= {"key_scale": torch.float16, "value_scale": torch.float16}
     widths = [layout_of(codec, head_dim, torch.float32, "cuda").plane(codec.codes.plane.name).width for codec in pair]
     constants = {"KEY_S": widths[0], "VALUE_S": widths[1], "KEY_SCALE_S": 1, "VALUE_SCALE_S": 1, "q_d": 1, "mask_s": 1}
-    constants |= {"T": plan.block_tokens, "R": plan.block_rows, "EARLY": capability >= 90, "num_warps": 1}
+    constants |= {
+        "REACH": reader.mask != "none",
+        "T": plan.block_tokens,
+        "R": plan.block_rows,
+        "EARLY": capability >= 90,
+        "num_warps": 1,
+    }
     types = {"key_words": "*i32", "value_words": "*i32", "key_unit": "fp32", "value_unit": "fp32"}
+    types |= {"reach": "*i32"}
     label = (
         f"int8 attend {pair[0].name} {pair[1].name} d{head_dim} {reader.mask}{' causal' * reader.causal} {rows} rows"
     )
@@ -102,6 +111,25 @@ def append_usage(codec: Codec, head_dim: int, dtype: torch.dtype, tokens: int, c
     constants = {"y_d": 1, "POSITIONED": True, "BLOCK_T": block, "BLOCK_D": tune.extent(head_dim)}
     label = f"append {codec.name} d{head_dim} {str(dtype)[6:]} {block} tokens"
     return compiled(label, kernel, pointers, constants, {"positions": "*i64"}, warps, tune.APPEND_REGISTERS, capability)
+
+
+def step_usage(pair: tuple[Codec, Codec], head_dim: int, dtype: torch.dtype, capability: int) -> Usage:
+    """Compile `append_step_rows` for contiguous tokens and bases of `dtype`."""
+    kernel = step.module(*pair, (head_dim, head_dim), None, False).append_step_rows
+    pointers = {name: dtype for name in ("k", "v", "q", "turned", "key_basis", "value_basis")}
+    types = {"positions": "*i64", "scratch": "*fp32"}
+    for side, codec in zip(("key", "value"), pair):
+        pointers[f"{side}_codes"] = dtype if codec.scale is None else torch.uint8
+        pointers[f"{side}_scale"] = dtype if codec.scale is None else torch.float16
+        types |= {f"{side}_edges": "*fp32", f"{side}_table": "*fp32"}
+    extent, turned = tune.extent(head_dim), tune.turned_dims(head_dim)
+    constants = {
+        **{"k_d": 1, "v_d": 1, "q_d": 1, "POSITIONED": True, "TURNED": pair[1].basis == "rotation"},
+        **{"KEY_DIM": head_dim, "VALUE_DIM": head_dim, "BLOCK_K": extent, "BLOCK_V": extent},
+        **{"KEY_J": turned, "VALUE_J": turned},
+    }
+    label = f"append step {pair[0].name} {pair[1].name} d{head_dim} {str(dtype)[6:]}"
+    return compiled(label, kernel, pointers, constants, types, 4, tune.APPEND_REGISTERS, capability)
 
 
 def compiled(label, kernel, pointers, constants, types, warps, limit, capability, make=ASTSource) -> Usage:
@@ -155,6 +183,9 @@ def every_usage() -> Iterator[Usage]:
                     yield attend_usage((codec, codec), head_dim, READERS[0], dtype, rows, capability)
         for head_dim in (64, 96, 128, 256):
             for pair in mixed_pairs(REGISTRY):
+                if pair[0].basis == "rotation":
+                    for dtype in (torch.bfloat16, torch.float32):
+                        yield step_usage(pair, head_dim, dtype, capability)
                 if integer.sides_of(pair, (head_dim, head_dim)):
                     for reader in READERS:
                         yield integer_usage(pair, head_dim, reader, 4, capability)

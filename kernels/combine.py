@@ -12,6 +12,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_wait
 
 from tqcompile.kernels import emit, tune
+from tqcompile.reference import rotate_back
 
 # The import that the printed text of `attend_combine` needs.
 WAIT = "from triton.language.extra.cuda import gdc_wait"
@@ -33,12 +34,14 @@ def attend_combine(
     parts,
     peaks,
     totals,
+    basis,
     out,
     rows,
     splits,
     VALUE_DIM: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_V: tl.constexpr,
+    BLOCK_J: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     if EARLY:
@@ -64,7 +67,14 @@ def attend_combine(
         mixed = mixed * rescale + sum_of(sums * share[:, None], 0)
         peak = new_peak
     mixed = tl.where(total == 0.0, 0.0, mixed / tl.where(total == 0.0, 1.0, total))
-    tl.store(out + (head * rows + row) * VALUE_DIM + d, mixed, mask=d < VALUE_DIM)
+    out += (head * rows + row) * VALUE_DIM
+    if BLOCK_J == 0:
+        tl.store(out + d, mixed.to(out.dtype.element_ty), mask=d < VALUE_DIM)
+    for start in tl.static_range(0, BLOCK_V if BLOCK_J else 0, BLOCK_J if BLOCK_J else 1):
+        j = start + tl.arange(0, BLOCK_J)
+        inside = (d < VALUE_DIM)[:, None] & (j < VALUE_DIM)[None, :]
+        part = tl.load(basis + d[:, None] * VALUE_DIM + j[None, :], mask=inside, other=0.0).to(tl.float32)
+        tl.store(out + j, sum_of(mixed[:, None] * part, 0).to(out.dtype.element_ty), mask=j < VALUE_DIM)
 
 
 def parts(like: torch.Tensor, heads: int, rows: int, value_dim: int, splits: int) -> tuple[torch.Tensor, ...]:
@@ -73,16 +83,28 @@ def parts(like: torch.Tensor, heads: int, rows: int, value_dim: int, splits: int
     return sums, *sums.new_empty((2, heads, splits, rows)).unbind(0)
 
 
-def combine(left: tuple[torch.Tensor, ...], place: tuple[int, int, int], folder: str | None) -> torch.Tensor:
-    """The softmax over all splits of what `parts` holds: [heads, rows, value_dim]."""
+def combine(
+    left: tuple[torch.Tensor, ...],
+    place: tuple[int, int, int],
+    folder: str | None,
+    basis: torch.Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """The softmax over all splits of what `parts` holds, [heads, rows, value_dim] in `dtype`, rotated back by `basis`.
+
+    Few rows are rotated in the kernel, with products in float32; many by a matrix product in the dtype of `basis`.
+    """
     heads, rows, value_dim = place
-    out = left[0].new_empty(place)
+    if basis is not None and heads * rows > tune.TURNED_ROWS:
+        return rotate_back(combine(left, place, folder), basis, dtype)
+    out = left[0].new_empty(place, dtype=dtype)
     built = combine_module(folder, out.device.type == "cpu")
     splits = left[0].shape[1]
-    block_splits, block_dims = tune.combine_blocks(splits, value_dim)
+    block_splits, block_dims, block_turned = tune.combine_blocks(splits, value_dim, basis is not None)
     early = tune.overlaps(out.device)
     built.attend_combine[(heads * rows, triton.cdiv(value_dim, block_dims))](
-        *(*left, out, rows, splits, value_dim, block_splits, block_dims, early),
+        *(*left, left[0] if basis is None else basis, out, rows, splits),
+        *(value_dim, block_splits, block_dims, block_turned, early),
         num_warps=4,
         **({"launch_pdl": True} if early else {}),
     )

@@ -146,14 +146,15 @@ def absorb(tile, scores, state, value_table, count, T: gl.constexpr, R: gl.const
 
 @gluon.jit(do_not_specialize=[
     "key_unit", "value_unit", "groups", "queries", "length", "span", "splits", "mask_b", "mask_h", "mask_t",
+    "reach_b",
 ])
 def attend_fragments(
-    q, key_codes, key_scale, value_codes, value_scale, key_words, value_words, mask, out, peaks, totals,
+    q, key_codes, key_scale, value_codes, value_scale, key_words, value_words, mask, reach, out, peaks, totals,
     key_unit, value_unit, kv_heads, groups, queries, length, span, splits,
     q_b, q_h, q_t, q_d, key_b, key_h, key_scale_b, key_scale_h, value_b, value_h, value_scale_b, value_scale_h,
-    mask_b, mask_h, mask_t, mask_s,
+    mask_b, mask_h, mask_t, mask_s, reach_b,
     KEY_S: gl.constexpr, KEY_SCALE_S: gl.constexpr, VALUE_S: gl.constexpr, VALUE_SCALE_S: gl.constexpr,
-    T: gl.constexpr, R: gl.constexpr, EARLY: gl.constexpr, num_warps: gl.constexpr = 1,
+    REACH: gl.constexpr, T: gl.constexpr, R: gl.constexpr, EARLY: gl.constexpr, num_warps: gl.constexpr = 1,
 ):
     MMA: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [1, 1], [16, 8])
     RIGHT: gl.constexpr = gl.DotOperandLayout(1, MMA, 4)
@@ -164,6 +165,14 @@ def attend_fragments(
     head = (gl.program_id(0) % kv_heads).to(gl.int64)
     first = gl.program_id(2) * span
     count = gl.minimum(span, length - first)
+    if REACH:
+        # The splits share the tokens that are seen, in whole tiles; one past them reads the last token in vain.
+        begin = gl.load(reach + batch * reach_b)
+        seen = gl.load(reach + batch * reach_b + 1) - begin
+        span = (seen + splits * T - 1) // (splits * T) * T
+        first = gl.program_id(2) * span
+        count = gl.maximum(gl.minimum(span, seen - first), 0)
+        first = begin + gl.minimum(first, seen - 1)
     start = first.to(gl.int64)
     at = (
         key_codes + batch * key_b + head * key_h + start * KEY_S,
@@ -175,7 +184,7 @@ def attend_fragments(
         # The combination may be put on the device now; it waits there for what this kernel writes.
         gdc_launch_dependents()
     # Asked for before q is, so that the first tile is on its way meanwhile; each tile is, while the last one is used.
-    tile = load_tile(at, count - 1, T, SCORES, KEY_S, KEY_SCALE_S, VALUE_S, VALUE_SCALE_S)
+    tile = load_tile(at, gl.maximum(count - 1, 0), T, SCORES, KEY_S, KEY_SCALE_S, VALUE_S, VALUE_SCALE_S)
 
     q += batch * q_b + head * groups * q_h
     asked, unit = query_operand(q, gl.program_id(1) * R, q_h, q_t, q_d, queries, groups, RIGHT, R)

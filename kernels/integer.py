@@ -203,7 +203,9 @@ def _in_words(plane: torch.Tensor) -> bool:
     return plane.data_ptr() % 4 == 0 and not any(stride % 4 for stride in strides)
 
 
-def launch(q, keys: Planes, values: Planes, mask, scale: float, codecs, head_dims, reader: Reader, folder, parts):
+def launch(
+    q, keys: Planes, values: Planes, mask, reach, scale: float, codecs, head_dims, reader: Reader, folder, parts
+):
     """Run the kernel, and return what `parts`, a function of the number of splits, allocated for it to write."""
     sides = sides_of(codecs, head_dims)
     key_codes, key_scale = split(codecs[0], keys)
@@ -220,11 +222,12 @@ def launch(q, keys: Planes, values: Planes, mask, scale: float, codecs, head_dim
     ](
         *(q, key_codes, key_scale, value_codes, value_scale),
         *(table_of(codec, dim, q.device) for codec, dim in zip(codecs, head_dims)),
-        *(part, *left, scale * units[0], units[1], kv_heads, groups, queries, length, plan.span, plan.splits),
+        *(part, q if reach is None else reach, *left),
+        *(scale * units[0], units[1], kv_heads, groups, queries, length, plan.span, plan.splits),
         *(*q.stride(), *key_codes.stride()[:2], *key_scale.stride()[:2], *value_codes.stride()[:2]),
-        *(*value_scale.stride()[:2], *strides),
+        *(*value_scale.stride()[:2], *strides, 0 if reach is None else reach.stride(0)),
         *(key_codes.stride(2), key_scale.stride(2), value_codes.stride(2), value_scale.stride(2)),
-        *(plan.block_tokens, plan.block_rows, tune.overlaps(q.device)),
+        *(reach is not None, plan.block_tokens, plan.block_rows, tune.overlaps(q.device)),
         num_warps=1,
         maxnreg=plan.registers,
     )

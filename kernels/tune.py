@@ -25,6 +25,11 @@ APPEND_REGISTERS = 128
 PROGRAMS_PER_PROCESSOR = 2
 COMBINE_DIMS = 32
 COMBINE_SPLITS = 128
+# Numbers of a basis that a program of four warps holds at once; rows, and tokens of a step, up to which the programs
+# that make them rotate them too: each reads the whole basis, and a matrix product has its own launch.
+TURNED_NUMBERS = 8192
+TURNED_ROWS = 2048
+STEP_TOKENS = 8
 # What the interpreter plans for, where there is no device to ask.
 DEFAULT_PROCESSORS = 4
 
@@ -96,9 +101,16 @@ def append_plan(tokens: int, head_dim: int) -> tuple[int, int]:
     return block, 4 if block * extent(head_dim) >= 512 else 1
 
 
-def combine_blocks(splits: int, value_dim: int) -> tuple[int, int]:
-    """Splits and dims that a program of the combination reads at once."""
-    return min(COMBINE_SPLITS, power_of_two(splits)), min(COMBINE_DIMS, extent(value_dim))
+def combine_blocks(splits: int, value_dim: int, turned: bool) -> tuple[int, int, int]:
+    """Splits and dims that a program of the combination reads at once, and dims that it rotates to at once (or 0)."""
+    dims = extent(value_dim) if turned else min(COMBINE_DIMS, extent(value_dim))
+    most = COMBINE_SPLITS * COMBINE_DIMS // dims if turned else COMBINE_SPLITS
+    return min(most, power_of_two(splits)), dims, turned_dims(value_dim) if turned else 0
+
+
+def turned_dims(head_dim: int) -> int:
+    """Rows of a basis that a program multiplies by at once."""
+    return max(1, min(extent(head_dim), TURNED_NUMBERS // extent(head_dim)))
 
 
 @cache

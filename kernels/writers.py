@@ -8,7 +8,7 @@ from tqcompile.layout import Section, layout_of
 
 WRITE_SIGNATURE = (
     "@triton.jit\n"
-    "def write_tokens(y, y_stride, codes, scale, edges, table, valid, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr):"
+    "def {name}(y, y_stride, codes, scale, edges, table, valid, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr):"
 )
 
 
@@ -125,4 +125,9 @@ def _absmax_section(codec: Codec, section: Section, head_dim: int, with_scales: 
     ]
 
 
-WRITERS = {"exact": exact_writer, "absmax": absmax_writer, "sphere": sphere_writer}
+_WRITERS = {"exact": exact_writer, "absmax": absmax_writer, "sphere": sphere_writer}
+
+
+def writer(codec: Codec, head_dim: int, name: str = "write_tokens") -> str:
+    """The helper of a codec, under a name."""
+    return _WRITERS[codec.fit](codec, head_dim).replace(WRITE_SIGNATURE, WRITE_SIGNATURE.format(name=name))

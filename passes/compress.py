@@ -13,7 +13,7 @@ from tqcompile.passes.canonicalize import spelling, tensor_of
 from tqcompile.passes.context import CacheInput, Context, Fallback, Output
 from tqcompile.passes.editor import Editor
 from tqcompile.passes.sites import Site, name_of, where
-from tqcompile.passes.survey import heads_of
+from tqcompile.passes.survey import heads_of, memory_of, written_operands
 from tqcompile.passes.views import View, full, index_items, same_size, shape_only, written_value
 
 
@@ -30,10 +30,23 @@ def _plan_untouched(gm: fx.GraphModule, context: Context) -> None:
     context.outputs = [Output("tensor", index) for index in range(len(output.args[0]))]
 
 
+def _content(node: fx.Node) -> object:
+    """What two nodes have in common that show the same part of a tensor: each layer cuts its own view of one mask."""
+    if spelling(node) != "getitem" or any(isinstance(item, fx.Node) for item in node.all_input_nodes[1:]):
+        return node
+    return _content(node.args[0]), repr(node.args[1])
+
+
 class _Rewriter(Editor):
     """One walk over the graph, from the placeholders to the output."""
 
     changed = 0
+
+    def __init__(self, gm: fx.GraphModule, context: Context):
+        super().__init__(gm, context)
+        self.reaches: dict[object, fx.Node] = {}
+        operands = [operand for node in self.graph.nodes for operand in written_operands(node)]
+        self.overwritten = {memory_of(operand) for operand in operands if tensor_of(operand) is not None}
 
     def run(self) -> int:
         placeholders = [node for node in self.graph.nodes if node.op == "placeholder"]
@@ -178,16 +191,16 @@ class _Rewriter(Editor):
     def _read(self, node: fx.Node, read) -> None:
         result, value = tensor_of(node), read.value or read.key
         site, width = self.sites[value.root], int(tensor_of(value.base).shape[-1])
-        if read.kind == "mix":
+        if read.kind == "attend":
+            final = self._attend(node, read)
+        elif read.kind == "mix":
             weights = self.dense(node.args[0])
             out = self.call(ops.mix, weights, self._ordered(value, 2), site.codec.name, width)
-        elif read.kind == "logits":
+            final = self.call(reference.rotate_back, out, self.basis(site, result, width), result.dtype)
+        else:
             query = self.rotated(node.args[0], site)
             out = self.call(ops.logits, query, self._ordered(read.key, 3), site.codec.name, width)
-        else:
-            out = self._attend(node, read)
-        basis = None if read.kind == "logits" else self.basis(site, result.device, width)
-        final = self.call(reference.rotate_back, out, basis, result.dtype)
+            final = self.call(torch.Tensor.to, out, result.dtype)
         final.meta = dict(node.meta)
         node.replace_all_uses_with(final)
         self.context.reads += 1
@@ -195,21 +208,34 @@ class _Rewriter(Editor):
 
     def _attend(self, node: fx.Node, read) -> fx.Node:
         keys, values = self.sites[read.key.root], self.sites[read.value.root]
-        query = tensor_of(node.args[0])
-        scale = node.kwargs["scale"]
+        query, mask = self.dense(node.args[0]), self.dense(node.kwargs["attn_mask"])
+        result, scale = tensor_of(node), node.kwargs["scale"]
+        dims = [int(tensor_of(view.base).shape[-1]) for view in (read.key, read.value)]
         return self.call(
             ops.attend,
-            self.rotated(node.args[0], keys),
+            query,
             self._ordered(read.key, 2),
             self._ordered(read.value, 2),
-            self.dense(node.kwargs["attn_mask"]),
+            mask,
+            self._reach(mask),
+            self.basis(keys, tensor_of(query), dims[0]),
+            self.basis(values, result, dims[1]),
             bool(node.kwargs["is_causal"]),
-            1 / math.sqrt(int(query.shape[-1])) if scale is None else float(scale),
+            1 / math.sqrt(dims[0]) if scale is None else float(scale),
             keys.codec.name,
             values.codec.name,
-            int(tensor_of(read.key.base).shape[-1]),
-            int(tensor_of(read.value.base).shape[-1]),
+            *dims,
+            result.dtype,
         )
+
+    def _reach(self, mask: fx.Node | None) -> fx.Node | None:
+        """Which tokens `mask` lets anyone see: computed once for all layers that share a mask."""
+        if mask is None or tensor_of(mask).shape[-1] == 1:
+            return None
+        same = _content(mask)
+        if same not in self.reaches or memory_of(mask) in self.overwritten:
+            self.reaches[same] = self.call(rewrite.reach, mask)
+        return self.reaches[same]
 
     def _fall_back(self, node: fx.Node) -> None:
         """Decode in front of an operator that no rule knows, as late as can be."""

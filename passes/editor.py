@@ -18,6 +18,7 @@ class Editor:
         self.gm, self.graph, self.context, self.survey = gm, gm.graph, context, context.survey
         self.sites = {site.root: site for site in context.sites}
         self.planes: dict[fx.Node, tuple[fx.Node, ...]] = {}
+        self.bases: dict[str, fx.Node] = {}
 
     def view(self, node) -> View | None:
         view = self.survey.views.get(node) if isinstance(node, fx.Node) else None
@@ -31,14 +32,23 @@ class Editor:
         node.meta["example_value"] = target(tensor_of(source), *args)
         return node
 
-    def basis(self, site: Site, device: torch.device, head_dim: int) -> fx.Node | None:
-        matrix = tables.basis_matrix(site.codec, head_dim, device)
+    def basis(self, site: Site, value: torch.Tensor, head_dim: int) -> fx.Node | None:
+        """The basis of a codec for a product with `value`, or None where that is the model's own.
+
+        Float32; in half precision where a GPU has matrix units for it: what that rounds is what the model's own
+        products round, and less than what codes do.
+        """
+        half = value.is_cuda and value.dtype in (torch.float16, torch.bfloat16)
+        dtype = value.dtype if half else torch.float32
+        matrix = tables.basis_matrix(site.codec, head_dim, value.device, dtype)
         if matrix is None:
             return None
-        name = f"basis_{site.codec.basis}_{head_dim}"
-        if not hasattr(self.gm, name):
+        name = f"basis_{site.codec.basis}_{head_dim}_{str(dtype).removeprefix('torch.')}"
+        if name not in self.bases:
             self.gm.register_buffer(name, matrix)
-        return self.graph.get_attr(name)
+            with self.graph.inserting_before(next(iter(self.graph.nodes))):
+                self.bases[name] = self.graph.get_attr(name)
+        return self.bases[name]
 
     def dense(self, node):
         """`node`, decoded where it shows a cache that is compressed."""
@@ -47,11 +57,15 @@ class Editor:
     def rotated(self, node: fx.Node, site: Site) -> fx.Node:
         node = self.dense(node)
         value = tensor_of(node)
-        basis = self.basis(site, value.device, int(value.shape[-1]))
+        basis = self.basis(site, value, int(value.shape[-1]))
         return node if basis is None else self.call(reference.rotate, node, basis)
 
     def encode(self, planes: list[fx.Node], source: fx.Node, positions: fx.Node | None, site: Site) -> None:
-        self.call(ops.append, list(planes), self.rotated(source, site), positions, site.codec.name)
+        source = self.dense(source)
+        value = tensor_of(source)
+        basis = self.basis(site, value, int(value.shape[-1]))
+        node = self.call(ops.append, list(planes), source, positions, basis, site.codec.name)
+        node.meta["example_value"] = None
 
     def rebuild(self, node: fx.Node) -> fx.Node:
         """The dense value of a view: its planes decoded, then the model's own relabelling on top."""
@@ -66,6 +80,6 @@ class Editor:
         value, site = tensor_of(view.base), self.sites[view.root]
         width = int(value.shape[-1])
         rows = self.call(rewrite.decode, list(self.planes[view.base]), site.codec.name, width)
-        dense = self.call(reference.rotate_back, rows, self.basis(site, value.device, width), value.dtype)
+        dense = self.call(reference.rotate_back, rows, self.basis(site, value, width), value.dtype)
         dense.meta = {"example_value": value}
         return dense

@@ -5,6 +5,7 @@ from torch import fx
 from tqcompile.passes.canonicalize import canonicalize
 from tqcompile.passes.compress import compress
 from tqcompile.passes.context import Context
+from tqcompile.passes.fuse import fuse
 from tqcompile.passes.sites import sites
 from tqcompile.passes.verify import verify
 
@@ -12,6 +13,7 @@ PIPELINE = (
     canonicalize,
     sites,
     compress,
+    fuse,
     verify,
 )
 
@@ -19,12 +21,13 @@ PIPELINE = (
 def run(gm: fx.GraphModule, context: Context) -> None:
     """Run the passes in place; counts go to `context.counts`.
 
-    Each builds on those before it: a pass that the options leave out takes the later ones along, and no cache of the
-    graph is compressed.
+    Each of the first builds on those before it: one that the options leave out takes the later ones along, and no cache
+    of the graph is compressed. What comes after `compress` only makes the graph faster, and is left out alone.
     """
-    for step in PIPELINE:
-        if step.__name__ in context.options.disable:
+    for apply in PIPELINE:
+        if apply.__name__ not in context.options.disable:
+            context.counts[apply.__name__] = apply(gm, context)
+        elif PIPELINE.index(apply) <= PIPELINE.index(compress):
             context.sites = ()
             break
-        context.counts[step.__name__] = step(gm, context)
     gm.recompile()

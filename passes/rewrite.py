@@ -27,6 +27,21 @@ def broadcast(source: torch.Tensor, plane: torch.Tensor) -> torch.Tensor:
     return source.expand(*plane.shape[:-1], source.shape[-1])
 
 
+def reach(mask: torch.Tensor) -> torch.Tensor:
+    """The first token that some query of a sequence may see, and one past the last: int32 [B or 1, 2].
+
+    All tokens where some query may see none: an additive mask gives such a query the mean of everything.
+    """
+    mask = mask.reshape(*[1] * (4 - mask.dim()), *mask.shape)
+    seen = mask if mask.dtype == torch.bool else ~(mask <= torch.finfo(mask.dtype).min)
+    length = mask.shape[-1]
+    token = torch.arange(length, dtype=torch.int32, device=mask.device)
+    some, blind = seen.flatten(1, 2).any(1), ~seen.any(-1).flatten(1).all(-1)
+    first = torch.where(some, token, length).amin(-1).masked_fill(blind, 0)
+    stop = torch.where(some, token + 1, 0).amax(-1).masked_fill(blind, length)
+    return torch.stack([first, stop], -1).to(torch.int32)
+
+
 def encode(y: torch.Tensor, codec: str) -> tuple[torch.Tensor, ...]:
     return tuple(plane.contiguous() for plane in reference.encode(formats.codec(codec), y))
 

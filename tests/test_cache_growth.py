@@ -132,7 +132,7 @@ def test_room_is_there_before_it_is_written():
     cache = made("identity")
     with_room = cache.room(2, 2)
     assert with_room.shape == (2, 3, 8, 48) and torch.equal(with_room.decode()[:, :, :6], cache.decode())
-    torch.ops.tqcompile.append(with_room.planes, torch.ones(2, 3, 2, 48), torch.tensor([6, 7]), "identity")
+    torch.ops.tqcompile.append(with_room.planes, torch.ones(2, 3, 2, 48), torch.tensor([6, 7]), None, "identity")
     assert torch.equal(with_room.decode()[:, :, 6:], torch.ones(2, 3, 2, 48))
 
 

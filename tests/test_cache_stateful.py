@@ -110,7 +110,7 @@ class Caches(RuleBasedStateMachine):
         more = self.tokens((*entry.twin.shape[:2], tokens), entry.cache.dtype)
         cache, basis = entry.cache.room(tokens, 2), tables.basis_matrix(self.codec, self.head_dim)
         places = torch.arange(length, length + tokens)
-        ops.append(cache.planes, reference.rotate(more, basis), places, self.codec.name)
+        ops.append(cache.planes, more, places, basis, self.codec.name)
         self.continue_with(entry, cache, torch.cat([entry.twin, self.stored(more)], 2))
 
     @rule(which=NUMBER, tokens=st.integers(1, 2))

@@ -40,7 +40,7 @@ def test_the_source_that_inductor_generated_calls_the_operators(tmp_path):
     source = code["inductor.py"]
     ast.parse(source)
     assert "def call(" in source and "scaled_dot_product_attention" not in source
-    assert source.count("torch.ops.tqcompile.append.default(") == 2
+    assert source.count("torch.ops.tqcompile.append_step.default(") == 1
     assert source.count("torch.ops.tqcompile.attend.default(") == 1
 
 

@@ -220,7 +220,21 @@ def test_strict_raises_with_the_cache_and_the_line():
         fine(*next(calls()))
 
 
-@pytest.mark.parametrize("disable", [*PASSES, "sites+compress"])
+def test_a_pass_that_only_makes_graphs_faster_is_left_out_alone():
+    model, twin = Layer(), Layer()
+    results = []
+    for each, disable in ((model, ()), (twin, "fuse")):
+        options = {"keys": "turboquant:4", "values": "turboquant:4", "disable": disable, "strict": True}
+        compiled = torch.compile(each, backend="turboquant", options=options)
+        with torch.no_grad():
+            results.append(torch.stack([compiled(*arguments) for arguments in calls(3)]))
+        counts = tqcompile.report(each).graphs[0].counts
+        assert counts.get("fuse", 0) == (each is model) and counts["compress"] > 0
+        assert isinstance(each.k_cache, tqcompile.CompressedKV)
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("disable", [*PASSES[:-1], "sites+compress"])
 def test_a_pass_that_is_left_out_leaves_the_model_right(disable):
     model, twin = Layer(), Layer()
     options = {**LOSSLESS, "disable": tuple(disable.split("+"))}

@@ -44,7 +44,7 @@ def kernel_sources(after: fx.GraphModule, sites: Iterable[Site]) -> dict[str, st
     for node in after.graph.nodes:
         if node.target is not ops.attend:
             continue
-        mask, causal, _, keys, values, *head_dims = node.args[3:]
+        mask, _, _, _, causal, _, keys, values, *head_dims, _ = node.args[3:]
         reader = attend.reader_of(tensor_of(mask), causal)
         said = "_causal" * causal + f"_{reader.mask}_mask"
         what = f"attend_{_plain(keys)}_{_plain(values)}_{head_dims[0]}_{head_dims[1]}{said}"

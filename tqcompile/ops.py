@@ -14,15 +14,21 @@ from tqcompile.codec import Codec
 Tensors = Sequence[torch.Tensor]
 
 _library = torch.library.Library("tqcompile", "DEF")
-_library.define("append(Tensor(a!)[] planes, Tensor y, Tensor? positions, str codec) -> ()")
+_library.define("append(Tensor(a!)[] planes, Tensor y, Tensor? positions, Tensor? basis, str codec) -> ()")
 _library.define(
-    "attend(Tensor q, Tensor[] keys, Tensor[] values, Tensor? mask, bool causal, float scale, "
-    "str key_codec, str value_codec, int key_dim, int value_dim) -> Tensor"
+    "append_step(Tensor(a!)[] keys, Tensor(b!)[] values, Tensor k, Tensor v, Tensor q, Tensor? positions, "
+    "Tensor key_basis, Tensor? value_basis, str key_codec, str value_codec) -> Tensor"
+)
+_library.define(
+    "attend(Tensor q, Tensor[] keys, Tensor[] values, Tensor? mask, Tensor? reach, Tensor? key_basis, "
+    "Tensor? value_basis, bool causal, float scale, str key_codec, str value_codec, int key_dim, int value_dim, "
+    "ScalarType dtype) -> Tensor"
 )
 _library.define("logits(Tensor q, Tensor[] keys, str codec, int head_dim) -> Tensor")
 _library.define("mix(Tensor weights, Tensor[] values, str codec, int head_dim) -> Tensor")
 
 append = torch.ops.tqcompile.append.default
+append_step = torch.ops.tqcompile.append_step.default
 attend = torch.ops.tqcompile.attend.default
 logits = torch.ops.tqcompile.logits.default
 mix = torch.ops.tqcompile.mix.default
@@ -38,28 +44,63 @@ def prepare(codec: Codec, head_dim: int, device: torch.device) -> None:
         integer.prepare(codec, head_dim, device)
 
 
-def _append_cpu(planes: Tensors, y: torch.Tensor, positions: torch.Tensor | None, codec: str) -> None:
-    reference.append(formats.codec(codec), planes, y, positions, cpu.encode_rows)
+def _append_cpu(planes: Tensors, y: torch.Tensor, positions, basis, codec: str) -> None:
+    reference.append(formats.codec(codec), planes, reference.rotate(y, basis), positions, cpu.encode_rows)
 
 
-def _append_cuda(planes: Tensors, y: torch.Tensor, positions: torch.Tensor | None, codec: str) -> None:
+def _append_cuda(planes: Tensors, y: torch.Tensor, positions, basis, codec: str) -> None:
     from tqcompile.kernels import append as kernel
 
     with torch.cuda.device(y.device):
-        kernel.append(formats.codec(codec), planes, y, positions)
+        kernel.append(formats.codec(codec), planes, reference.rotate(y, basis), positions)
 
 
-def _attend_cpu(q, keys, values, mask, causal, scale, key_codec, value_codec, key_dim, value_dim):
-    codecs = formats.codec(key_codec), formats.codec(value_codec)
-    return cpu.attend(q, keys, values, mask, causal, scale, *codecs, (key_dim, value_dim)).contiguous()
+def _append_step_cpu(keys, values, k, v, q, positions, key_basis, value_basis, key_codec, value_codec):
+    _append_cpu(keys, k, positions, key_basis, key_codec)
+    _append_cpu(values, v, positions, value_basis, value_codec)
+    return reference.rotate(q, key_basis).contiguous()
 
 
-def _attend_cuda(q, keys, values, mask, causal, scale, key_codec, value_codec, key_dim, value_dim):
-    from tqcompile.kernels import attend as kernel
+def _append_step_cuda(keys, values, k, v, q, positions, key_basis, value_basis, key_codec, value_codec):
+    from tqcompile.kernels import step as kernel
+    from tqcompile.kernels import tune
 
+    if k.shape[2] > tune.STEP_TOKENS or v.shape[2] != k.shape[2]:
+        _append_cuda(keys, k, positions, key_basis, key_codec)
+        _append_cuda(values, v, positions, value_basis, value_codec)
+        return reference.rotate(q, key_basis).contiguous()
     codecs = formats.codec(key_codec), formats.codec(value_codec)
     with torch.cuda.device(q.device):
-        return kernel.attend(q, keys, values, mask, causal, scale, *codecs, (key_dim, value_dim)).contiguous()
+        return kernel.append_step(codecs, (keys, values), (k, v), q, positions, (key_basis, value_basis))
+
+
+def _attend_cpu(q, keys, values, mask, reach, key_basis, value_basis, causal, scale, *others):
+    key_codec, value_codec, key_dim, value_dim, dtype = others
+    codecs, dims = (formats.codec(key_codec), formats.codec(value_codec)), (key_dim, value_dim)
+    q = reference.rotate(q, key_basis)
+    if reach is not None and not causal:
+        keys, values, mask = _within(reach, keys, values, mask)
+    out = cpu.attend(q, keys, values, mask, causal, scale, *codecs, dims)
+    return reference.rotate_back(out, value_basis, dtype).contiguous()
+
+
+def _within(reach: torch.Tensor, keys: Tensors, values: Tensors, mask: torch.Tensor) -> tuple:
+    """Planes and mask between the first and the last token that any sequence sees."""
+    first, stop = int(reach[:, 0].min()), int(reach[:, 1].max())
+    span = slice(first, max(first, stop))
+    return [plane[:, :, span] for plane in keys], [plane[:, :, span] for plane in values], mask[..., span]
+
+
+def _attend_cuda(q, keys, values, mask, reach, key_basis, value_basis, causal, scale, *others):
+    from tqcompile.kernels import attend as kernel
+
+    key_codec, value_codec, key_dim, value_dim, dtype = others
+    codecs, dims = (formats.codec(key_codec), formats.codec(value_codec)), (key_dim, value_dim)
+    with torch.cuda.device(q.device):
+        q = reference.rotate(q, key_basis)
+        return kernel.attend(
+            q, keys, values, mask, causal, scale, *codecs, dims, reach=reach, basis=value_basis, dtype=dtype
+        )
 
 
 def _logits(q: torch.Tensor, keys: Tensors, codec: str, head_dim: int) -> torch.Tensor:
@@ -72,6 +113,8 @@ def _mix(weights: torch.Tensor, values: Tensors, codec: str, head_dim: int) -> t
 
 _library.impl("append", _append_cpu, "CPU")
 _library.impl("append", _append_cuda, "CUDA")
+_library.impl("append_step", _append_step_cpu, "CPU")
+_library.impl("append_step", _append_step_cuda, "CUDA")
 _library.impl("attend", _attend_cpu, "CPU")
 _library.impl("attend", _attend_cuda, "CUDA")
 for _device in ("CPU", "CUDA"):
@@ -80,13 +123,19 @@ for _device in ("CPU", "CUDA"):
 
 
 @torch.library.register_fake("tqcompile::append", lib=_library)
-def _(planes, y, positions, codec):
+def _(planes, y, positions, basis, codec):
     return None
 
 
+@torch.library.register_fake("tqcompile::append_step", lib=_library)
+def _(keys, values, k, v, q, positions, key_basis, value_basis, key_codec, value_codec):
+    return q.new_empty(q.shape, dtype=key_basis.dtype)
+
+
 @torch.library.register_fake("tqcompile::attend", lib=_library)
-def _(q, keys, values, mask, causal, scale, key_codec, value_codec, key_dim, value_dim):
-    return q.new_empty((*q.shape[:-1], value_dim), dtype=torch.float32)
+def _(q, keys, values, mask, reach, key_basis, value_basis, causal, scale, *others):
+    value_dim, dtype = others[-2:]
+    return q.new_empty((*q.shape[:-1], value_dim), dtype=dtype)
 
 
 @torch.library.register_fake("tqcompile::logits", lib=_library)

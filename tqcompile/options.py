@@ -12,7 +12,7 @@ from tqcompile import formats
 from tqcompile.codec import Codec
 
 ENVIRONMENT = "TQCOMPILE_OPTIONS"
-PASSES = ("canonicalize", "sites", "compress")
+PASSES = ("canonicalize", "sites", "compress", "fuse")
 INNERS = ("inductor", "aot_eager", "eager")
 
 

@@ -23,25 +23,13 @@ BLOCK_ELEMENTS = 2**19
 
 
 def rotate(x: torch.Tensor, basis: torch.Tensor | None) -> torch.Tensor:
-    """x [..., head_dim] -> its coordinates in `basis` (rows of [head_dim, head_dim]); None leaves x.
-
-    Float32; on a GPU in the dtype of x, where half precision has matrix units: what that rounds is what the model's own
-    products round, and less than what codes do.
-    """
-    if basis is None:
-        return x
-    return x @ basis.T.to(x.dtype) if _has_units(x, x.dtype) else x.float() @ basis.T
+    """x [..., head_dim] -> its coordinates in `basis` (rows of [head_dim, head_dim]), in its dtype; None leaves x."""
+    return x if basis is None else x.to(basis.dtype) @ basis.T
 
 
 def rotate_back(y: torch.Tensor, basis: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
     """The inverse of `rotate`, in `dtype`."""
-    if basis is None:
-        return y.to(dtype)
-    return y.to(dtype) @ basis.to(dtype) if _has_units(y, dtype) else (y.float() @ basis).to(dtype)
-
-
-def _has_units(x: torch.Tensor, dtype: torch.dtype) -> bool:
-    return x.is_cuda and dtype in (torch.float16, torch.bfloat16)
+    return y.to(dtype) if basis is None else (y.to(basis.dtype) @ basis).to(dtype)
 
 
 def encode(codec: Codec, y: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -69,9 +69,11 @@ def rotation(head_dim: int, seed: int = ROTATION_SEED) -> torch.Tensor:
 
 
 @cache
-def basis_matrix(codec: Codec, head_dim: int, device: torch.device | str = "cpu") -> torch.Tensor | None:
+def basis_matrix(
+    codec: Codec, head_dim: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> torch.Tensor | None:
     """The matrix whose rows are the codec's basis, or None where that is the model's own."""
-    return rotation(head_dim).to(device) if codec.basis == "rotation" else None
+    return rotation(head_dim).to(device, dtype) if codec.basis == "rotation" else None
 
 
 @cache

@@ -50,7 +50,10 @@ def test_a_write_becomes_one_append_and_attention_one_attend(codec):
     after, context, before = passed(stepping(attend), Q, K, V, AT, keys=codec, values=codec)
     assert operators(before) == {"setitem": 2, "scaled_dot_product_attention": 1}
     counted = operators(after)
-    assert counted["append.default"] + counted["append"] == 2
+    joined = counted["append_step.default"] + counted["append_step"]
+    assert counted["append.default"] + counted["append"] + 2 * joined == 2 and joined == (
+        formats.codec(codec).basis == "rotation"
+    )
     assert counted["attend.default"] + counted["attend"] == 1
     assert not counted["setitem"] and not counted["scaled_dot_product_attention"] and not counted["decode"]
     assert context.reads == 1
@@ -99,3 +102,30 @@ def test_an_unknown_reader_gets_decoded_numbers_and_is_named(name):
 def test_a_pass_that_is_switched_off_does_nothing():
     after, context, before = passed(stepping(attend), Q, K, V, AT, disable=("sites",))
     assert operators(after) == operators(before) and not context.sites
+
+
+def test_layers_that_share_a_mask_share_what_it_lets_them_see():
+    def step(kc, vc, q, k, v, at):
+        write(kc, k, at), write(vc, v, at)
+        first = F.scaled_dot_product_attention(q, kc, vc, attn_mask=MASK[:, :9])
+        return F.scaled_dot_product_attention(first, kc, vc, attn_mask=MASK[:, :9])
+
+    after, _, _ = passed(Cache(step), Q, K, V, AT)
+    assert operators(after)["attend"] == 2 and operators(after)["reach"] == 1
+
+
+def test_a_mask_that_is_overwritten_between_layers_is_asked_again():
+    def step(kc, vc, q, k, v, at):
+        mask = at[:, None] >= torch.arange(9)
+        write(kc, k, at), write(vc, v, at)
+        first = F.scaled_dot_product_attention(q, kc, vc, attn_mask=mask)
+        mask[:, 3:] = True
+        return F.scaled_dot_product_attention(first, kc, vc, attn_mask=mask)
+
+    after, _, _ = passed(Cache(step), Q, K, V, AT)
+    assert operators(after)["attend"] == 2 and operators(after)["reach"] == 2
+    torch._dynamo.reset()
+    model, twin = Cache(step), Cache(step)
+    compiled = torch.compile(model, backend="turboquant", options={"preset": "lossless", "inner": "aot_eager"})
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(Q, K, V, AT), twin(Q, K, V, AT))
