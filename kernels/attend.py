@@ -156,9 +156,10 @@ def attend(
 
     q [B, Hq, T, D] float32, float16 or bfloat16 in the key basis, any strides; planes [B, Hkv, S, width], any strides
     but contiguous in the last; mask broadcasts to [B, Hq, T, S], bool (True keeps) or additive. Returns
-    [B, Hq, T, Dv] float32. On a GPU, up to 16 rows a KV head over codes of two to five bits run on int8 units
-    (`integer`), with 15 bits of q and of the probabilities. Elsewhere matrix products run in q's dtype (float32:
-    without tf32) and accumulate in float32; a plane of native numbers in another dtype than q's is read as float32.
+    [B, Hq, T, Dv] float32. On a GPU, up to 16 rows a KV head over codes of two to five bits, or signed bytes in blocks
+    of 32, run on int8 units (`integer`), with 15 bits of q and of the probabilities. Elsewhere matrix products run in
+    q's dtype (float32: without tf32) and accumulate in float32; a plane of native numbers in another dtype than q's is
+    read as float32.
     Nothing waits for the device, and after a call with like arguments (codecs, dtypes, reader, strides) a CUDA graph
     can capture it. Generated files go to `folder`.
 
