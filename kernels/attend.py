@@ -169,10 +169,10 @@ def attend(
     but contiguous in the last; mask broadcasts to [B, Hq, T, S], bool (True keeps) or additive. `reach`, int32 [B or 1,
     2], says that `mask` hides all tokens but those from the first number to before the second: no other is read then.
     Returns [B, Hq, T, Dv] in `dtype`, rotated back by `basis`. On a GPU, up to 16 rows a KV head over codes of two to
-    five bits run on int8 units (`integer`), with 15 bits of q and of the probabilities. Elsewhere matrix products run
-    in q's dtype (float32: without tf32) and accumulate in float32; a plane of native numbers in another dtype than q's
-    is read as float32. Nothing waits for the device, and after a call with like arguments (codecs, dtypes, reader,
-    strides) a CUDA graph can capture it. Generated files go to `folder`.
+    five bits, or signed bytes in blocks of 32, run on int8 units (`integer`), with 15 bits of q and of the
+    probabilities. Elsewhere matrix products run in q's dtype (float32: without tf32) and accumulate in float32; a plane
+    of native numbers in another dtype than q's is read as float32. Nothing waits for the device, and after a call with
+    like arguments (codecs, dtypes, reader, strides) a CUDA graph can capture it. Generated files go to `folder`.
 
     Raises:
         ValueError: q has a dtype that no cache holds, or its heads are no multiple of the planes'.

@@ -80,20 +80,18 @@ def attend_usage(
 def integer_usage(pair: tuple[Codec, Codec], head_dim: int, reader: Reader, rows: int, capability: int) -> Usage:
     """Compile `attend_fragments` for contiguous planes and queries in bfloat16."""
     sides = integer.sides_of(pair, (head_dim, head_dim))
-    plan = tune.integer_plan(rows, 8, 4096, head_dim, sides[1].crowded, torch.device("cpu"))
+    plan = integer.plan_of(sides, rows, 8, 4096, torch.device("cpu"))
     kernel = integer.module(*sides, reader, None).attend_fragments
     mask = torch.uint8 if reader.mask == "bool" else torch.bfloat16
     pointers = {"q": torch.bfloat16, "mask": mask, "key_codes": torch.uint8, "value_codes": torch.uint8}
     pointers |= {"key_scale": torch.float16, "value_scale": torch.float16}
-    widths = [layout_of(codec, head_dim, torch.float32, "cuda").plane(codec.codes.plane.name).width for codec in pair]
-    constants = {"KEY_S": widths[0], "VALUE_S": widths[1], "KEY_SCALE_S": 1, "VALUE_SCALE_S": 1, "q_d": 1, "mask_s": 1}
-    constants |= {
-        "REACH": reader.mask != "none",
-        "T": plan.block_tokens,
-        "R": plan.block_rows,
-        "EARLY": capability >= 90,
-        "num_warps": 1,
-    }
+    constants = {"q_d": 1, "mask_s": 1}
+    for side, codec in zip(("KEY", "VALUE"), pair):
+        layout = layout_of(codec, head_dim, torch.float32, "cuda")
+        constants[f"{side}_S"] = layout.plane(codec.codes.plane.name).width
+        constants[f"{side}_SCALE_S"] = layout.plane(codec.scale.plane.name).width
+    constants |= {"REACH": reader.mask != "none"}
+    constants |= {"T": plan.block_tokens, "R": plan.block_rows, "EARLY": capability >= 90, "num_warps": 1}
     types = {"key_words": "*i32", "value_words": "*i32", "key_unit": "fp32", "value_unit": "fp32"}
     types |= {"reach": "*i32"}
     label = (

@@ -12,7 +12,18 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from triton.language.extra.cuda import gdc_launch_dependents
 
+from tqcompile.kernels.blocks import (
+    block_scores,
+    load_key_blocks,
+    load_scales,
+    load_value_blocks,
+    mix_blocks,
+    query_blocks,
+    repeated,
+    store_blocks,
+)
 from tqcompile.kernels.operands import (
+    QUERY_LIMIT,
     WEIGHT_LIMIT,
     dim_of,
     eight_nibbles,
@@ -32,10 +43,10 @@ key_look_up = value_look_up = read_scores = None
 KEY_RUN = KEY_HIGH_RUN = KEY_WORDS = KEY_FIELDS = KEY_TERMS = KEY_DIMS = KEY_DIM = gl.constexpr(0)
 VALUE_RUN = VALUE_HIGH_RUN = VALUE_WORDS = VALUE_FIELDS = VALUE_TERMS = VALUE_DIMS = VALUE_DIM = gl.constexpr(0)
 VALUE_SHARED = gl.constexpr(False)
+# Blocks of a side of `blocks`; zero where a side's codes are looked up.
+KEY_BLOCKS = VALUE_BLOCKS = gl.constexpr(0)
 
 LOG2_E = gl.constexpr(1.4426950408889634)
-# The largest |128 high + low| that two int8 parts hold, with room for rounding.
-QUERY_LIMIT = gl.constexpr(16256.0)
 
 
 @gluon.jit
@@ -101,47 +112,78 @@ def load_tile(
     token = gl.arange(0, T, gl.SliceLayout(1, SCORES))
     if last is not None:
         token = gl.minimum(token, last)
-    codes, high = load_keys(at[0], last, T, KEY_S, KEY_RUN, KEY_HIGH_RUN, KEY_WORDS)
-    key_scalars = gl.load(at[1] + token * KEY_SCALE_S)
-    words, top = load_values(at[2], last, T, VALUE_S, VALUE_RUN, VALUE_HIGH_RUN, VALUE_WORDS, VALUE_SHARED)
-    value_scalars = gl.load(at[3] + token * VALUE_SCALE_S)
-    return codes, high, key_scalars, words, top, value_scalars
+    if KEY_BLOCKS:
+        keys = load_key_blocks(at[0], last, T, KEY_S), load_scales(at[1], last, T, KEY_SCALE_S, KEY_BLOCKS)
+    else:
+        codes, high = load_keys(at[0], last, T, KEY_S, KEY_RUN, KEY_HIGH_RUN, KEY_WORDS)
+        keys = codes, high, gl.load(at[1] + token * KEY_SCALE_S)
+    if VALUE_BLOCKS:
+        values = load_value_blocks(at[2], last, T, VALUE_S), load_scales(at[3], last, T, VALUE_SCALE_S, VALUE_BLOCKS)
+    else:
+        words, top = load_values(at[2], last, T, VALUE_S, VALUE_RUN, VALUE_HIGH_RUN, VALUE_WORDS, VALUE_SHARED)
+        values = words, top, gl.load(at[3] + token * VALUE_SCALE_S)
+    return keys, values
 
 
 @gluon.jit
-def scores_of(tile, asked, unit, key_table, T: gl.constexpr, R: gl.constexpr, MMA: gl.constexpr):
+def scores_of(keys, asked, unit, key_table, T: gl.constexpr, R: gl.constexpr, MMA: gl.constexpr):
     """Scores [T, R] of a tile's keys."""
-    coarse, fine = gl.split(key_product(tile[0], tile[1], key_table, asked, T, MMA, R))
-    # The product with zero makes a key whose scalar is infinite no number, as its decoded dims would.
-    scalars = tile[2].to(gl.float32)
-    return (coarse * 128 + fine).to(gl.float32) * ((scalars + scalars * 0.0)[:, None] * unit[None, :])
+    if KEY_BLOCKS:
+        return block_scores(keys[0], keys[1], asked, unit, T, R, MMA)
+    else:
+        coarse, fine = gl.split(key_product(keys[0], keys[1], key_table, asked, T, MMA, R))
+        # The product with zero makes a key whose scalar is infinite no number, as its decoded dims would.
+        scalars = keys[2].to(gl.float32)
+        return (coarse * 128 + fine).to(gl.float32) * ((scalars + scalars * 0.0)[:, None] * unit[None, :])
 
 
 @gluon.jit
-def absorb(tile, scores, state, value_table, count, T: gl.constexpr, R: gl.constexpr, MMA: gl.constexpr):
+def mix(values, weights, rescale, mixed, value_table, T: gl.constexpr, R: gl.constexpr, MMA: gl.constexpr):
+    """Weights that show where a row met a value which is no number, and the sums `mixed` after the values of a tile."""
+    # A token whose weight is none repeats the last one, and adds nothing that this one does not.
+    scaled = weights * values[2].to(gl.float32)[:, None]
+    size = gl.maximum(gl.max(gl.abs(scaled), 0), 1e-30)
+    operand = weight_operand(scaled * (WEIGHT_LIMIT / size)[None, :], T, R)
+    operand = gl.convert_layout(operand, gl.DotOperandLayout(1, MMA, 4))
+    coarse, fine = gl.split(value_product(values[0], values[1], value_table, operand, T, MMA, R))
+    columns: gl.constexpr = gl.SliceLayout(0, mixed.type.layout)
+    mixed = mixed * gl.convert_layout(rescale, columns)[None, :]
+    mixed += (coarse * 256 + fine).to(gl.float32) * gl.convert_layout(size * (1.0 / WEIGHT_LIMIT), columns)[None, :]
+    # The product with zero marks a row that met a value which is no number; integers would hide it.
+    return weights + scaled * 0.0, mixed
+
+
+@gluon.jit
+def absorb(values, scores, state, value_table, count, T: gl.constexpr, R: gl.constexpr, MMA: gl.constexpr):
     """The running softmax of R rows (peak, total, mixed) after a tile of T tokens, or its first `count`."""
     peak, total, mixed = state
-    scalars = tile[5].to(gl.float32)
     if count is not None:
-        inside = gl.arange(0, T, scalars.type.layout) < count
+        inside = gl.arange(0, T, gl.SliceLayout(1, scores.type.layout)) < count
         scores = gl.where(inside[:, None], scores, float("-inf"))
-        scalars = gl.where(inside, scalars, 0.0)
     new_peak = gl.maximum(peak, gl.max(scores, 0))
     pivot = gl.where(new_peak == float("-inf"), 0.0, new_peak)
     rescale = gl.exp2((peak - pivot) * LOG2_E)
     weights = gl.exp2((scores - pivot[None, :]) * LOG2_E)
-    scaled = weights * scalars[:, None]
-    # The product with zero marks a row that met a value which is no number; integers would hide it.
-    part = gl.sum(gl.reshape(weights + scaled * 0.0, [T // 8, 8, R]), 0)
+    if VALUE_BLOCKS:
+        marked, mixed = weights, mix_blocks(values[0], values[1], weights, rescale, mixed, T, R, MMA)
+    else:
+        marked, mixed = mix(values, weights, rescale, mixed, value_table, T, R, MMA)
+    part = gl.sum(gl.reshape(marked, [T // 8, 8, R]), 0)
     total = total * gl.convert_layout(rescale, gl.SliceLayout(0, total.type.layout))[None, :] + part
-    size = gl.maximum(gl.max(gl.abs(scaled), 0), 1e-30)
-    operand = weight_operand(scaled * (WEIGHT_LIMIT / size)[None, :], T, R)
-    operand = gl.convert_layout(operand, gl.DotOperandLayout(1, MMA, 4))
-    coarse, fine = gl.split(value_product(tile[3], tile[4], value_table, operand, T, MMA, R))
-    columns: gl.constexpr = gl.SliceLayout(0, mixed.type.layout)
-    mixed = mixed * gl.convert_layout(rescale, columns)[None, :]
-    mixed += (coarse * 256 + fine).to(gl.float32) * gl.convert_layout(size * (1.0 / WEIGHT_LIMIT), columns)[None, :]
     return new_peak, total, mixed
+
+
+@gluon.jit
+def reached(reach, splits, T: gl.constexpr):
+    """The first token of this split of those that are seen, shared out in whole tiles, and how many it has.
+
+    One past them has none, and reads the last of them in vain.
+    """
+    begin = gl.load(reach)
+    seen = gl.load(reach + 1) - begin
+    span = (seen + splits * T - 1) // (splits * T) * T
+    first = gl.program_id(2) * span
+    return begin + gl.minimum(first, seen - 1), gl.maximum(gl.minimum(span, seen - first), 0)
 
 
 @gluon.jit(do_not_specialize=[
@@ -161,18 +203,14 @@ def attend_fragments(
     zeros, _ = gl.split(gl.reshape(gl.full([T, 2 * R], 0.0, gl.float32, MMA), [T, R, 2]))
     mixed, _ = gl.split(gl.reshape(gl.full([VALUE_DIMS, 2 * R], 0.0, gl.float32, MMA), [VALUE_DIMS, R, 2]))
     SCORES: gl.constexpr = zeros.type.layout
+    if VALUE_BLOCKS:
+        mixed = repeated(mixed, VALUE_BLOCKS)
     batch = (gl.program_id(0) // kv_heads).to(gl.int64)
     head = (gl.program_id(0) % kv_heads).to(gl.int64)
     first = gl.program_id(2) * span
     count = gl.minimum(span, length - first)
     if REACH:
-        # The splits share the tokens that are seen, in whole tiles; one past them reads the last token in vain.
-        begin = gl.load(reach + batch * reach_b)
-        seen = gl.load(reach + batch * reach_b + 1) - begin
-        span = (seen + splits * T - 1) // (splits * T) * T
-        first = gl.program_id(2) * span
-        count = gl.maximum(gl.minimum(span, seen - first), 0)
-        first = begin + gl.minimum(first, seen - 1)
+        first, count = reached(reach + batch * reach_b, splits, T)
     start = first.to(gl.int64)
     at = (
         key_codes + batch * key_b + head * key_h + start * KEY_S,
@@ -187,8 +225,11 @@ def attend_fragments(
     tile = load_tile(at, gl.maximum(count - 1, 0), T, SCORES, KEY_S, KEY_SCALE_S, VALUE_S, VALUE_SCALE_S)
 
     q += batch * q_b + head * groups * q_h
-    asked, unit = query_operand(q, gl.program_id(1) * R, q_h, q_t, q_d, queries, groups, RIGHT, R)
-    unit = gl.convert_layout(unit, gl.SliceLayout(0, SCORES)) * key_unit
+    if KEY_BLOCKS:
+        asked, unit = query_blocks(q, gl.program_id(1) * R, q_h, q_t, q_d, queries, groups, key_unit, RIGHT, SCORES, R)
+    else:
+        asked, unit = query_operand(q, gl.program_id(1) * R, q_h, q_t, q_d, queries, groups, RIGHT, R)
+        unit = gl.convert_layout(unit, gl.SliceLayout(0, SCORES)) * key_unit
     row = gl.program_id(1) * R + gl.arange(0, R, gl.SliceLayout(0, SCORES))
     near = gl.minimum(row, groups * queries - 1)
     query = near % queries - first
@@ -203,13 +244,18 @@ def attend_fragments(
     peak = gl.full([R], float("-inf"), gl.float32, gl.SliceLayout(0, SCORES))
     state = (peak, gl.sum(gl.reshape(zeros, [T // 8, 8, R]), 0), mixed)
     full = count // T
+    # Where a tile's codes and the rows take most registers, none are left to ask for the next one meanwhile.
+    AHEAD: gl.constexpr = max(KEY_DIM, 64 * KEY_BLOCKS) + max(VALUE_DIM, 64 * VALUE_BLOCKS) + 64 * R <= 768
     for i in range(full):
+        if not AHEAD:
+            tile = load_tile(at, None, T, SCORES, KEY_S, KEY_SCALE_S, VALUE_S, VALUE_SCALE_S)
         step = gl.where(i + 1 < full, T, 0)
         at = (at[0] + step * KEY_S, at[1] + step * KEY_SCALE_S, at[2] + step * VALUE_S, at[3] + step * VALUE_SCALE_S)
-        scores = scores_of(tile, asked, unit, key_table, T, R, MMA)
+        scores = scores_of(tile[0], asked, unit, key_table, T, R, MMA)
         scores = read_scores(scores, mask, address, query[None, :], token[:, None], None)
-        state = absorb(tile, scores, state, value_table, None, T, R, MMA)
-        tile = load_tile(at, None, T, SCORES, KEY_S, KEY_SCALE_S, VALUE_S, VALUE_SCALE_S)
+        state = absorb(tile[1], scores, state, value_table, None, T, R, MMA)
+        if AHEAD:
+            tile = load_tile(at, None, T, SCORES, KEY_S, KEY_SCALE_S, VALUE_S, VALUE_SCALE_S)
         query -= T
         mask += T * mask_s
     count -= full * T
@@ -217,9 +263,9 @@ def attend_fragments(
         step = gl.where(full > 0, T, 0)
         at = (at[0] + step * KEY_S, at[1] + step * KEY_SCALE_S, at[2] + step * VALUE_S, at[3] + step * VALUE_SCALE_S)
         tile = load_tile(at, count - 1, T, SCORES, KEY_S, KEY_SCALE_S, VALUE_S, VALUE_SCALE_S)
-        scores = scores_of(tile, asked, unit, key_table, T, R, MMA)
+        scores = scores_of(tile[0], asked, unit, key_table, T, R, MMA)
         scores = read_scores(scores, mask, address, query[None, :], token[:, None], count - 1)
-        state = absorb(tile, scores, state, value_table, count, T, R, MMA)
+        state = absorb(tile[1], scores, state, value_table, count, T, R, MMA)
     peak, total, mixed = state
 
     place = (gl.program_id(0).to(gl.int64) * splits + gl.program_id(2)) * (groups * queries)
@@ -227,14 +273,17 @@ def attend_fragments(
     total = gl.sum(total, 0)
     row = gl.program_id(1) * R + gl.arange(0, R, total.type.layout)
     gl.store(totals + place + row, total, mask=row < groups * queries)
-    m = gl.arange(0, VALUE_DIMS, gl.SliceLayout(1, mixed.type.layout))
-    outer = m // 8
-    word, nibble, field = outer // (8 * VALUE_FIELDS), outer // VALUE_FIELDS % 8, outer % VALUE_FIELDS
-    if VALUE_SHARED:
-        dim = dim_of(m % 4, nibble, m // 4 % 2, VALUE_RUN, 2)
+    if VALUE_BLOCKS:
+        store_blocks(out, place, gl.program_id(1) * R, groups * queries, mixed, R)
     else:
-        dim = dim_of(m % 8 * VALUE_WORDS + word, nibble, field, VALUE_RUN, VALUE_FIELDS)
-    row = gl.program_id(1) * R + gl.arange(0, R, gl.SliceLayout(0, mixed.type.layout))
-    inside = (dim < VALUE_DIM)[:, None] & (row < groups * queries)[None, :]
-    gl.store(out + (place + row)[None, :] * VALUE_DIM + dim[:, None], mixed * value_unit, mask=inside)
+        m = gl.arange(0, VALUE_DIMS, gl.SliceLayout(1, mixed.type.layout))
+        outer = m // 8
+        word, nibble, field = outer // (8 * VALUE_FIELDS), outer // VALUE_FIELDS % 8, outer % VALUE_FIELDS
+        if VALUE_SHARED:
+            dim = dim_of(m % 4, nibble, m // 4 % 2, VALUE_RUN, 2)
+        else:
+            dim = dim_of(m % 8 * VALUE_WORDS + word, nibble, field, VALUE_RUN, VALUE_FIELDS)
+        row = gl.program_id(1) * R + gl.arange(0, R, gl.SliceLayout(0, mixed.type.layout))
+        inside = (dim < VALUE_DIM)[:, None] & (row < groups * queries)[None, :]
+        gl.store(out + (place + row)[None, :] * VALUE_DIM + dim[:, None], mixed * value_unit, mask=inside)
 # fmt: on

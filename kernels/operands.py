@@ -17,6 +17,8 @@ from triton.experimental.gluon import language as gl
 # 1.5 * 2**23: a float32 near it holds an integer in its low bits.
 ROUND = gl.constexpr(12582912.0)
 ROUND_BITS = gl.constexpr(0x4B400000)
+# The largest |128 high + low| that two int8 parts of q hold, with room for rounding.
+QUERY_LIMIT = gl.constexpr(16256.0)
 # The largest |256 high + low| that two int8 parts hold, with room for rounding.
 WEIGHT_LIMIT = gl.constexpr(32256.0)
 # Four rounded floats, each ROUND + 128 + 256 high + low - 128 -> the four high bytes, and the four low ones.

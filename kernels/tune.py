@@ -78,16 +78,18 @@ def integer_plan(
     heads: int,
     length: int,
     head_dim: int,
+    breadth: int,
     crowded: bool,
     device: torch.device,
     processors: int | None = None,
 ) -> AttendPlan:
     """The plan of the kernel on int8 units: as many programs as the device holds at once, and no more.
 
-    `crowded` codes need more registers than others of their head_dim, and get smaller tiles.
+    `breadth` is head_dim, or twice that where codes are bytes; `crowded` codes need more registers than others of
+    their head_dim, and get smaller tiles.
     """
     block_rows = 4 if rows <= 4 or head_dim > 128 or crowded else 8
-    block_tokens = 64 if block_rows * head_dim <= 512 and not crowded else 32
+    block_tokens = 64 if block_rows * breadth <= 512 and not crowded else 32
     held = (processors or processors_of(device)) * INTEGER_PROGRAMS_PER_PROCESSOR
     blocks, heads = -(-length // block_tokens), heads * -(-rows // block_rows)
     least = 2 if 2 * blocks * heads > held else 1

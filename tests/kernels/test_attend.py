@@ -5,8 +5,9 @@ import torch
 from cases import TOLERANCE, close, compressed
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from reaching import SPANS, hidden_case
 
-from tqcompile import formats, reference
+from tqcompile import formats, reference, tables
 from tqcompile.kernels import attend, integer, tune
 
 CODECS = list(formats.REGISTRY)
@@ -206,3 +207,31 @@ def test_heads_that_do_not_divide_are_refused(device):
     q, keys, values = random_case(device, torch.float32, ("q8_0", "q8_0"))
     with pytest.raises(ValueError, match="multiple"):
         both(q[:, :5], keys, values, None, False, ("q8_0", "q8_0"), (64, 64))
+
+
+@pytest.mark.parametrize("kind", ["bool", "additive"])
+@pytest.mark.parametrize("spans", SPANS, ids=str)
+@pytest.mark.parametrize("name", ["turboquant:4", "turboquant:3", "q8_0"])
+def test_what_a_mask_hides_from_all_is_not_read(device, name, spans, kind):
+    q, planes, arguments, reach, basis, expected = hidden_case(name, spans, kind, device)
+    assert reach.tolist() == [list(span) for span in spans]
+    close(attend.attend(q, *planes, *arguments, reach=reach, basis=basis), expected, torch.float32)
+
+
+def test_one_reach_serves_all_sequences(device):
+    q, planes, arguments, reach, basis, expected = hidden_case("turboquant:4", SPANS[2][:1] * 2, "bool", device)
+    close(attend.attend(q, *planes, *arguments, reach=reach[:1], basis=basis), expected, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head_dim", [32, 48, 128, 256])
+def test_attention_rotates_back_into_any_dtype(device, head_dim, dtype):
+    torch.manual_seed(5)
+    codec = formats.codec("turboquant:3")
+    q, keys, values = random_case(device, torch.float32, ("turboquant:3",) * 2, head_dims=(head_dim, head_dim))
+    basis = tables.basis_matrix(codec, head_dim, device)
+    arguments = (q, keys, values, None, False, 0.125, codec, codec, (head_dim, head_dim))
+    out = attend.attend(*arguments, basis=basis, dtype=dtype)
+    expected = reference.rotate_back(reference.attend(*arguments), basis, torch.float32)
+    assert out.dtype == dtype
+    close(out.float(), expected, dtype)

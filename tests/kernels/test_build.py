@@ -25,6 +25,9 @@ INTEGER = [
     (("turboquant:3", "turboquant:3"), 64, Reader(), 4, 80),
     (("turboquant:2", "turboquant:2"), 96, Reader("additive"), 8, 90),
     (("turboquant:4", "turboquant:4"), 256, Reader("none", True), 4, 90),
+    (("q8_0", "q8_0"), 128, Reader("bool"), 8, 90),
+    (("q8_0", "turboquant:3"), 96, Reader(), 4, 80),
+    (("turboquant:5", "q8_0"), 256, Reader("additive"), 4, 90),
 ]
 
 

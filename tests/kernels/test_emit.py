@@ -13,7 +13,7 @@ from tqcompile import formats
 from tqcompile.codec import Codec, Lookup, Plane, Term
 from tqcompile.kernels import append, attend, emit
 from tqcompile.kernels.address import expression
-from tqcompile.kernels.writers import WRITERS
+from tqcompile.kernels.writers import writer
 from tqcompile.layout import COORDINATE, layout_of
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
@@ -26,7 +26,7 @@ def helpers_text(codec: Codec) -> str:
         texts += [
             f"# head_dim {head_dim}",
             *emit.reading_helpers("key", codec, head_dim),
-            WRITERS[codec.fit](codec, head_dim),
+            writer(codec, head_dim),
         ]
     return "\n\n\n".join(texts) + "\n"
 

@@ -1,50 +1,22 @@
 """The printed look-ups, run by an interpreter of the few instructions they are made of."""
 
-import re
-
+import emulate
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tqcompile import formats, tables
-from tqcompile.kernels import ptx
+from tqcompile.kernels import blocks, ptx
 from tqcompile.layout import layout_of
 
 WORD = st.integers(0, 2**32 - 1)
 
 
-def prmt(a, b, selector):
-    source = [(a | b << 32) >> 8 * place & 255 for place in range(8)]
-    picks = [selector >> 4 * place & 15 for place in range(4)]
-    result = [(255 if source[pick & 7] & 128 else 0) if pick & 8 else source[pick & 7] for pick in picks]
-    return int.from_bytes(bytes(result), "little")
-
-
-def lop3(a, b, c, table):
-    bits = [table >> ((a >> k & 1) << 2 | (b >> k & 1) << 1 | (c >> k & 1)) & 1 for k in range(32)]
-    return sum(bit << place for place, bit in enumerate(bits))
-
-
-OPERATIONS = {
-    "prmt": prmt,
-    "lop3": lop3,
-    "and": lambda a, b: a & b,
-    "shr": lambda a, b: a >> b,
-    "mul": lambda a, b: a * b & 0xFFFFFFFF,
-    "shl": lambda a, b: a << b & 0xFFFFFFFF,
-}
-
-
 def run(block, inputs, numbers):
     """The outputs of a block, each as four signed bytes."""
-    values = dict(enumerate([*inputs, *(word & 0xFFFFFFFF for word in ptx.table_words(numbers))], block.outputs))
-    registers = {f"${place}": value for place, value in values.items()}
-    for line in block.lines:
-        operation, target, rest = re.fullmatch(r"(\w+)[.\w]* (\S+), (.*);", line).groups()
-        operands = [registers[o] if o in registers else int(o, 0) for o in rest.split(", ")]
-        registers[target] = OPERATIONS[operation](*operands)
-    outputs = [registers[f"${place}"].to_bytes(4, "little") for place in range(block.outputs)]
+    words = [torch.tensor(word & 0xFFFFFFFF) for word in (*inputs, *ptx.table_words(numbers))]
+    outputs = [int(word).to_bytes(4, "little") for word in emulate.assembled(block.text(), words, block.outputs)]
     return [[byte - 256 if byte > 127 else byte for byte in output] for output in outputs]
 
 
@@ -82,6 +54,13 @@ def test_four_tokens_of_values_become_their_numbers_dim_by_dim(bits, fields, wor
         for nibble in range(8):
             codes = [code(bits, *pair, nibble, field) for pair in zip(words, high)]
             assert found[8 * field + nibble] == [numbers[c] for c in codes]
+
+
+@given(words=st.tuples(WORD, WORD, WORD, WORD))
+def test_the_bytes_of_four_tokens_are_transposed(words):
+    found = emulate.assembled(blocks.TRANSPOSE_BYTES.value, list(map(torch.tensor, words)), 4)
+    expected = zip(*(word.to_bytes(4, "little") for word in words))
+    assert [int(word).to_bytes(4, "little") for word in found] == list(map(bytes, expected))
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 5])

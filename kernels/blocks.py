@@ -1,0 +1,248 @@
+"""Eight-bit signed codes with one scale for every 32 of them, on int8 matrix units: what `fragment` does for a side
+of such codes, and which codecs have such a side.
+
+A code is a byte that the matrix unit takes as it is, and the 32 numbers of a block are one step of its products
+(m16n8k32). Lane 4 g + c holds, of each block of a key, bytes 8 c to 8 c + 7, and of each block of a value, bytes 4 g to
+4 g + 3; the bytes of four tokens of values are transposed on the way. Sums inside a block are exact integers. Scales
+belong to a token and a block: those of keys multiply the block's sum; those of values multiply the weights, of which
+each block has its own operand, whose parts are 15 bits of the largest in the block and the tile.
+"""
+
+from dataclasses import dataclass
+
+import triton.language as tl
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import mma_v2
+
+from tqcompile.codec import Codec
+from tqcompile.kernels.operands import (
+    QUERY_LIMIT,
+    WEIGHT_LIMIT,
+    bytes_of,
+    doublings,
+    four_tokens,
+    places,
+    rounded,
+    row_of,
+    value_operand,
+    weight_operand,
+    word_layout,
+)  # fmt: skip
+
+BLOCK = 32
+# Printed by `emit`; the names stand here so that the skeleton can be read, and checked, as ordinary Python.
+KEY_DIM = VALUE_DIM = KEY_BLOCKS = VALUE_BLOCKS = gl.constexpr(0)
+
+# Words of four tokens -> for each of their four bytes, those of the four tokens.
+TRANSPOSE_BYTES = gl.constexpr(
+    "{ .reg .b32 a, b, c, d; prmt.b32 a, $4, $5, 0x5140; prmt.b32 b, $6, $7, 0x5140;"
+    " prmt.b32 c, $4, $5, 0x7362; prmt.b32 d, $6, $7, 0x7362; prmt.b32 $0, a, b, 0x5410; prmt.b32 $1, a, b, 0x7632;"
+    " prmt.b32 $2, c, d, 0x5410; prmt.b32 $3, c, d, 0x7632; }"
+)
+
+
+@dataclass(frozen=True)
+class BlockSide:
+    """A side of the kernel whose codes are signed bytes in blocks of 32."""
+
+    bits: int
+    head_dim: int
+    crowded = False
+
+    @property
+    def blocks(self) -> int:
+        return self.head_dim // BLOCK
+
+    @property
+    def breadth(self) -> int:
+        """head_dim, or twice that where codes are bytes."""
+        return 2 * self.head_dim
+
+    def constants(self, name: str, lanes: int) -> str:
+        """The numbers of `fragment` and of this module for this side; `lanes` hold a token together."""
+        words, dims = BLOCK // 4 // lanes, BLOCK if name == "VALUE" else self.head_dim
+        values = {"BLOCKS": self.blocks, "WORDS": words, "DIMS": dims, "DIM": self.head_dim}
+        return "\n".join(f"{name}_{key} = gl.constexpr({value})" for key, value in values.items())
+
+
+def block_side_of(codec: Codec, head_dim: int) -> BlockSide | None:
+    """The side of `codec`, or None where its codes are no signed bytes in whole blocks of 32 under a half."""
+    plane, scale = codec.codes.plane, codec.scale
+    if codec.codes.table != "signed" or plane.bits != 8 or scale is None or scale.table != "half":
+        return None
+    return BlockSide(plane.bits, head_dim) if scale.plane.per == BLOCK and head_dim % BLOCK == 0 else None
+
+
+# fmt: off
+@gluon.jit
+def load_key_blocks(codes, last, T: gl.constexpr, STRIDE: gl.constexpr):
+    """Words [T / 8, 32, 2] of each block of a tile of keys; tokens after `last` repeat it (None: there are none)."""
+    i, lane, word = places(word_layout(T // 8, 2), T // 8, 2)
+    row = row_of(codes, 8 * i, lane // 4, last, STRIDE) + (lane % 4 * 2 + word)
+    blocks = ()
+    for block in gl.static_range(KEY_BLOCKS):
+        blocks = blocks + (gl.load(row + 8 * block),)
+    return blocks
+
+
+@gluon.jit
+def load_value_blocks(codes, last, T: gl.constexpr, STRIDE: gl.constexpr):
+    """Words [T / 4 (b, h, j), 32, 1] of each block of a tile of values."""
+    i, lane, word = places(word_layout(T // 4, 1), T // 4, 1)
+    row = row_of(codes, 32 * (i // 8) + 8 * (i % 4) + 4 * (i // 4 % 2), lane % 4, last, STRIDE) + (lane // 4 + word)
+    blocks = ()
+    for block in gl.static_range(VALUE_BLOCKS):
+        blocks = blocks + (gl.load(row + 8 * block),)
+    return blocks
+
+
+@gluon.constexpr_function
+def scale_width(blocks):
+    """The most scales of a token, 1, 2, 4 or 8, that all loads of them can have alike."""
+    return blocks & -blocks
+
+
+@gluon.constexpr_function
+def scale_layout(tokens, width):
+    """[tokens, width]: each lane has all scales of the tokens whose scores it has."""
+    registers = [[0, at] for at in doublings(1, width)] + [[at, 0] for at in doublings(8, tokens)]
+    return gl.DistributedLinearLayout(registers, [[0, 0], [0, 0], [1, 0], [2, 0], [4, 0]], [], [], [tokens, width])
+
+
+@gluon.jit
+def load_scales(scale, last, T: gl.constexpr, STRIDE: gl.constexpr, BLOCKS: gl.constexpr):
+    """Scales [T, width] of the blocks of a tile; tokens after `last` repeat it (None: there are none)."""
+    WIDTH: gl.constexpr = scale_width(BLOCKS)
+    LAYOUT: gl.constexpr = scale_layout(T, WIDTH)
+    token = gl.arange(0, T, gl.SliceLayout(1, LAYOUT))
+    if last is not None:
+        token = gl.minimum(token, last)
+    address = scale + token[:, None] * STRIDE + gl.arange(0, WIDTH, gl.SliceLayout(0, LAYOUT))[None, :]
+    found = ()
+    for block in gl.static_range(0, BLOCKS, WIDTH):
+        found = found + (gl.load(address + block),)
+    return found
+
+
+@gluon.jit
+def each_scale(scales, T: gl.constexpr, BLOCKS: gl.constexpr, LAYOUT: gl.constexpr):
+    """The scales [T] of each block in float32, out of those [T, width] of several."""
+    WIDTH: gl.constexpr = scale_width(BLOCKS)
+    found = ()
+    for place in gl.static_range(BLOCKS // WIDTH):
+        parts = (scales[place].to(gl.float32),)
+        for step in gl.static_range(WIDTH.bit_length() - 1):
+            even, odd = (), ()
+            for part in gl.static_range(1 << step):
+                first, second = gl.split(gl.reshape(parts[part], [T, WIDTH >> step + 1, 2]))
+                even, odd = even + (first,), odd + (second,)
+            parts = even + odd
+        for part in gl.static_range(WIDTH):
+            found = found + (gl.convert_layout(gl.reshape(parts[part], [T]), LAYOUT),)
+    return found
+
+
+@gluon.jit
+def query_blocks(
+    q, row, q_h, q_t, q_d, queries, groups, scale, LAYOUT: gl.constexpr, SCORES: gl.constexpr, R: gl.constexpr,
+):
+    """Rows of q as right operands [32, 2 R], one a block, and for each the size [R] of one unit of a row."""
+    k = gl.arange(0, 32, gl.SliceLayout(1, LAYOUT))
+    column = gl.arange(0, 2 * R, gl.SliceLayout(0, LAYOUT))
+    near = k // 4 % 4 * 8 + k // 16 * 4 + k % 4
+    place = (row + column // 2).to(gl.int64)
+    address = q + (place // queries * q_h + place % queries * q_t)[None, :] + near[:, None] * q_d
+    operands, units = (), ()
+    for block in gl.static_range(KEY_BLOCKS):
+        inside = (near < 32)[:, None] & (place < groups * queries)[None, :]
+        x = gl.load(address + 32 * block * q_d, mask=inside, other=0.0).to(gl.float32)
+        # A product with zero keeps what is no number, which a maximum may drop.
+        size = gl.max(gl.abs(x), 0) + gl.sum(x * 0.0, 0)
+        size = gl.where(size == 0.0, 1.0, size)
+        number = rounded(x * (QUERY_LIMIT / size)[None, :])
+        high = (number + 64) >> 7
+        operands = operands + (gl.where((column % 2 == 0)[None, :], high, number - high * 128).to(gl.int8),)
+        unit = gl.max(gl.reshape(size, [R, 2]), 1) * (scale / QUERY_LIMIT)
+        units = units + (gl.convert_layout(unit, gl.SliceLayout(0, SCORES)),)
+    return operands, units
+
+
+@gluon.jit
+def block_scores(blocks, scales, asked, units, T: gl.constexpr, R: gl.constexpr, MMA: gl.constexpr):
+    """Scores [T, R] of a tile's keys."""
+    scores = 0.0
+    TOKENS: gl.constexpr = gl.SliceLayout(1, units[0].type.layout.parent)
+    scales = each_scale(scales, T, KEY_BLOCKS, TOKENS)
+    for block in gl.static_range(KEY_BLOCKS):
+        x = gl.reshape(bytes_of(blocks[block]), [T // 8, 8, 4, 2, 4])
+        keys = gl.convert_layout(gl.reshape(gl.permute(x, [0, 1, 3, 2, 4]), [T, 32]), gl.DotOperandLayout(0, MMA, 4))
+        product = mma_v2(keys, asked[block], gl.full([T, 2 * R], 0, gl.int32, MMA))
+        coarse, fine = gl.split(gl.reshape(product, [T, R, 2]))
+        part = (coarse * 128 + fine).to(gl.float32) * (scales[block][:, None] * units[block][None, :])
+        scores += part
+    return scores
+
+
+@gluon.jit
+def repeated(x, COUNT: gl.constexpr):
+    """COUNT times x, as a tuple."""
+    found = ()
+    for _ in gl.static_range(COUNT):
+        found = found + (x,)
+    return found
+
+
+@gluon.jit
+def larger(x, y):
+    return gl.maximum(x, y, propagate_nan=tl.PropagateNan.ALL)
+
+
+@gluon.jit
+def transposed_bytes(words, T: gl.constexpr):
+    """Words [T / 4 (b, h, j), 32, 1] of a block -> four tokens' bytes of each of its dims: left operand [32, T]."""
+    first, second, third, fourth = four_tokens(words, T, 1)
+    first, second, third, fourth = gl.inline_asm_elementwise(
+        TRANSPOSE_BYTES, "=&r,=&r,=&r,=&r,r,r,r,r", [first, second, third, fourth],
+        dtype=(gl.int32, gl.int32, gl.int32, gl.int32), is_pure=True, pack=1,
+    )
+    return value_operand(gl.join(gl.join(first, third), gl.join(second, fourth)), T, 32)
+
+
+@gluon.jit
+def mix_blocks(blocks, scales, weights, rescale, mixed, T: gl.constexpr, R: gl.constexpr, MMA: gl.constexpr):
+    """The sums [32, R] of each block, `mixed`, after a tile of values; a scale that is no number makes them none."""
+    after = ()
+    TOKENS: gl.constexpr = gl.SliceLayout(1, weights.type.layout)
+    scales = each_scale(scales, T, VALUE_BLOCKS, TOKENS)
+    columns: gl.constexpr = gl.SliceLayout(0, mixed[0].type.layout)
+    rescale = gl.convert_layout(rescale, columns)
+    for block in gl.static_range(VALUE_BLOCKS):
+        scaled = weights * scales[block][:, None]
+        size = larger(gl.reduce(gl.abs(scaled), 0, larger), 1e-30)
+        operand = weight_operand(scaled * (WEIGHT_LIMIT / size)[None, :], T, R)
+        operand = gl.convert_layout(operand, gl.DotOperandLayout(1, MMA, 4))
+        values = gl.convert_layout(transposed_bytes(blocks[block], T), gl.DotOperandLayout(0, MMA, 4))
+        product = mma_v2(values, operand, gl.full([32, 2 * R], 0, gl.int32, MMA))
+        coarse, fine = gl.split(gl.reshape(product, [32, R, 2]))
+        part = (coarse * 256 + fine).to(gl.float32) * gl.convert_layout(size * (1.0 / WEIGHT_LIMIT), columns)[None, :]
+        after = after + (mixed[block] * rescale[None, :] + part,)
+    return after
+
+
+@gluon.jit
+def store_blocks(out, place, row, rows, mixed, R: gl.constexpr):
+    """Store the sums of each block at `out`, rows of VALUE_DIM numbers from row `place` on."""
+    LAYOUT: gl.constexpr = mixed[0].type.layout
+    m = gl.arange(0, 32, gl.SliceLayout(1, LAYOUT))
+    row += gl.arange(0, R, gl.SliceLayout(0, LAYOUT))
+    address = out + (place + row)[None, :] * VALUE_DIM + (m % 8 * 4 + m // 8)[:, None]
+    for block in gl.static_range(VALUE_BLOCKS):
+        gl.store(address + 32 * block, mixed[block], mask=(m < 32)[:, None] & (row < rows)[None, :])
+# fmt: on
+
+
+KERNELS = (
+    *(load_key_blocks, load_value_blocks, scale_width, scale_layout, load_scales, each_scale),
+    *(query_blocks, block_scores, repeated, larger, transposed_bytes, mix_blocks, store_blocks),
+)

@@ -1,0 +1,30 @@
+"""Caches of which a mask shows a part: what it hides holds numbers that would be seen in a result."""
+
+import math
+
+import torch
+from cases import compressed
+
+from tqcompile import formats, reference, tables
+from tqcompile.passes import rewrite
+
+SPANS = [[(0, 40), (150, 299)], [(7, 8), (299, 300)], [(130, 131), (64, 192)], [(0, 300), (0, 1)]]
+
+
+def hidden_case(name, spans, kind, device):
+    """q, planes with nothing but NaN out of reach, mask, and what attention over the rest gives [2, 6, 2, 64]."""
+    torch.manual_seed(4)
+    codec, token = formats.codec(name), torch.arange(300)
+    shown = torch.stack([(token >= first) & (token < stop) for first, stop in spans])[:, None, None]
+    caches = [torch.randn(2, 2, 300, 64) for _ in range(2)]
+    q = torch.randn(2, 6, 2, 64).to(device)
+    keep = shown & (torch.rand(2, 1, 2, 300) < 0.5)
+    for row, (first, stop) in enumerate(spans):
+        keep[row, ..., [first, stop - 1]] = True
+    mask = (keep if kind == "bool" else torch.where(keep, 0.25, torch.finfo(torch.float32).min)).to(device)
+    planes = [compressed(codec, x.to(device)) for x in caches]
+    arguments = (mask, False, 0.125, codec, codec, (64, 64))
+    basis = tables.basis_matrix(codec, 64, device)
+    expected = reference.rotate_back(reference.attend(q, *planes, *arguments), basis, torch.float32)
+    broken = [compressed(codec, torch.where(shown.view(2, 1, 300, 1), x, math.nan).to(device)) for x in caches]
+    return q, broken, arguments, rewrite.reach(mask), basis, expected

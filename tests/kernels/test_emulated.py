@@ -1,0 +1,88 @@
+"""The kernel on int8 units without a device: its own text, emulated, against the reference."""
+
+from types import SimpleNamespace
+
+import emulate
+import pytest
+import torch
+from cases import TOLERANCE, close, compressed
+from reaching import SPANS, hidden_case
+
+from tqcompile import formats, reference
+from tqcompile.kernels import attend, integer
+
+NAMES = ["q8_0", *(f"turboquant:{bits}" for bits in (2, 3, 4, 5))]
+PAIRS = [(name, name) for name in NAMES] + [("q8_0", "turboquant:3"), ("turboquant:5", "q8_0")]
+
+
+@pytest.fixture(autouse=True)
+def emulated(monkeypatch):
+    """Have all calls taken, and run by the emulator."""
+    calls = []
+
+    def module(keys, values, reader, folder):
+        calls.append((keys, values))
+        return SimpleNamespace(attend_fragments=emulate.Kernel(integer.source(keys, values, reader)))
+
+    monkeypatch.setattr(integer, "takes", lambda *a: True)
+    monkeypatch.setattr(integer, "module", module)
+    monkeypatch.setitem(TOLERANCE, torch.float32, 4e-4)
+    yield
+    assert calls
+
+
+def attends_like_the_reference(q, keys, values, mask, causal, names, dims):
+    arguments = (q, keys, values, mask, causal, dims[0] ** -0.5, *map(formats.codec, names), dims)
+    close(attend.attend(*arguments), reference.attend(*arguments), q.dtype)
+
+
+@pytest.mark.parametrize("names", PAIRS, ids=str)
+@pytest.mark.parametrize(("dims", "rows"), [((64, 64), 4), ((96, 128), 8), ((256, 32), 3)], ids=str)
+def test_a_ragged_cache_attends_like_the_reference(names, dims, rows):
+    torch.manual_seed(0)
+    q = torch.randn(1, 2 * rows, 1, dims[0])
+    planes = [compressed(formats.codec(name), torch.randn(1, 2, 77, dim)) for name, dim in zip(names, dims)]
+    attends_like_the_reference(q, *planes, None, False, names, dims)
+
+
+@pytest.mark.parametrize("kind", ["bool", "additive", "causal"])
+def test_masks_and_strides(kind):
+    torch.manual_seed(1)
+    codec = formats.codec("q8_0")
+    keys, values = (compressed(codec, torch.randn(2, 2, 150, 64), growing=True) for _ in range(2))
+    keys, values = ([plane[:, :, 3:] for plane in planes] for planes in (keys, values))
+    q = torch.randn(2, 5, 6, 64).transpose(1, 2)
+    keep = torch.rand(2, 1, 5, 147) < 0.8
+    mask = {"bool": keep, "additive": torch.where(keep, 0.0, -1e4), "causal": None}[kind]
+    attends_like_the_reference(q, keys, values, mask, kind == "causal", ("q8_0", "q8_0"), (64, 64))
+
+
+@pytest.mark.parametrize("name", ["turboquant:3", "q8_0"])
+@pytest.mark.parametrize("spans", SPANS, ids=str)
+def test_what_a_mask_hides_from_all_is_not_read(name, spans):
+    q, planes, arguments, reach, basis, expected = hidden_case(name, spans, "bool", "cpu")
+    close(attend.attend(q, *planes, *arguments, reach=reach, basis=basis), expected, q.dtype)
+
+
+@pytest.mark.parametrize("side", [0, 1])
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+@pytest.mark.parametrize("length", [40, 64])
+def test_a_block_that_is_no_number_reaches_what_the_reference_lets_it_reach(side, wrong, length):
+    torch.manual_seed(2)
+    tokens = [torch.randn(1, 1, length, 96) for _ in range(2)]
+    tokens[side][0, 0, length - 1, 40] = wrong
+    planes = [compressed(formats.codec("q8_0"), x) for x in tokens]
+    attends_like_the_reference(torch.randn(1, 4, 1, 96), *planes, None, False, ("q8_0", "q8_0"), (96, 96))
+
+
+def test_sizes_that_differ_from_block_to_block_cost_no_digits():
+    """Each block of the output is as good by itself, whatever the sizes of its neighbours."""
+    torch.manual_seed(3)
+    sizes = torch.tensor([1e-3, 100.0, 1.0, 1e-2]).repeat_interleave(32)
+    codec = formats.codec("q8_0")
+    keys, values = (compressed(codec, torch.randn(1, 1, 90, 128) * size) for size in (sizes.flip(0), sizes))
+    q = torch.randn(1, 4, 1, 128) / sizes.flip(0)
+    arguments = (q, keys, values, None, False, 128**-0.5, codec, codec, (128, 128))
+    out, expected = attend.attend(*arguments), reference.attend(*arguments)
+    for block in range(4):
+        close(out[..., 32 * block : 32 * block + 32], expected[..., 32 * block : 32 * block + 32], q.dtype)
