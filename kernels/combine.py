@@ -44,25 +44,29 @@ def attend_combine(
     BLOCK_J: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    if EARLY:
-        # Launched while the splits still run: until here nothing of theirs is read.
-        gdc_wait()
     head = (tl.program_id(0) // rows).to(tl.int64)
     row = tl.program_id(0) % rows
     d = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
+    if BLOCK_J:
+        j = tl.arange(0, BLOCK_J)
+        turns = basis + d[:, None] * VALUE_DIM + j[None, :]
+        part = tl.load(turns, mask=(d < VALUE_DIM)[:, None] & (j < VALUE_DIM)[None, :], other=0.0)
+    if EARLY:
+        # Launched while the splits still run: until here nothing of theirs is read.
+        gdc_wait()
     peak = float("-inf")
     total = 0.0
     mixed = tl.full([BLOCK_V], 0.0, tl.float32)
     for start in range(0, splits, BLOCK_S):
         s = start + tl.arange(0, BLOCK_S)
         place = (head * splits + s) * rows + row
-        part = tl.load(peaks + place, mask=s < splits, other=float("-inf"))
+        high = tl.load(peaks + place, mask=s < splits, other=float("-inf"))
         inside = (s < splits)[:, None] & (d < VALUE_DIM)[None, :]
         sums = tl.load(parts + place[:, None] * VALUE_DIM + d[None, :], mask=inside, other=0.0)
-        new_peak = tl.maximum(peak, maximum_of(part, 0))
+        new_peak = tl.maximum(peak, maximum_of(high, 0))
         pivot = tl.where(new_peak == float("-inf"), 0.0, new_peak)
         rescale = tl.exp(peak - pivot)
-        share = tl.exp(part - pivot)
+        share = tl.exp(high - pivot)
         total = total * rescale + sum_of(tl.load(totals + place, mask=s < splits, other=0.0) * share, 0)
         mixed = mixed * rescale + sum_of(sums * share[:, None], 0)
         peak = new_peak
@@ -71,10 +75,11 @@ def attend_combine(
     if BLOCK_J == 0:
         tl.store(out + d, mixed.to(out.dtype.element_ty), mask=d < VALUE_DIM)
     for start in tl.static_range(0, BLOCK_V if BLOCK_J else 0, BLOCK_J if BLOCK_J else 1):
-        j = start + tl.arange(0, BLOCK_J)
-        inside = (d < VALUE_DIM)[:, None] & (j < VALUE_DIM)[None, :]
-        part = tl.load(basis + d[:, None] * VALUE_DIM + j[None, :], mask=inside, other=0.0).to(tl.float32)
-        tl.store(out + j, sum_of(mixed[:, None] * part, 0).to(out.dtype.element_ty), mask=j < VALUE_DIM)
+        if start > 0:
+            inside = (d < VALUE_DIM)[:, None] & (start + j < VALUE_DIM)[None, :]
+            part = tl.load(turns + start, mask=inside, other=0.0)
+        turned = sum_of(mixed[:, None] * part.to(tl.float32), 0)
+        tl.store(out + start + j, turned.to(out.dtype.element_ty), mask=start + j < VALUE_DIM)
 
 
 def parts(like: torch.Tensor, heads: int, rows: int, value_dim: int, splits: int) -> tuple[torch.Tensor, ...]:

@@ -107,12 +107,12 @@ def combine_blocks(splits: int, value_dim: int, turned: bool) -> tuple[int, int,
     """Splits and dims that a program of the combination reads at once, and dims that it rotates to at once (or 0)."""
     dims = extent(value_dim) if turned else min(COMBINE_DIMS, extent(value_dim))
     most = COMBINE_SPLITS * COMBINE_DIMS // dims if turned else COMBINE_SPLITS
-    return min(most, power_of_two(splits)), dims, turned_dims(value_dim) if turned else 0
+    return min(most, power_of_two(splits)), dims, turned_dims(value_dim, 2 * TURNED_NUMBERS) if turned else 0
 
 
-def turned_dims(head_dim: int) -> int:
-    """Rows of a basis that a program multiplies by at once."""
-    return max(1, min(extent(head_dim), TURNED_NUMBERS // extent(head_dim)))
+def turned_dims(head_dim: int, numbers: int = TURNED_NUMBERS) -> int:
+    """Rows of a basis that a program multiplies by at once, where it may hold so many numbers."""
+    return max(1, min(extent(head_dim), numbers // extent(head_dim)))
 
 
 @cache

@@ -2,10 +2,13 @@
 
 import torch
 
+from tqcompile import tables
 from tqcompile.codec import Codec
 from tqcompile.kernels.address import DEVICE_TYPE, power_of_two
 from tqcompile.layout import Section, layout_of
 
+# A look-up of up to so many bits is a sum of comparisons.
+MOST_COMPARED_BITS = 5
 WRITE_SIGNATURE = (
     "@triton.jit\n"
     "def {name}(y, y_stride, codes, scale, edges, table, valid, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr):"
@@ -38,7 +41,7 @@ def sphere_writer(codec: Codec, head_dim: int) -> str:
     the same arithmetic and so the same code, and needs no exchange between threads.
     """
     layout = layout_of(codec, head_dim, torch.float32, DEVICE_TYPE).plane(codec.codes.plane.name)
-    root, bits = repr(float(head_dim) ** 0.5), codec.codes.plane.bits
+    root = repr(float(head_dim) ** 0.5)
     lines = [
         WRITE_SIGNATURE,
         "    d = tl.arange(0, BLOCK_D)[None, :]",
@@ -52,17 +55,29 @@ def sphere_writer(codec: Codec, head_dim: int) -> str:
         "    size = tl.sqrt_rn(sum_of(shape * shape, 1))",
         "    size_divisor = tl.where(size > 0.0, size, 1.0)",
         f"    unit = tl.div_rn(shape, size_divisor[:, None]) * {root}",
-        f"    centroid = tl.load(table + nearest(unit, edges, {bits}))",
+        "    centroid = tl.load(table + {name}_code(unit, edges))",
         "    fitted = sum_of(tl.where(inside, unit * centroid, 0.0), 1)",
         f"    scalar = tl.div_rn(peak * size_divisor * {root}, tl.where(usable, fitted, 1.0))",
         "    tl.store(scale, tl.where(peak == 0.0, 0.0, scalar).to(tl.float16), mask=valid)",
     ]
     for section in layout.sections:
-        lines += _sphere_section(section, layout.count, bits, root)
-    return "\n".join(lines)
+        lines += _sphere_section(section, layout.count, root)
+    return "\n".join([*code_lines_of(codec, head_dim), "", "", *lines])
 
 
-def _sphere_section(section: Section, count: int, bits: int, root: str) -> list[str]:
+def code_lines_of(codec: Codec, head_dim: int) -> list[str]:
+    """`code` of a number in units of its codebook: few edges are compared with, many are searched in memory."""
+    bits = codec.codes.plane.bits
+    lines = ["@triton.jit", "def {name}_code(unit, edges):"]
+    if bits > MOST_COMPARED_BITS:
+        return [*lines, f"    return nearest(unit, edges, {bits})"]
+    edges = tables.boundaries(tables.numbers(codec.codes, head_dim))
+    lines += ["    code = tl.full(unit.shape, 0, tl.int32)"]
+    lines += [f"    code = tl.where(unit > {edge!r}, {code}, code)" for code, edge in enumerate(edges, 1)]
+    return [*lines, "    return code"]
+
+
+def _sphere_section(section: Section, count: int, root: str) -> list[str]:
     extent = power_of_two(section.run)
     return [
         f"    j = tl.arange(0, {extent})[None, :]",
@@ -72,7 +87,7 @@ def _sphere_section(section: Section, count: int, bits: int, root: str) -> list[
         f"        inside = valid[:, None] & (j < {section.run}) & (d < {count})",
         "        number = tl.load(y[:, None] + d * y_stride, mask=inside, other=0.0).to(tl.float32)",
         "        shape = tl.where(usable[:, None], tl.div_rn(number, divisor[:, None]), 0.0)",
-        f"        code = nearest(tl.div_rn(shape, size_divisor[:, None]) * {root}, edges, {bits})",
+        f"        code = {{name}}_code(tl.div_rn(shape, size_divisor[:, None]) * {root}, edges)",
         piece_line(section),
         f"    inside = valid[:, None] & (j < {section.run})",
         f"    tl.store(codes[:, None] + {section.offset} + j, byte.to(tl.uint8), mask=inside)",
@@ -130,4 +145,4 @@ _WRITERS = {"exact": exact_writer, "absmax": absmax_writer, "sphere": sphere_wri
 
 def writer(codec: Codec, head_dim: int, name: str = "write_tokens") -> str:
     """The helper of a codec, under a name."""
-    return _WRITERS[codec.fit](codec, head_dim).replace(WRITE_SIGNATURE, WRITE_SIGNATURE.format(name=name))
+    return _WRITERS[codec.fit](codec, head_dim).replace("{name}", name)

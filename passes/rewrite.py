@@ -35,7 +35,8 @@ def reach(mask: torch.Tensor) -> torch.Tensor:
     mask = mask.reshape(*[1] * (4 - mask.dim()), *mask.shape)
     seen = mask if mask.dtype == torch.bool else ~(mask <= torch.finfo(mask.dtype).min)
     length = mask.shape[-1]
-    token = torch.arange(length, dtype=torch.int32, device=mask.device)
+    # In int64: Inductor 2.11 mixes the widths up where the length is a symbol.
+    token = torch.arange(length, device=mask.device)
     some, blind = seen.flatten(1, 2).any(1), ~seen.any(-1).flatten(1).all(-1)
     first = torch.where(some, token, length).amin(-1).masked_fill(blind, 0)
     stop = torch.where(some, token + 1, 0).amax(-1).masked_fill(blind, length)

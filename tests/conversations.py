@@ -16,7 +16,10 @@ from tqcompile import formats, reference, tables
 def fake_quantised(x: torch.Tensor, codec: str) -> torch.Tensor:
     """`x` [..., head_dim] as a cache of that codec gives it back."""
     format = formats.codec(codec)
-    basis = tables.basis_matrix(format, x.shape[-1], x.device)
+    # A GPU rotates what is in half precision by a basis of that precision: a number near an edge is told apart.
+    dtype = x.dtype if x.is_cuda else torch.float32
+    basis = tables.basis_matrix(format, x.shape[-1], x.device, dtype)
+    basis = None if basis is None else basis.float()
     planes = reference.encode(format, reference.rotate(x, basis))
     return reference.rotate_back(reference.decode(format, planes, x.shape[-1]), basis, x.dtype)
 

@@ -1,0 +1,59 @@
+"""Planes of more than 2**31 bytes: every address in them takes 64 bits."""
+
+import pytest
+import torch
+from cases import TOLERANCE, close
+
+from tqcompile import formats, reference, tables
+from tqcompile.kernels import append, attend, integer, step
+from tqcompile.layout import layout_of
+from tqcompile.passes import rewrite
+
+LENGTH, LAST = 4_300_000, 700
+
+
+@pytest.fixture(scope="module")
+def wide():
+    """A codec, and planes of keys and of values of 8 heads whose last tokens alone are written."""
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    torch.manual_seed(0)
+    codec = formats.codec("turboquant:4")
+    planes = [layout_of(codec, 128, torch.float32, "cuda").allocate((1, 8, LENGTH), "cuda") for _ in range(2)]
+    assert max(plane.nbytes for plane in planes[0]) > 2**31
+    positions = torch.arange(LENGTH - LAST, LENGTH, device="cuda")
+    for side in planes:
+        append.append(codec, side, torch.randn(1, 8, LAST, 128, device="cuda"), positions)
+    return codec, planes
+
+
+def at_the_end(planes):
+    return [plane[:, :, LENGTH - LAST :].contiguous() for plane in planes]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("reaching", [False, True])
+@pytest.mark.parametrize("kernel", ["portable", "int8"])
+def test_the_last_tokens_are_read(wide, kernel, reaching, monkeypatch):
+    codec, (keys, values) = wide
+    if kernel == "portable":
+        monkeypatch.setattr(integer, "takes", lambda *a: False)
+    else:
+        monkeypatch.setitem(TOLERANCE, torch.float32, 4e-4)
+    q = torch.randn(1, 16, 1, 128, device="cuda")
+    mask = (torch.arange(LENGTH, device="cuda") >= LENGTH - LAST).view(1, 1, 1, -1)
+    options = (False, 0.1, codec, codec, (128, 128))
+    out = attend.attend(q, keys, values, mask, *options, reach=rewrite.reach(mask) if reaching else None)
+    close(out, reference.attend(q, at_the_end(keys), at_the_end(values), None, *options), torch.float32)
+
+
+@pytest.mark.gpu
+def test_the_last_token_is_written(wide):
+    codec, planes = wide
+    basis = tables.basis_matrix(codec, 128, "cuda")
+    k, q = torch.randn(1, 8, 1, 128, device="cuda"), torch.randn(1, 16, 1, 128, device="cuda")
+    step.append_step((codec, codec), planes, (k, k), q, torch.tensor([LENGTH - 1], device="cuda"), (basis, basis))
+    expected = reference.encode(codec, reference.rotate(k, basis))
+    for side in planes:
+        last = reference.decode(codec, [plane[:, :, LENGTH - 1 :] for plane in side], 128)
+        torch.testing.assert_close(last, reference.decode(codec, expected, 128), rtol=1e-3, atol=1e-3)
