@@ -7,7 +7,9 @@ longer one is returned. States that are replaced as a whole (of a convolution, o
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import fx
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from tqcompile.passes.canonicalize import example, spelling, tensor_of
 from tqcompile.passes.survey import memory_of, written_operands
@@ -63,7 +65,7 @@ def _carries(user: fx.Node, node: fx.Node) -> bool:
     if tensor_of(user) is None:
         return False
     source = user.args[0] if user.args else user.kwargs.get("input")
-    return memory_of(user) == memory_of(node) or (spelling(user) in CARRIERS and source is node)
+    return _share(user, node) or (spelling(user) in CARRIERS and source is node)
 
 
 def _continues(user: fx.Node, node: fx.Node) -> bool:
@@ -82,7 +84,7 @@ def _returned(node: fx.Node, cat: fx.Node | None) -> fx.Node | None:
 
 def _writes_tokens(write: fx.Node, target: fx.Node, root: fx.Node) -> bool:
     """Whether a write changes a part of `root` that could be tokens: not all of it, nor one of a stack of states."""
-    if memory_of(target) != memory_of(root):
+    if not _share(target, root):
         return False
     if spelling(write) in _INDEXED:
         return True
@@ -93,6 +95,20 @@ def _writes_tokens(write: fx.Node, target: fx.Node, root: fx.Node) -> bool:
         return False
     parts = [not full(item, size) for item, size in zip(items, tensor_of(target).shape)]
     return any(parts[1:]) or (parts[0] and not isinstance(example(items[0]), int))
+
+
+def _share(node: fx.Node, other: fx.Node) -> bool:
+    """Whether two tensors share memory; what a subclass wraps is its memory too."""
+    return not _memories(node).isdisjoint(_memories(other))
+
+
+def _memories(node: fx.Node) -> set[int]:
+    value, found = tensor_of(node), {memory_of(node)}
+    if is_traceable_wrapper_subclass(value):
+        # Not all of them are tensors: a sharded one also names the processes it is sharded over.
+        inner = (getattr(value, name) for name in value.__tensor_flatten__()[0])
+        found |= {part.untyped_storage()._cdata for part in inner if isinstance(part, torch.Tensor)}
+    return found
 
 
 def _sizes(node: fx.Node) -> list[str]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import fx
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from tqcompile.cache import CompressedKV, refusal
 from tqcompile.codec import Codec
@@ -174,6 +175,8 @@ def _obstacle(root, role, in_place, append, outputs, context) -> str | None:
     if role == "both" and len(chosen) > 1 and _held_codec(root) is None:
         return "it is read as keys and as values, and the two have different codecs"
     value, held = tensor_of(root), real(root) if root.op == "placeholder" else None
+    if is_traceable_wrapper_subclass(value):
+        return _wrapped(value)
     if value.requires_grad or (held is not None and held.requires_grad):
         return "gradients flow through it"
     if append is not None and tensor_of(append.node).requires_grad:
@@ -198,6 +201,8 @@ def _differentiable(read: Read, root: fx.Node) -> bool:
 
 _REMEDIES = {
     "gradients flow through it": "Call the model under torch.no_grad() or torch.inference_mode().",
+    "it is a DTensor, not a plain tensor": "Let each rank keep its own heads: shard the projections with "
+    "use_local_output=True, or take to_local() before the cache.",
     "it is a view of another tensor": "Give each layer a cache tensor of its own.",
     "other tensors share its memory": "Drop the other views of it before the first compiled call.",
 }
@@ -208,10 +213,17 @@ def _refusal(root: fx.Node, reason: str, culprit: fx.Node | None = None) -> Refu
     return Refusal(name_of(root), reason, where(culprit or next(iter(root.users), root)), remedy)
 
 
+def _wrapped(value: torch.Tensor) -> str:
+    """Why a tensor that wraps others, as one sharded over processes does, is no cache that planes can stand for."""
+    return f"it is a {type(value).__name__}, not a plain tensor"
+
+
 def _unknown(cache: Overlooked) -> Refusal:
     """The refusal of a cache that no pattern took for one."""
     value = tensor_of(cache.root)
-    if value.dim() != 4:
+    if is_traceable_wrapper_subclass(value):
+        reason = _wrapped(value)
+    elif value.dim() != 4:
         reason = f"it has {value.dim()} dimensions, where keys and values have [batch, heads, tokens, head_dim]"
     elif value.dtype not in FLOATS:
         reason = f"its dtype is {value.dtype}"

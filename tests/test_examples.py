@@ -18,9 +18,14 @@ TINY = ("--inner", "eager", "--keys", "turboquant:5", "--values", "turboquant:4"
 
 def run(name: str, *arguments: object, folder: pathlib.Path = EXAMPLES) -> str:
     """What an example prints."""
-    command = [sys.executable, str(folder / name), *map(str, arguments)]
+    return execute(folder / name, *arguments)
+
+
+def execute(*arguments: object) -> str:
+    """What Python prints that is started so."""
+    command = [sys.executable, *map(str, arguments)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
@@ -112,6 +117,24 @@ def test_hand_written():
     assert "the key cache of layer 0 is now a CompressedKV(turboquant:5, shape=(1, 4, 68, 64)" in shown
     assert "live caches: 4," in shown
     assert "left dense" not in shown and "ran dense" not in shown
+
+
+def test_tensor_parallel():
+    command = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, EXAMPLES / "tensor_parallel.py")
+    shown = execute(*command, "--tokens", 8, *TINY)
+    rows = [line.split() for line in shown.splitlines() if re.match(r" +\d+  (cpu|cuda)", line)]
+    assert [row[0] for row in rows] == ["0", "1"]
+    for _, _, caches, heads, ours, dense, agreement, *_ in rows:
+        # 2 of 4 KV heads of 32 numbers, keys and values of 2 layers; 64 tokens read and 8 decoded, in float32.
+        assert (caches, heads, dense) == ("4", "2", f"{72 * 2 * 32 * 2 * 2 * 4:,}")
+        assert number(r"(.*)", ours) < number(r"(.*)", dense) / 4
+        assert float(agreement.rstrip("%")) > 50
+    assert "live caches: 4," in shown and "left dense" not in shown
+
+
+def test_an_example_for_torchrun_says_so_without_it(capsys, monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    assert "torchrun --nproc-per-node 2" in complaint(capsys, monkeypatch, "tensor_parallel")
 
 
 def test_bench_cpu(checkpoint):
