@@ -17,10 +17,10 @@ import triton.language as tl
 
 from tqcompile import tables
 from tqcompile.codec import Codec, Lookup
-from tqcompile.kernels import emit, integer, tune
+from tqcompile.kernels import decoded, emit, integer, tune
 from tqcompile.kernels.combine import combine, maximum_of, parts, sum_of
 from tqcompile.kernels.emit import Reader
-from tqcompile.reference import Planes, split
+from tqcompile.reference import Planes, rotate_back, split
 
 # Printed by `emit`; the names stand here so that the skeleton can be read, and checked, as ordinary Python.
 key_scalars = key_numbers = value_scalars = value_numbers = read_scores = None
@@ -168,11 +168,12 @@ def attend(
     q [B, Hq, T, D] float32, float16 or bfloat16 in the key basis, any strides; planes [B, Hkv, S, width], any strides
     but contiguous in the last; mask broadcasts to [B, Hq, T, S], bool (True keeps) or additive. `reach`, int32 [B or 1,
     2], says that `mask` hides all tokens but those from the first number to before the second: no other is read then.
-    Returns [B, Hq, T, Dv] in `dtype`, rotated back by `basis`. On a GPU, up to 16 rows a KV head over codes of two to
-    five bits, or signed bytes in blocks of 32, run on int8 units (`integer`), with 15 bits of q and of the
-    probabilities. Elsewhere matrix products run in q's dtype (float32: without tf32) and accumulate in float32; a plane
-    of native numbers in another dtype than q's is read as float32. Nothing waits for the device, and after a call with
-    like arguments (codecs, dtypes, reader, strides) a CUDA graph can capture it. Generated files go to `folder`.
+    Returns [B, Hq, T, Dv] in `dtype`, rotated back by `basis`. On a GPU, up to 128 rows a KV head over
+    codes of two to five bits, or signed bytes in blocks of 32, run on int8 units (`integer`), with 15 bits of q and of
+    the probabilities, and more rows of any codec on decoded heads (`decoded`). Elsewhere matrix products run in q's
+    dtype (float32: without tf32) and accumulate in float32; a plane of native numbers in another dtype than q's is read
+    as float32. Nothing waits for the device, and after a call with like arguments (codecs, dtypes, reader, strides) a
+    CUDA graph can capture it. Generated files go to `folder`.
 
     Raises:
         ValueError: q has a dtype that no cache holds, or its heads are no multiple of the planes'.
@@ -190,6 +191,10 @@ def attend(
     if not batch * kv_heads * rows * length:
         return q.new_zeros(shape, dtype=dtype)
     reader, codecs = reader_of(mask, causal), (key_codec, value_codec)
+    if rows > tune.MOST_ROWS and q.device.type == "cuda":
+        tables = [table_of(codec.codes, dim, q.dtype, q.device) for codec, dim in zip(codecs, head_dims)]
+        out = decoded.attend(q, keys, values, mask, causal, scale, codecs, head_dims, tables, folder)
+        return rotate_back(out, basis, dtype)
     if mask is not None:
         mask = mask.broadcast_to(batch, query_heads, queries, length)
         mask = (mask.view(torch.uint8) if mask.dtype == torch.bool else mask), mask.stride()

@@ -110,7 +110,7 @@ def combine(
     built.attend_combine[(heads * rows, triton.cdiv(value_dim, block_dims))](
         *(*left, left[0] if basis is None else basis, out, rows, splits),
         *(value_dim, block_splits, block_dims, block_turned, early),
-        num_warps=4,
+        num_warps=8 if block_splits * block_dims > 8192 else 4,
         **({"launch_pdl": True} if early else {}),
     )
     return out

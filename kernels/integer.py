@@ -29,7 +29,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from triton.language.extra.cuda import gdc_launch_dependents
 '''
-MOST_ROWS, MOST_DIMS = 16, 256
+MOST_DIMS = 256
 CAPABILITY = (8, 0)
 
 
@@ -216,7 +216,7 @@ def takes(
         return False
     rows = q.shape[1] // max(1, keys[0].shape[1]) * q.shape[2]
     codes = (split(codecs[0], keys)[0], split(codecs[1], values)[0])
-    few = rows <= MOST_ROWS and max(head_dims) <= MOST_DIMS
+    few = rows <= tune.MOST_ROWS and max(head_dims) <= MOST_DIMS
     return few and sides_of(codecs, head_dims) is not None and all(map(_in_words, codes))
 
 

@@ -21,15 +21,19 @@ ATTEND = {
 INTEGER_REGISTERS = 255
 INTEGER_PROGRAMS_PER_PROCESSOR = 8
 APPEND_REGISTERS = 128
-# Programs that a multiprocessor holds at once, and dims and most splits that one step of the combination reads.
+# Programs that a multiprocessor holds at once; dims, and numbers, that one step of the combination reads.
 PROGRAMS_PER_PROCESSOR = 2
 COMBINE_DIMS = 32
-COMBINE_SPLITS = 128
+COMBINED_NUMBERS = 16384
 # Numbers of a basis that a program of four warps holds at once; rows, and tokens of a step, up to which the programs
 # that make them rotate them too: each reads the whole basis, and a matrix product has its own launch.
 TURNED_NUMBERS = 8192
 TURNED_ROWS = 2048
 STEP_TOKENS = 8
+# Rows a KV head up to which a token is decoded for each block of them; of more, it is decoded once. Numbers that a
+# program decodes at once.
+MOST_ROWS = 128
+DECODED_NUMBERS = 4096
 # What the interpreter plans for, where there is no device to ask.
 DEFAULT_PROCESSORS = 4
 
@@ -106,8 +110,8 @@ def append_plan(tokens: int, head_dim: int) -> tuple[int, int]:
 def combine_blocks(splits: int, value_dim: int, turned: bool) -> tuple[int, int, int]:
     """Splits and dims that a program of the combination reads at once, and dims that it rotates to at once (or 0)."""
     dims = extent(value_dim) if turned else min(COMBINE_DIMS, extent(value_dim))
-    most = COMBINE_SPLITS * COMBINE_DIMS // dims if turned else COMBINE_SPLITS
-    return min(most, power_of_two(splits)), dims, turned_dims(value_dim, 2 * TURNED_NUMBERS) if turned else 0
+    most = max(1, COMBINED_NUMBERS // dims)
+    return min(most, power_of_two(splits)), dims, turned_dims(value_dim, COMBINED_NUMBERS) if turned else 0
 
 
 def turned_dims(head_dim: int, numbers: int = TURNED_NUMBERS) -> int:

@@ -36,8 +36,9 @@ def test_a_conversation_on_kernels_equals_a_quantised_dense_cache(kind, codecs):
 
 
 @pytest.mark.parametrize("reader", ["sdpa_mask", "sdpa_gqa_scale", "eager_matmul", "softcap", "sinks"])
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float16, 1e-2), (torch.bfloat16, 6e-2)], ids=str)
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float16, 2e-2), (torch.bfloat16, 6e-2)], ids=str)
 def test_half_precision_differs_by_its_own_rounding(reader, dtype, tolerance):
+    # A number that its rounding takes over an edge has another code than in the twin, which rounds elsewhere.
     shape = Shape(layers=1, head_dim=128, heads=8, dtype=dtype, reader=reader)
     worst, ours = talk("counter", shape, ("turboquant:4", "turboquant:3"), [5, 1, 1, 3, 1], inner="inductor")
     assert worst < tolerance

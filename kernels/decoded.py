@@ -1,0 +1,131 @@
+"""Attention of many rows: keys and values are decoded once, a bounded part of the heads at a time, and read densely.
+
+Where hundreds of rows share a token, its product with them costs more than reading it in full precision does.
+"""
+
+from collections.abc import Iterator
+from functools import cache
+from types import ModuleType
+
+import torch
+import triton
+import triton.language as tl
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from tqcompile.codec import Codec
+from tqcompile.kernels import emit, tune
+from tqcompile.kernels.combine import maximum_of
+from tqcompile.reference import Planes, split
+
+# Printed by `emit`; the names stand here so that the skeleton can be read, and checked, as ordinary Python.
+token_scalars = token_numbers = None
+
+FUSED = [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
+# Bytes of decoded keys and values that are held at once, unless one head has more.
+DECODED_BYTES = 2**28
+
+
+# fmt: off
+@triton.jit(do_not_specialize=["heads", "length"])
+def decode_tokens(
+    codes, scale, table, out, heads, length,
+    codes_b, codes_h, codes_s, scale_b, scale_h, scale_s,
+    DIM: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    start = tl.program_id(1).to(tl.int64) * BLOCK_T
+    codes += row // heads * codes_b + row % heads * codes_h + start * codes_s
+    scale += row // heads * scale_b + row % heads * scale_h + start * scale_s
+    token, d = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_D)
+    valid = token < length - start
+    numbers = token_numbers(codes, codes_s, scale, scale_s, table, token, valid, BLOCK_D)
+    scalars = token_scalars(codes, codes_s, scale, scale_s, table, token, valid, BLOCK_D)
+    number = (numbers * scalars[:, None]).to(out.dtype.element_ty)
+    place = out + (row * length + start) * DIM + token[:, None] * DIM + d[None, :]
+    tl.store(place, number, mask=valid[:, None] & (d < DIM)[None, :])
+# fmt: on
+
+
+def source(codec: Codec, head_dim: int) -> str:
+    """The text of the module that `decode` launches."""
+    helpers = emit.reading_helpers("token", codec, head_dim)
+    return emit.module_text(f"Decodes tokens of {head_dim} dims in {codec.name}.", helpers, (maximum_of, decode_tokens))
+
+
+@cache
+def module(codec: Codec, head_dim: int, folder: str | None, interpreted: bool) -> ModuleType:
+    """The imported module of `source`."""
+    return emit.build(source(codec, head_dim), folder, interpreted)
+
+
+def decode(
+    codec: Codec, planes: Planes, table: torch.Tensor, head_dim: int, dtype: torch.dtype, folder: str | None = None
+) -> torch.Tensor:
+    """`reference.decode` of planes [B, H, S, width], any strides but contiguous in the last: [B, H, S, head_dim]."""
+    codes, scale = split(codec, planes)
+    batch, heads, length = codes.shape[:3]
+    out = codes.new_empty((batch, heads, length, head_dim), dtype=dtype)
+    scale = codes if scale is None else scale
+    block = max(1, tune.DECODED_NUMBERS // tune.extent(head_dim))
+    built = module(codec, head_dim, folder, codes.device.type == "cpu")
+    built.decode_tokens[(batch * heads, triton.cdiv(length, block))](
+        *(codes, scale, table, out, heads, length, *codes.stride()[:3], *scale.stride()[:3]),
+        *(head_dim, block, tune.extent(head_dim)),
+        num_warps=4,
+    )
+    return out
+
+
+def parts(batch: int, heads: int, bytes_per_head: int) -> Iterator[tuple[slice, slice]]:
+    """Sequences and KV heads that are decoded at once."""
+    most = max(1, DECODED_BYTES // max(1, bytes_per_head))
+    rows, columns = max(1, most // heads), min(heads, most)
+    for first in range(0, batch, rows):
+        for head in range(0, heads, columns):
+            yield slice(first, first + rows), slice(head, head + columns)
+
+
+def attend(
+    q: torch.Tensor,
+    keys: Planes,
+    values: Planes,
+    mask: torch.Tensor | None,
+    causal: bool,
+    scale: float,
+    codecs: tuple[Codec, Codec],
+    head_dims: tuple[int, int],
+    look_ups: tuple[torch.Tensor, torch.Tensor],
+    folder: str | None = None,
+) -> torch.Tensor:
+    """`reference.attend` [B, Hq, T, Dv] in q's dtype, by the dense attention of PyTorch over decoded heads.
+
+    `mask` broadcasts to [B, Hq, T, S]; `look_ups` are the numbers of the codebooks.
+    """
+    batch, query_heads, queries, _ = q.shape
+    kv_heads, length = keys[0].shape[1:3]
+    groups = query_heads // kv_heads
+    out = q.new_empty((batch, query_heads, queries, head_dims[1]))
+    if mask is not None:
+        mask = mask.to(q.dtype) if mask.is_floating_point() else mask
+        mask = mask.broadcast_to(batch, query_heads, queries, length)
+    for rows, heads in parts(batch, kv_heads, length * sum(head_dims) * q.element_size()):
+        asked = slice(heads.start * groups, heads.stop * groups)
+        decoded = [
+            decode(codec, [plane[rows, heads] for plane in planes], table, dim, q.dtype, folder)
+            for codec, planes, table, dim in zip(codecs, (keys, values), look_ups, head_dims)
+        ]
+        part = None if mask is None else mask[rows, asked]
+        out[rows, asked] = dense(q[rows, asked], *decoded, part, causal, scale)
+    return out
+
+
+def dense(q, k, v, mask, causal: bool, scale: float) -> torch.Tensor:
+    """The attention of PyTorch, by a fused kernel: where none takes grouped heads they are repeated."""
+    groups, options = q.shape[1] // k.shape[1], {"is_causal": causal, "scale": scale}
+    with sdpa_kernel(FUSED):
+        try:
+            return torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, enable_gqa=groups > 1, **options)
+        except RuntimeError:
+            pass
+    k, v = (x.repeat_interleave(groups, 1) for x in (k, v))
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, **options)

@@ -1,0 +1,96 @@
+"""Attention of many rows, over heads that are decoded a part at a time."""
+
+import math
+
+import pytest
+import torch
+from cases import close, compressed
+
+from tqcompile import formats, reference, tables
+from tqcompile.kernels import attend, decoded, tune
+
+CODECS = list(formats.REGISTRY)
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+@pytest.fixture(autouse=True)
+def many_rows(monkeypatch):
+    """Few rows are many here."""
+    monkeypatch.setattr(tune, "MOST_ROWS", 12)
+
+
+def look_up(codec, head_dim, dtype, device):
+    return attend.table_of(codec.codes, head_dim, dtype, torch.device(device))
+
+
+@pytest.mark.parametrize("head_dim", [16, 48, 80, 128, 256])
+@pytest.mark.parametrize("name", CODECS)
+def test_every_codec_is_decoded_as_the_reference_does(device, name, head_dim):
+    torch.manual_seed(0)
+    codec, x = formats.codec(name), torch.randn(2, 3, 77, head_dim, device=device)
+    planes = [plane[:, :, 5:] for plane in compressed(codec, x, growing=True)]
+    numbers = decoded.decode(codec, planes, look_up(codec, head_dim, torch.float32, device), head_dim, torch.float32)
+    torch.testing.assert_close(numbers, reference.decode(codec, planes, head_dim), rtol=3e-6, atol=1e-6)
+
+
+def run(device, q, keys, values, mask, causal, codecs, dims):
+    """Attention of many rows: on a GPU as `attend.attend` chooses it, which must choose it."""
+    if device == "cpu":
+        numbers = [look_up(codec, dim, q.dtype, device) for codec, dim in zip(codecs, dims)]
+        return decoded.attend(q, keys, values, mask, causal, 0.1, codecs, dims, numbers)
+    calls, inner = [], decoded.attend
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decoded, "attend", lambda *a: calls.append(1) or inner(*a))
+        out = attend.attend(q, keys, values, mask, causal, 0.1, *codecs, dims)
+    assert calls
+    return out
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 3, 100])
+@pytest.mark.parametrize("kind", ["none", "bool", "additive", "causal"])
+def test_any_part_of_the_heads_at_a_time_attends_like_the_reference(device, kind, at_once, monkeypatch):
+    torch.manual_seed(1)
+    monkeypatch.setattr(decoded, "DECODED_BYTES", at_once * 70 * (64 + 32) * 4)
+    codecs, dims = (formats.codec("turboquant:4"), formats.codec("q8_0")), (64, 32)
+    keys, values = (compressed(codec, torch.randn(3, 2, 70, dim, device=device)) for codec, dim in zip(codecs, dims))
+    q = torch.randn(3, 9, 6, 64, device=device).transpose(1, 2)
+    keep = torch.rand(3, 1, 9, 70, device=device) < 0.7
+    mask = {"bool": keep, "additive": torch.where(keep, 0.5, -torch.inf)}.get(kind)
+    out = run(device, q, keys, values, mask, kind == "causal", codecs, dims)
+    close(out.float(), reference.attend(q, keys, values, mask, kind == "causal", 0.1, *codecs, dims), torch.float32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", CODECS)
+def test_every_codec_attends_like_the_reference(device, name, dtype):
+    torch.manual_seed(2)
+    codec = formats.codec(name)
+    keys, values = (compressed(codec, torch.randn(2, 2, 90, 64, device=device).to(dtype)) for _ in range(2))
+    q = torch.randn(2, 6, 7, 64, device=device).to(dtype)
+    out = run(device, q, keys, values, None, False, (codec, codec), (64, 64))
+    expected = reference.attend(q, keys, values, None, False, 0.1, codec, codec, (64, 64))
+    close(out.float(), expected, dtype)
+
+
+@pytest.mark.parametrize("kind", ["bool", "additive"])
+def test_a_query_that_sees_nothing_gets_zeros(device, kind):
+    torch.manual_seed(3)
+    codec = formats.codec("turboquant:4")
+    keys, values = (compressed(codec, torch.randn(1, 2, 40, 64, device=device)) for _ in range(2))
+    q, keep = torch.randn(1, 4, 8, 64, device=device), torch.rand(1, 1, 8, 40, device=device) < 0.5
+    keep[:, :, 3] = False
+    mask = keep if kind == "bool" else torch.where(keep, 0.0, -math.inf)
+    out = run(device, q, keys, values, mask, False, (codec, codec), (64, 64))
+    expected = reference.attend(q, keys, values, mask, False, 0.1, codec, codec, (64, 64))
+    assert (expected[:, :, 3] == 0).all()
+    close(out.float(), expected, torch.float32)
+
+
+def test_a_basis_rotates_the_result_back(device):
+    torch.manual_seed(4)
+    codec = formats.codec("turboquant:4")
+    keys, values = (compressed(codec, torch.randn(1, 1, 40, 64, device=device)) for _ in range(2))
+    q, basis = torch.randn(1, 4, 8, 64, device=device), tables.basis_matrix(codec, 64, device)
+    arguments = (q, keys, values, None, False, 0.1, codec, codec, (64, 64))
+    out = attend.attend(*arguments, basis=basis)
+    close(out, reference.rotate_back(reference.attend(*arguments), basis, torch.float32), torch.float32)
