@@ -119,6 +119,35 @@ def attend(
     return out
 
 
+def logits(q: torch.Tensor, keys: Planes, codec: Codec, look_up: torch.Tensor, folder: str | None = None):
+    """`reference.logits` in q's dtype: q [B, Hq, T, D] in the key basis times decoded keys, [B, Hq, T, S]."""
+    batch, kv_heads, length = keys[0].shape[:3]
+    queries = q.reshape(batch, kv_heads, -1, q.shape[-1])
+    out = q.new_empty((batch, kv_heads, queries.shape[2], length))
+    for part in parts(batch, kv_heads, length * q.shape[-1] * q.element_size()):
+        decoded = decode(codec, [plane[part] for plane in keys], look_up, q.shape[-1], q.dtype, folder)
+        out[part] = queries[part] @ decoded.mT
+    return out.view(*q.shape[:3], length)
+
+
+def mix(
+    weights: torch.Tensor,
+    values: Planes,
+    codec: Codec,
+    look_up: torch.Tensor,
+    head_dim: int,
+    folder: str | None = None,
+) -> torch.Tensor:
+    """`reference.mix` in the weights' dtype: weights [B, Hq, T, S] times decoded values, [B, Hq, T, head_dim]."""
+    batch, kv_heads, length = values[0].shape[:3]
+    rows = weights.reshape(batch, kv_heads, -1, length)
+    out = weights.new_empty((batch, kv_heads, rows.shape[2], head_dim))
+    for part in parts(batch, kv_heads, length * head_dim * weights.element_size()):
+        decoded = decode(codec, [plane[part] for plane in values], look_up, head_dim, weights.dtype, folder)
+        out[part] = rows[part] @ decoded
+    return out.view(*weights.shape[:3], head_dim)
+
+
 def dense(q, k, v, mask, causal: bool, scale: float) -> torch.Tensor:
     """The attention of PyTorch, by a fused kernel: where none takes grouped heads they are repeated."""
     groups, options = q.shape[1] // k.shape[1], {"is_causal": causal, "scale": scale}

@@ -111,15 +111,34 @@ def _mix(weights: torch.Tensor, values: Tensors, codec: str, head_dim: int) -> t
     return cpu.mix(weights, values, formats.codec(codec), head_dim)
 
 
+def _logits_cuda(q: torch.Tensor, keys: Tensors, codec: str, head_dim: int) -> torch.Tensor:
+    from tqcompile.kernels import attend, decoded
+
+    codec = formats.codec(codec)
+    with torch.cuda.device(q.device):
+        look_up = attend.table_of(codec.codes, head_dim, q.dtype, q.device)
+        return decoded.logits(q, keys, codec, look_up).float()
+
+
+def _mix_cuda(weights: torch.Tensor, values: Tensors, codec: str, head_dim: int) -> torch.Tensor:
+    from tqcompile.kernels import attend, decoded
+
+    codec = formats.codec(codec)
+    with torch.cuda.device(weights.device):
+        look_up = attend.table_of(codec.codes, head_dim, weights.dtype, weights.device)
+        return decoded.mix(weights, values, codec, look_up, head_dim).float()
+
+
 _library.impl("append", _append_cpu, "CPU")
 _library.impl("append", _append_cuda, "CUDA")
 _library.impl("append_step", _append_step_cpu, "CPU")
 _library.impl("append_step", _append_step_cuda, "CUDA")
 _library.impl("attend", _attend_cpu, "CPU")
 _library.impl("attend", _attend_cuda, "CUDA")
-for _device in ("CPU", "CUDA"):
-    _library.impl("logits", _logits, _device)
-    _library.impl("mix", _mix, _device)
+_library.impl("logits", _logits, "CPU")
+_library.impl("logits", _logits_cuda, "CUDA")
+_library.impl("mix", _mix, "CPU")
+_library.impl("mix", _mix_cuda, "CUDA")
 
 
 @torch.library.register_fake("tqcompile::append", lib=_library)

@@ -94,3 +94,15 @@ def test_a_basis_rotates_the_result_back(device):
     arguments = (q, keys, values, None, False, 0.1, codec, codec, (64, 64))
     out = attend.attend(*arguments, basis=basis)
     close(out, reference.rotate_back(reference.attend(*arguments), basis, torch.float32), torch.float32)
+
+
+@pytest.mark.parametrize("at_once", [1, 3, 100])
+@pytest.mark.parametrize("name", CODECS)
+def test_the_single_products_equal_the_references(device, name, at_once, monkeypatch):
+    torch.manual_seed(5)
+    monkeypatch.setattr(decoded, "DECODED_BYTES", at_once * 70 * 48 * 4)
+    codec, x = formats.codec(name), torch.randn(2, 3, 70, 48, device=device)
+    planes, numbers = compressed(codec, x, growing=True), look_up(codec, 48, torch.float32, device)
+    q, weights = torch.randn(2, 6, 4, 48, device=device), torch.rand(2, 6, 4, 70, device=device)
+    close(decoded.logits(q, planes, codec, numbers), reference.logits(q, planes, codec, 48), torch.float32)
+    close(decoded.mix(weights, planes, codec, numbers, 48), reference.mix(weights, planes, codec, 48), torch.float32)
