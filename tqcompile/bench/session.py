@@ -12,7 +12,6 @@ from tqcompile.bench.check import WrongResult
 from tqcompile.bench.rows import Row
 from tqcompile.bench.shapes import Case
 
-
 # Stands for any codec, where the codec does not matter.
 LOSSLESS = formats.PRESETS["lossless"][0]
 
