@@ -1,5 +1,6 @@
 """How time is taken: CUDA graphs on a GPU, calls on a CPU, over buffers that rotate through more than a cache holds."""
 
+import gc
 import platform
 import statistics
 import time
@@ -71,6 +72,12 @@ def _events(run: Callable) -> float:
 
 
 def _calls(step: Step, buffers: int) -> Sample:
+    start = time.perf_counter()
+    step(0)
+    single = 1e3 * (time.perf_counter() - start)
+    # A long call reads more than a cache holds by itself.
+    buffers = max(1, min(buffers, int(BUDGET_MS / LEAST_REPEATS / single)))
+
     def pass_ms() -> float:
         start = time.perf_counter()
         for i in range(buffers):
@@ -91,7 +98,7 @@ def buffers_for(bytes_per_copy: int) -> int:
 
 def bytes_per_ms(device: torch.device) -> float:
     """Bytes that the device reads and writes in a millisecond of copying."""
-    source = torch.zeros(COPIED_BYTES[device.type], device=device, dtype=torch.uint8)
+    source = torch.randn(COPIED_BYTES[device.type] // 4, device=device)
     target = torch.empty_like(source)
     return 2 * source.nbytes / measure(lambda i: target.copy_(source), 1, device).median
 
@@ -109,6 +116,7 @@ def free_bytes(device: torch.device) -> int | None:
 
 def release(device: torch.device) -> None:
     """Give freed memory back, so that the next measurement starts from the same state."""
+    gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
 

@@ -96,7 +96,7 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         print(f"{shown}\n\n{len(slower)} of {len(found)} rows are slower by more than {options.tolerance:g} %")
         return 1 if failures or slower else 0
     print(rows.table(found, options.format) + "\n\n" + NOTES.format(speed=session.speed / 1e9))
-    if free is not None and not options.suite:
+    if free is not None and not options.suite and {"attend", "step"} & {row.case.task for row in found}:
         print("\n" + rows.streams(found, layers, free, weights, options.format))
     if options.plot and any(row.case.task == "attend" for row in found):
         figure.draw(found, options.plot)

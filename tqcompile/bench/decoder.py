@@ -105,7 +105,10 @@ class HuggingFace:
         from transformers import AutoModelForCausalLM, StaticCache
 
         config = text_config(name)
-        self.model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+        self.model = AutoModelForCausalLM.from_config(
+            config, dtype=torch.get_default_dtype(), attn_implementation="sdpa"
+        )
+        self.model.eval()
         self.token = torch.zeros(shape.batch, 1, dtype=torch.long, device=device)
         self.cache = StaticCache(config=config, max_cache_len=max(shape.context, room + 1))
         held = shape.batch, shape.kv_heads, max(1, shape.context - room), shape.head_dim

@@ -19,6 +19,10 @@ BACKENDS = {
 PAGE = 16
 
 
+class NoRival(RuntimeError):
+    """No backend of dense attention takes a shape."""
+
+
 def attend(shape: Shape, dtype: torch.dtype, device: torch.device) -> tuple[Sample, str, int]:
     """The fastest attention of one query over a dense cache without a mask: its time, its name, the cache's bytes."""
     q, *first = inputs(shape, dtype, device, 1)
@@ -64,13 +68,15 @@ def _fastest(steps: Iterator[tuple[str, Step]], q, caches, shape: Shape, device:
     for name, step in steps:
         try:
             out = step(0)
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError:
             # How a backend says that it does not take this shape.
             continue
         check.dense_attention(f"dense attention ({name}) of {shape}", out, q, *caches[0], shape)
         found.append((clock.measure(step, len(caches), device), name))
     if not found:
-        raise RuntimeError(f"no dense attention takes {shape} in {q.dtype}, or none fits in memory")
+        raise NoRival(f"no dense attention takes {shape} in {q.dtype}")
     return min(found, key=lambda pair: pair[0].median)
 
 

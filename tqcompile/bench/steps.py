@@ -1,6 +1,5 @@
 """Whole decode steps, dense and compressed: steps enqueued back to back, and what the host takes for each."""
 
-import gc
 import time
 from dataclasses import dataclass
 
@@ -52,7 +51,6 @@ def compressed(case: Case, steps: int, dtype: torch.dtype, device: torch.device,
 
 def _run(case: Case, steps: int, dtype: torch.dtype, device: torch.device, backend) -> Steps:
     torch.compiler.reset()
-    gc.collect()
     clock.release(device)
     torch.manual_seed(0)
     default = torch.get_default_dtype()
