@@ -12,7 +12,7 @@ from tqcompile.layout import layout_of
 @pytest.fixture(autouse=True)
 def compiled_rows():
     """As a compilation with Inductor installs it; the next test starts without."""
-    cpu.use_row_compiler(backend._compile_rows)
+    cpu.use_row_compiler(backend.compile_rows)
 
 
 # Codec, head_dim, queries a head: runs of a vector and of less, even and ragged ones, scales by block, a table.

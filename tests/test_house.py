@@ -23,6 +23,8 @@ FLOORS = (
     ("passes",),
     ("backend+runtime+dump",),
     ("__init__",),
+    ("bench",),
+    ("__main__",),
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 ROOM = {module: room for room in FLOOR for module in room.split("+")}
@@ -42,8 +44,8 @@ KERNEL_LINES = 100
 def modules():
     """Every module of the package by its name inside it: `codec`, `passes.sites`."""
     files = {path.stem: path for path in (ROOT / "tqcompile").glob("*.py")}
-    for room in ("passes", "kernels"):
-        files |= {f"{room}.{path.stem}": path for path in (ROOT / room).glob("*.py")}
+    for room in ("passes", "kernels", "tqcompile/bench"):
+        files |= {f"{pathlib.Path(room).name}.{path.stem}": path for path in (ROOT / room).glob("*.py")}
     return dict(sorted(files.items()))
 
 

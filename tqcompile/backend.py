@@ -70,7 +70,7 @@ def turboquant(
 
 def _compile(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, mode: str | None) -> Callable:
     if options.inner == "inductor":
-        cpu.use_row_compiler(_compile_rows)
+        cpu.use_row_compiler(compile_rows)
     context, copy = Context(options), _copy(gm)
     run(copy, context)
     record = reports.record(_record(gm, context))
@@ -153,7 +153,7 @@ def _dumping(dump: Dump) -> Callable:
     return compile
 
 
-def _compile_rows(function: Callable, rows: Sequence[torch.Tensor]) -> Callable:
+def compile_rows(function: Callable, rows: Sequence[torch.Tensor]) -> Callable:
     """`function`, compiled for all sizes but the last of each tensor; straight to Inductor: a call costs less so."""
     from torch._inductor import config
     from torch._inductor.compile_fx import compile_fx_inner

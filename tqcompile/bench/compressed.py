@@ -1,0 +1,94 @@
+"""The compressed side: the operators that a rewritten graph is made of, over planes of random tokens."""
+
+import torch
+
+from tqcompile import formats, ops, reference, tables
+from tqcompile.bench import check, clock
+from tqcompile.bench.clock import Sample
+from tqcompile.bench.shapes import Case, Shape
+from tqcompile.cache import storages
+from tqcompile.layout import layout_of
+
+Planes = tuple[torch.Tensor, ...]
+
+
+def attend(case: Case, dtype: torch.dtype, device: torch.device) -> tuple[Sample, int, int]:
+    """Attention of one rotated query: its time, the bytes of its caches, the bytes it must move."""
+    shape, names = case.shape, (case.keys, case.values)
+    caches = [_allocate(case, dtype, device)]
+    size = live_bytes(caches[0])
+    caches += [_allocate(case, dtype, device) for _ in range(clock.buffers_for(size) - 1)]
+    for row in range(shape.batch):
+        x = torch.randn(1, shape.kv_heads, shape.context, shape.head_dim, device=device, dtype=dtype)
+        for cache in caches:
+            for name, planes in zip(names, cache):
+                ops.append([plane[row : row + 1] for plane in planes], x, None, name)
+    q = torch.randn(shape.batch, shape.heads, 1, shape.head_dim, device=device, dtype=dtype)
+    mask, scale = mask_of(shape, dtype, device), shape.head_dim**-0.5
+
+    def step(i: int) -> torch.Tensor:
+        return ops.attend(q, *caches[i], mask, False, scale, *names, shape.head_dim, shape.head_dim)
+
+    codecs = tuple(map(formats.codec, names))
+    check.attention(f"attention over {case.pair} of {shape}", step(0), q, *caches[0], mask, codecs, shape)
+    return clock.measure(step, len(caches), device), size, size
+
+
+def append(case: Case, dtype: torch.dtype, device: torch.device) -> tuple[Sample, int, int]:
+    """Rotating and writing one token of keys and one of values; the same three."""
+    return _encoding(case, 1, torch.tensor([case.shape.context - 1], device=device), dtype, device)
+
+
+def prefill(case: Case, dtype: torch.dtype, device: torch.device) -> tuple[Sample, int, int]:
+    """Rotating and encoding the whole context; the same three."""
+    return _encoding(case, case.shape.context, None, dtype, device)
+
+
+def _encoding(case: Case, tokens: int, place: torch.Tensor | None, dtype: torch.dtype, device: torch.device):
+    shape, names = case.shape, (case.keys, case.values)
+    codecs = [formats.codec(name) for name in names]
+    bases = [tables.basis_matrix(codec, shape.head_dim, device) for codec in codecs]
+    heads = shape.batch, shape.kv_heads, tokens, shape.head_dim
+    caches = [_allocate(case, dtype, device)]
+    size = live_bytes(caches[0])
+    caches += [_allocate(case, dtype, device) for _ in range(clock.buffers_for(size) - 1)]
+    written = [[torch.randn(heads, device=device, dtype=dtype) for _ in names] for _ in caches]
+
+    def step(i: int) -> None:
+        for name, planes, x, basis in zip(names, caches[i], written[i], bases):
+            ops.append(planes, reference.rotate(x, basis), place, name)
+
+    step(0)
+    for codec, planes, x, basis in zip(codecs, caches[0], written[0], bases):
+        what = f"{codec.name} written by {case.task} of {shape}"
+        check.encoded(what, planes, reference.rotate(x, basis), codec, shape, shape.context)
+    moved = live_bytes(written[0]) + size * tokens // shape.context
+    return clock.measure(step, len(caches), device), size, moved
+
+
+def _allocate(case: Case, dtype: torch.dtype, device: torch.device) -> tuple[Planes, Planes]:
+    shape = case.shape
+    size = (shape.batch, shape.kv_heads, shape.context)
+    codecs = map(formats.codec, (case.keys, case.values))
+    return tuple(layout_of(codec, shape.head_dim, dtype, device.type).allocate(size, device) for codec in codecs)
+
+
+def mask_of(shape: Shape, dtype: torch.dtype, device: torch.device) -> torch.Tensor | None:
+    """A mask that hides the first tenth of each sequence."""
+    if shape.mask == "none":
+        return None
+    keep = torch.arange(shape.context, device=device).expand(shape.batch, 1, 1, -1) >= shape.context // 10
+    return keep if shape.mask == "bool" else torch.where(keep, 0.0, -torch.inf).to(dtype)
+
+
+def live_bytes(cache) -> int:
+    """Bytes of the storages behind tensors, compressed caches among them, nested as they may be."""
+    found: dict[int, torch.UntypedStorage] = {}
+    waiting = [cache]
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, torch.Tensor):
+            found.update(storages(item))
+        else:
+            waiting.extend(item)
+    return sum(storage.nbytes() for storage in found.values())

@@ -1,0 +1,104 @@
+"""What is measured: shapes of attention, the cases made of them, and the suite that docs/gpu.md publishes."""
+
+from dataclasses import dataclass
+
+from tqcompile import formats
+
+TASKS = ("attend", "append", "prefill", "step")
+MASKS = ("none", "bool", "additive")
+DTYPES = ("bfloat16", "float16", "float32")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One decode step: sequences, tokens in the cache of each, heads, and the mask that attention is given."""
+
+    batch: int
+    context: int
+    heads: int = 32
+    kv_heads: int = 8
+    head_dim: int = 128
+    mask: str = "none"
+
+    def __post_init__(self):
+        for name in ("batch", "context", "heads", "kv_heads", "head_dim"):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)!r}; give a whole number of 1 or more")
+        if self.heads % self.kv_heads:
+            raise ValueError(
+                f"heads={self.heads} is no multiple of kv_heads={self.kv_heads}; each KV head serves as many"
+            )
+        if self.mask not in MASKS:
+            raise ValueError(f"mask={self.mask!r} is unknown; allowed are {', '.join(MASKS)}")
+
+    def __str__(self):
+        tokens = f"{self.context // 1024}K" if self.context % 1024 == 0 else str(self.context)
+        heads = f"{self.heads}/{self.kv_heads} heads, {self.head_dim} dims"
+        return f"B{self.batch} x {tokens}, {heads}" + f", {self.mask} mask" * (self.mask != "none")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row to measure: what is timed, for which shape and codecs; `layers`, `model` and `inner` are a step's.
+
+    A `model` is a folder or name of Hugging Face's; without one, a step is that of a decoder like Llama.
+    """
+
+    task: str
+    shape: Shape
+    keys: str
+    values: str
+    dtype: str = "bfloat16"
+    layers: int = 0
+    model: str | None = None
+    inner: str = "inductor"
+
+    def __post_init__(self):
+        if self.task not in TASKS:
+            raise ValueError(f"task={self.task!r} is unknown; allowed are {', '.join(TASKS)}")
+        for name in (self.keys, self.values):
+            formats.codec(name)
+        if self.task == "step" and self.layers < 1:
+            raise ValueError(f"layers={self.layers}; a step needs one or more")
+
+    @property
+    def pair(self) -> str:
+        return f"{self.keys} / {self.values}"
+
+    @property
+    def title(self) -> str:
+        """The shape, and of a step its layers too."""
+        of = f", {self.model}" if self.model else ""
+        return str(self.shape) + (f", {self.layers} layers{of}" if self.task == "step" else "")
+
+
+FOUR, MIXED, THREE, TWO = (tuple(f"turboquant:{bits}" for bits in pair) for pair in ((4, 4), (4, 3), (3, 3), (2, 2)))
+LONG = Shape(8, 32768)
+SHAPES = (LONG, *(Shape(*size) for size in ((1, 131072), (32, 8192), (1, 32768), (1, 8192), (4, 2048), (1, 1024))))
+VARIANTS = (
+    *(Shape(8, 32768, head_dim=dim) for dim in (64, 96, 256)),
+    *(Shape(8, 32768, heads=8 * group) for group in (1, 7, 8)),
+    *(Shape(8, 32768, mask=mask) for mask in MASKS[1:]),
+    Shape(8, 32747),
+)
+OTHERS = tuple(
+    pair
+    for pair in (*((name, name) for name in formats.REGISTRY), *formats.PRESETS.values())
+    if pair not in (FOUR, MIXED, THREE, TWO)
+)
+SUITE_LAYERS = 32
+
+
+def suite() -> list[Case]:
+    """The rows that the project publishes, in the order in which it does."""
+    default = formats.PRESETS["balanced"]
+    plan = [("attend", LONG, (FOUR, MIXED, THREE, TWO, *dict.fromkeys(OTHERS)))]
+    plan += [("attend", shape, (FOUR, MIXED, THREE, TWO)) for shape in SHAPES[1:]]
+    plan += [("attend", shape, (FOUR, THREE, TWO)) for shape in VARIANTS]
+    alike = (*((name, name) for name in formats.REGISTRY), default)
+    plan += [("append", LONG, alike), ("prefill", Shape(1, 8192), alike), ("step", LONG, (FOUR, default))]
+    return [
+        Case(task, shape, *pair, layers=SUITE_LAYERS if task == "step" else 0)
+        for task, shape, pairs in plan
+        for pair in pairs
+    ]
