@@ -103,13 +103,16 @@ def test_rows_of_another_device_are_no_bar(kept, capsys):
     assert "was measured on 'a slide rule'" in complaint(capsys, "--device", "cpu", "--check", kept)
 
 
-@pytest.mark.parametrize("task", ["attend", "append"])
-def test_a_wrong_result_gets_no_time(task, monkeypatch, capsys, tmp_path):
-    real = getattr(ops, task)
-    if task == "attend":
-        monkeypatch.setattr(ops, task, lambda *arguments: real(*arguments) * 1.05)
-    else:
-        monkeypatch.setattr(ops, task, lambda planes, y, *rest: real(planes, -y, *rest))
+BROKEN = {
+    ("attend", "attend"): lambda real: lambda *arguments: real(*arguments) * 1.05,
+    ("append", "append_step"): lambda real: lambda keys, values, k, v, *rest: real(keys, values, k, -v, *rest),
+    ("prefill", "append"): lambda real: lambda planes, y, *rest: real(planes, -y, *rest),
+}
+
+
+@pytest.mark.parametrize(("task", "name"), BROKEN, ids=str)
+def test_a_wrong_result_gets_no_time(task, name, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(ops, name, BROKEN[task, name](getattr(ops, name)))
     file = tmp_path / "rows.json"
     assert bench(*SHAPE, *FAST, *PAIR, "--tasks", task, "--json", file) == 1
     shown = capsys.readouterr().out

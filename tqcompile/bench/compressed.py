@@ -22,12 +22,15 @@ def attend(case: Case, dtype: torch.dtype, device: torch.device) -> tuple[Sample
         x = torch.randn(1, shape.kv_heads, shape.context, shape.head_dim, device=device, dtype=dtype)
         for cache in caches:
             for name, planes in zip(names, cache):
-                ops.append([plane[row : row + 1] for plane in planes], x, None, name)
+                ops.append([plane[row : row + 1] for plane in planes], x, None, None, name)
     q = torch.randn(shape.batch, shape.heads, 1, shape.head_dim, device=device, dtype=dtype)
     mask, scale = mask_of(shape, dtype, device), shape.head_dim**-0.5
 
+    reach = None if mask is None else torch.tensor([[0, shape.context]], dtype=torch.int32, device=device)
+
     def step(i: int) -> torch.Tensor:
-        return ops.attend(q, *caches[i], mask, False, scale, *names, shape.head_dim, shape.head_dim)
+        dims = shape.head_dim, shape.head_dim
+        return ops.attend(q, *caches[i], mask, reach, None, None, False, scale, *names, *dims, torch.float32)
 
     codecs = tuple(map(formats.codec, names))
     check.attention(f"attention over {case.pair} of {shape}", step(0), q, *caches[0], mask, codecs, shape)
@@ -35,7 +38,7 @@ def attend(case: Case, dtype: torch.dtype, device: torch.device) -> tuple[Sample
 
 
 def append(case: Case, dtype: torch.dtype, device: torch.device) -> tuple[Sample, int, int]:
-    """Rotating and writing one token of keys and one of values; the same three."""
+    """Rotating and writing one token of keys and one of values, and rotating its query; the same three."""
     return _encoding(case, 1, torch.tensor([case.shape.context - 1], device=device), dtype, device)
 
 
@@ -47,7 +50,9 @@ def prefill(case: Case, dtype: torch.dtype, device: torch.device) -> tuple[Sampl
 def _encoding(case: Case, tokens: int, place: torch.Tensor | None, dtype: torch.dtype, device: torch.device):
     shape, names = case.shape, (case.keys, case.values)
     codecs = [formats.codec(name) for name in names]
-    bases = [tables.basis_matrix(codec, shape.head_dim, device) for codec in codecs]
+    half = device.type == "cuda" and dtype != torch.float32
+    bases = [tables.basis_matrix(c, shape.head_dim, device, dtype if half else torch.float32) for c in codecs]
+    q = torch.randn(shape.batch, shape.heads, 1, shape.head_dim, device=device, dtype=dtype)
     heads = shape.batch, shape.kv_heads, tokens, shape.head_dim
     caches = [_allocate(case, dtype, device)]
     size = live_bytes(caches[0])
@@ -55,8 +60,11 @@ def _encoding(case: Case, tokens: int, place: torch.Tensor | None, dtype: torch.
     written = [[torch.randn(heads, device=device, dtype=dtype) for _ in names] for _ in caches]
 
     def step(i: int) -> None:
+        if tokens == 1 and bases[0] is not None:
+            ops.append_step(*caches[i], *written[i], q, place, *bases, *names)
+            return
         for name, planes, x, basis in zip(names, caches[i], written[i], bases):
-            ops.append(planes, reference.rotate(x, basis), place, name)
+            ops.append(planes, x, place, basis, name)
 
     step(0)
     for codec, planes, x, basis in zip(codecs, caches[0], written[0], bases):
@@ -74,10 +82,10 @@ def _allocate(case: Case, dtype: torch.dtype, device: torch.device) -> tuple[Pla
 
 
 def mask_of(shape: Shape, dtype: torch.dtype, device: torch.device) -> torch.Tensor | None:
-    """A mask that hides the first tenth of each sequence."""
+    """A mask that hides every tenth token of each sequence."""
     if shape.mask == "none":
         return None
-    keep = torch.arange(shape.context, device=device).expand(shape.batch, 1, 1, -1) >= shape.context // 10
+    keep = torch.arange(shape.context, device=device).expand(shape.batch, 1, 1, -1) % 10 != 9
     return keep if shape.mask == "bool" else torch.where(keep, 0.0, -torch.inf).to(dtype)
 
 
