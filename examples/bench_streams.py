@@ -54,7 +54,10 @@ def fits(model: Decoder, shape: Shape, codecs: tuple[str, str] | None) -> int | 
         kinds = {type(cache) is CompressedKV for cache in model.caches()}
         assert kinds == {codecs is not None}, "a cache is not what was asked for"
         return live_bytes(model.caches())
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, torch._dynamo.exc.BackendCompilerFailed) as error:
+        # A compiler that runs out of memory says so in an error of its own.
+        if "out of memory" not in str(error):
+            raise
         return None
     finally:
         for layer in model.layers:

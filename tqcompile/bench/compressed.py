@@ -69,7 +69,8 @@ def _encoding(case: Case, tokens: int, place: torch.Tensor | None, dtype: torch.
     step(0)
     for codec, planes, x, basis in zip(codecs, caches[0], written[0], bases):
         what = f"{codec.name} written by {case.task} of {shape}"
-        check.encoded(what, planes, reference.rotate(x, basis), codec, shape, shape.context)
+        turned = reference.rotate(x, None if basis is None else basis.float())
+        check.encoded(what, planes, turned, codec, shape, shape.context)
     moved = live_bytes(written[0]) + size * tokens // shape.context
     return clock.measure(step, len(caches), device), size, moved
 
