@@ -11,7 +11,7 @@ from tqcompile import formats, ops
 from tqcompile.__main__ import main
 from tqcompile.bench import check, clock, request
 from tqcompile.bench.rows import read
-from tqcompile.bench.shapes import LONG, TASKS, Case, Shape, suite
+from tqcompile.bench.shapes import LONG, MASKS, TASKS, Case, Shape, suite
 
 SHAPE = ("--batch", 2, "--context", 40, "--heads", 4, "--kv-heads", 2, "--head-dim", 32, "--layers", 1)
 FAST = ("--device", "cpu", "--inner", "eager", "--steps", 1)
@@ -51,6 +51,14 @@ def test_a_shape_of_ones_own_gets_a_row_for_each_task(capsys, tmp_path):
         assert found[task, 40].compressed_bytes == 2 * 2 * 40 * (16 + 2 + 32 + 2)
         assert found[task, 40].dense_bytes == 2 * 2 * 40 * 2 * 32 * 4
     assert drawing.read_text().startswith("<?xml")
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("queries", [1, 3])
+def test_masks_and_several_queries_are_measured(mask, queries, capsys):
+    assert bench(*SHAPE, *FAST, *PAIR, "--tasks", "attend", "--mask", mask, "--queries", queries) == 0
+    shown = capsys.readouterr().out
+    assert (f"{mask} mask" in shown) == (mask != "none") and (f"{queries} queries" in shown) == (queries > 1)
 
 
 @pytest.fixture

@@ -8,12 +8,13 @@ from tqcompile.bench.clock import Sample
 from tqcompile.bench.shapes import Case, Shape
 from tqcompile.cache import storages
 from tqcompile.layout import layout_of
+from tqcompile.passes import rewrite
 
 Planes = tuple[torch.Tensor, ...]
 
 
 def attend(case: Case, dtype: torch.dtype, device: torch.device) -> tuple[Sample, int, int]:
-    """Attention of one rotated query: its time, the bytes of its caches, the bytes it must move."""
+    """Attention of rotated queries: its time, the bytes of its caches, the bytes it must move."""
     shape, names = case.shape, (case.keys, case.values)
     caches = [_allocate(case, dtype, device)]
     size = live_bytes(caches[0])
@@ -23,10 +24,10 @@ def attend(case: Case, dtype: torch.dtype, device: torch.device) -> tuple[Sample
         for cache in caches:
             for name, planes in zip(names, cache):
                 ops.append([plane[row : row + 1] for plane in planes], x, None, None, name)
-    q = torch.randn(shape.batch, shape.heads, 1, shape.head_dim, device=device, dtype=dtype)
+    q = torch.randn(shape.batch, shape.heads, shape.queries, shape.head_dim, device=device, dtype=dtype)
     mask, scale = mask_of(shape, dtype, device), shape.head_dim**-0.5
 
-    reach = None if mask is None else torch.tensor([[0, shape.context]], dtype=torch.int32, device=device)
+    reach = None if mask is None else rewrite.reach(mask)
 
     def step(i: int) -> torch.Tensor:
         dims = shape.head_dim, shape.head_dim
@@ -83,9 +84,11 @@ def _allocate(case: Case, dtype: torch.dtype, device: torch.device) -> tuple[Pla
 
 
 def mask_of(shape: Shape, dtype: torch.dtype, device: torch.device) -> torch.Tensor | None:
-    """A mask that hides every tenth token of each sequence."""
+    """A mask that hides every tenth token of each sequence, or its second half."""
     if shape.mask == "none":
         return None
+    if shape.mask == "half":
+        return (torch.arange(shape.context, device=device) < -(-shape.context // 2)).expand(shape.batch, 1, 1, -1)
     keep = torch.arange(shape.context, device=device).expand(shape.batch, 1, 1, -1) % 10 != 9
     return keep if shape.mask == "bool" else torch.where(keep, 0.0, -torch.inf).to(dtype)
 

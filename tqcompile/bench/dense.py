@@ -24,8 +24,8 @@ class NoRival(RuntimeError):
 
 
 def attend(shape: Shape, dtype: torch.dtype, device: torch.device) -> tuple[Sample, str, int]:
-    """The fastest attention of one query over a dense cache without a mask: its time, its name, the cache's bytes."""
-    q, *first = inputs(shape, dtype, device, 1)
+    """The fastest attention over a dense cache without a mask: its time, its name, the cache's bytes."""
+    q, *first = inputs(shape, dtype, device, shape.queries)
     caches, size = _copies(first, shape, dtype, device)
     return (*_fastest(_decoders(q, caches, device), q, caches, shape, device), size)
 
@@ -84,7 +84,7 @@ def _decoders(q, caches, device: torch.device) -> Iterator[tuple[str, Step]]:
     yield from _fused(q, caches, device, False)
     if device.type == "cuda":
         yield "flex", _flex(q, caches)
-        if importlib.util.find_spec("flashinfer"):
+        if q.shape[2] == 1 and importlib.util.find_spec("flashinfer"):
             step = _flashinfer(q, caches)
             if step is not None:
                 yield "FlashInfer", step

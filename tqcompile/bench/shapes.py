@@ -5,13 +5,16 @@ from dataclasses import dataclass
 from tqcompile import formats
 
 TASKS = ("attend", "append", "prefill", "step")
-MASKS = ("none", "bool", "additive")
+MASKS = ("none", "bool", "additive", "half")
 DTYPES = ("bfloat16", "float16", "float32")
 
 
 @dataclass(frozen=True)
 class Shape:
-    """One decode step: sequences, tokens in the cache of each, heads, and the mask that attention is given."""
+    """One step: sequences, tokens in the cache of each, heads, the mask that attention is given, queries of each.
+
+    A `half` mask is bool and shows the first half of the cache, which is what a half full static cache has.
+    """
 
     batch: int
     context: int
@@ -19,9 +22,10 @@ class Shape:
     kv_heads: int = 8
     head_dim: int = 128
     mask: str = "none"
+    queries: int = 1
 
     def __post_init__(self):
-        for name in ("batch", "context", "heads", "kv_heads", "head_dim"):
+        for name in ("batch", "context", "heads", "kv_heads", "head_dim", "queries"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)!r}; give a whole number of 1 or more")
         if self.heads % self.kv_heads:
@@ -34,7 +38,8 @@ class Shape:
     def __str__(self):
         tokens = f"{self.context // 1024}K" if self.context % 1024 == 0 else str(self.context)
         heads = f"{self.heads}/{self.kv_heads} heads, {self.head_dim} dims"
-        return f"B{self.batch} x {tokens}, {heads}" + f", {self.mask} mask" * (self.mask != "none")
+        asked = f", {self.queries} queries" * (self.queries > 1)
+        return f"B{self.batch} x {tokens}, {heads}" + asked + f", {self.mask} mask" * (self.mask != "none")
 
 
 @dataclass(frozen=True)
@@ -78,7 +83,7 @@ SHAPES = (LONG, *(Shape(*size) for size in ((1, 131072), (32, 8192), (1, 32768),
 VARIANTS = (
     *(Shape(8, 32768, head_dim=dim) for dim in (64, 96, 256)),
     *(Shape(8, 32768, heads=8 * group) for group in (1, 7, 8)),
-    *(Shape(8, 32768, mask=mask) for mask in MASKS[1:]),
+    *(Shape(8, 32768, mask=mask) for mask in ("bool", "additive")),
     Shape(8, 32747),
 )
 OTHERS = tuple(
