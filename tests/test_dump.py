@@ -101,12 +101,20 @@ def test_the_kernels_of_a_graph_are_those_of_its_codecs_and_readers(name, values
     appends = {"append_turboquant_4_32", f"append_{values}_32"}
     # A codebook of eight bits alone has no kernel on int8 units; which one runs depends on the device.
     int8 = {f"{attend}_int8"} if values != "turboquant_8" else set()
-    assert sources.keys() == {attend} | appends | int8
-    kernels = {"append_tokens"}, {"attend_split", "read_scores", "key_numbers"}, {"attend_fragments", "key_look_up"}
+    both = {f"append_step_turboquant_4_{values}_32_32"}
+    decoded = {"decode_turboquant_4_32", f"decode_{values}_32"}
+    kernels = {
+        **{what: {"append_tokens"} for what in appends},
+        **{what: {"append_step_rows", "write_keys", "write_values"} for what in both},
+        **{what: {"decode_tokens", "token_numbers"} for what in decoded},
+        **{what: {"attend_split", "read_scores", "key_numbers"} for what in [attend]},
+        **{what: {"attend_fragments", "key_look_up"} for what in int8},
+    }
+    assert sources.keys() == kernels.keys()
     for what, text in sources.items():
         functions = {node.name for node in ast.parse(text).body if isinstance(node, ast.FunctionDef)}
-        assert kernels[0 if what in appends else 2 if what in int8 else 1] <= functions
-    for what in sources.keys() - appends:
+        assert kernels[what] <= functions
+    for what in {attend} | int8:
         (scores,) = re.findall(r"def read_scores.*?\n\n", sources[what], re.DOTALL)
         assert ("<= query" in scores) == (name == "causal")
         assert ("part != 0" in scores) == (name == "bool") and ("scores += part" in scores) == (name == "additive")

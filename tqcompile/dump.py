@@ -35,13 +35,18 @@ class Dump:
 
 def kernel_sources(after: fx.GraphModule, sites: Iterable[Site]) -> dict[str, str]:
     """The Triton modules that a rewritten graph launches on a GPU, by what they do; needs no GPU."""
-    from tqcompile.kernels import append, attend, integer
+    from tqcompile.kernels import append, attend, decoded, integer, step
 
     sources = {}
     written = [site for site in sites if site.kind in ("in_place", "append")]
     for codec, width in {(site.codec, int(tensor_of(site.root).shape[-1])) for site in written}:
         sources[f"append_{_plain(codec.name)}_{width}"] = append.source(codec, width)
     for node in after.graph.nodes:
+        if node.target is ops.append_step:
+            keys, values = node.args[-2:]
+            dims = tuple(int(tensor_of(y).shape[-1]) for y in node.args[2:4])
+            what = f"append_step_{_plain(keys)}_{_plain(values)}_{dims[0]}_{dims[1]}"
+            sources[what] = step.source(formats.codec(keys), formats.codec(values), dims)
         if node.target is not ops.attend:
             continue
         mask, _, _, _, causal, _, keys, values, *head_dims, _ = node.args[3:]
@@ -52,6 +57,8 @@ def kernel_sources(after: fx.GraphModule, sites: Iterable[Site]) -> dict[str, st
         sources[what] = attend.source(*codecs, tuple(head_dims), reader)
         if sides := integer.sides_of(codecs, tuple(head_dims)):
             sources[f"{what}_int8"] = integer.source(*sides, reader)
+        for codec, dim in zip(codecs, head_dims):
+            sources[f"decode_{_plain(codec.name)}_{dim}"] = decoded.source(codec, dim)
     return sources
 
 
