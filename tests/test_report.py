@@ -272,3 +272,14 @@ def test_a_part_of_a_model_reports_its_graphs():
 def test_what_is_no_model(model):
     with pytest.raises(TypeError, match=r"model=.*takes a torch\.nn\.Module"):
         tqcompile.report(model)
+
+
+def test_the_kernels_that_read_codes_are_told():
+    model = Layer()
+    compiled = torch.compile(model, backend="turboquant", options=LOSSLESS)
+    with torch.no_grad():
+        compiled(*next(calls()))
+    assert "kernel" not in str(tqcompile.report(model))
+    (graph,) = tqcompile.report(model).graphs
+    graph.readers = {("attention", "turboquant:4 / turboquant:3", "int8 units"): 32}
+    assert re.search(r"attention +turboquant:4 / turboquant:3 +int8 units +32", str(tqcompile.report(model)))

@@ -1,6 +1,7 @@
 """The entry point: Dynamo's graph in, a callable out. The only file that names Dynamo, AOTAutograd or Inductor."""
 
 import weakref
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -85,8 +86,24 @@ def _compile(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options
     for site in context.sites:
         cache = tensor_of(site.root)
         ops.prepare(site.codec, int(cache.shape[-1]), cache.device)
+    if any(tensor_of(site.root).device.type == "cuda" for site in context.sites):
+        record.readers = readers(copy)
     compiled = _inner(copy, examples, options, mode, dump)
     return CompiledGraph(gm, compiled, context, record)
+
+
+def readers(gm: fx.GraphModule) -> dict[tuple[str, str, str], int]:
+    """What reads codes in a rewritten graph, which, and by which kernel on a GPU: how often each."""
+    found = Counter()
+    for node in gm.graph.nodes:
+        if node.target is ops.attend:
+            keys, values, *dims, _ = node.args[-5:]
+            key = f"{keys} / {values}", ops.kernel_of(keys, values, tuple(dims))
+            found["attention", *key] += 1
+        elif node.target in (ops.logits, ops.mix):
+            name = "query x keys" if node.target is ops.logits else "weights x values"
+            found[name, node.args[2], "decoded, a part of the heads at a time"] += 1
+    return dict(found)
 
 
 def _placeholders(gm: fx.GraphModule) -> list[fx.Node]:

@@ -44,6 +44,16 @@ def prepare(codec: Codec, head_dim: int, device: torch.device) -> None:
         integer.prepare(codec, head_dim, device)
 
 
+def kernel_of(key_codec: str, value_codec: str, head_dims: tuple[int, int]) -> str:
+    """What attends over a pair of codecs on a GPU, for the report."""
+    from tqcompile.kernels import integer
+
+    codecs = formats.codec(key_codec), formats.codec(value_codec)
+    if integer.sides_of(codecs, head_dims) is not None and max(head_dims) <= integer.MOST_DIMS:
+        return "int8 units"
+    return "portable, slower than dense attention"
+
+
 def _append_cpu(planes: Tensors, y: torch.Tensor, positions, basis, codec: str) -> None:
     reference.append(formats.codec(codec), planes, reference.rotate(y, basis), positions, cpu.encode_rows)
 

@@ -20,6 +20,7 @@ class Graph:
     fallbacks: tuple = ()
     counts: dict[str, int] = field(default_factory=dict)
     reads: int = 0
+    readers: dict[tuple[str, str, str], int] = field(default_factory=dict)
     dump: str | None = None
     caches: weakref.WeakValueDictionary = field(default_factory=weakref.WeakValueDictionary)
     events: dict[str, str] = field(default_factory=dict)
@@ -83,7 +84,8 @@ class Report:
         return list(dict.fromkeys(fallback for graph in self.graphs for fallback in graph.fallbacks))
 
     def __str__(self) -> str:
-        parts = [self._summary(), self._compressed(), self._refused(), self._decoded(), self._events()]
+        parts = [self._summary(), self._compressed(), self._read()]
+        parts += [self._refused(), self._decoded(), self._events()]
         return "\n\n".join(part for part in parts if part)
 
     def _summary(self) -> str:
@@ -109,6 +111,10 @@ class Report:
                 groups[key] = groups.get(key, 0) + 1
         rows = [(*key, count) for key, count in groups.items()]
         return tabulate(rows, ("graph", "cache", "role", "codec", "sites")) if rows else ""
+
+    def _read(self) -> str:
+        rows = [(graph.name, *key, count) for graph in self.graphs for key, count in graph.readers.items()]
+        return tabulate(rows, ("graph", "reader", "codecs", "kernel", "reads")) if rows else ""
 
     def _refused(self) -> str:
         rows = [(r.name, r.reason, r.where, r.remedy) for r in self.refusals]

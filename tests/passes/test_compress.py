@@ -6,6 +6,7 @@ from graphs import operators, passed
 from test_sites import AT, Cache, K, Q, V, attend, write
 
 from tqcompile import formats
+from tqcompile.backend import readers
 
 F = torch.nn.functional
 NONE = ()
@@ -129,3 +130,22 @@ def test_a_mask_that_is_overwritten_between_layers_is_asked_again():
     compiled = torch.compile(model, backend="turboquant", options={"preset": "lossless", "inner": "aot_eager"})
     with torch.no_grad():
         torch.testing.assert_close(compiled(Q, K, V, AT), twin(Q, K, V, AT))
+
+
+@pytest.mark.parametrize(
+    ("codec", "kernel"), [("turboquant:4", "int8 units"), ("turboquant:8", "portable, slower than dense attention")]
+)
+def test_what_reads_codes_on_a_gpu_is_named(codec, kernel):
+    wide = [torch.randn(2, 4, 3, 32) for _ in range(3)]
+
+    class Wide(Cache):
+        def __init__(self, step):
+            super().__init__(step)
+            self.k, self.v = (torch.zeros(2, 4, 9, 32) for _ in "kv")
+
+    step = stepping(attend).step
+    after, _, _ = passed(Wide(step), *wide, AT, keys=codec, values=codec)
+    assert readers(after) == {("attention", f"{codec} / {codec}", kernel): 1}
+    product = stepping(lambda q, k, v: PRODUCTS["softcap"](q @ k.mT) @ v).step
+    after, _, _ = passed(Wide(product), *wide, AT, keys=codec, values="q8_0")
+    assert [key[:2] for key in readers(after)] == [("query x keys", codec), ("weights x values", "q8_0")]
