@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 
-from tqcompile import backend, cpu, formats, reference
+from tqcompile import backend, cpu, formats, ops, reference
 from tqcompile.layout import layout_of
+from tqcompile.passes import rewrite
 
 
 @pytest.fixture(autouse=True)
@@ -148,3 +149,21 @@ def test_strides_that_happen_to_be_equal_are_not_taken_for_one():
     """At 384 dims and four queries a chunk's stride in the examples is that of a token of 8-bit codes."""
     codec = formats.codec("q8_0")
     check(codec, planes_of(codec, 1, 1, 2 * cpu.CHUNK, 384), 384, 4)
+
+
+@pytest.mark.parametrize("queries", [1, 5])
+@pytest.mark.parametrize("spans", [[(10, 40), (30, 77)], [(0, 1), (0, 1)], [(0, 90), (4, 5)]], ids=str)
+def test_what_a_mask_hides_from_all_sequences_is_not_read(spans, queries):
+    torch.manual_seed(0)
+    codec, token = formats.codec("turboquant:4"), torch.arange(90)
+    keep = torch.stack([(token >= first) & (token < stop) for first, stop in spans])[:, None, None]
+    first, stop = min(span[0] for span in spans), max(span[1] for span in spans)
+    caches = [torch.randn(2, 2, 90, 64) for _ in range(2)]
+    planes = [reference.encode(codec, x) for x in caches]
+    q = torch.randn(2, 4, queries, 64)
+    expected = reference.attend(q, *planes, keep, False, 0.125, codec, codec, (64, 64))
+    hidden = (token < first) | (token >= stop)
+    broken = [reference.encode(codec, torch.where(hidden[:, None], torch.nan, x)) for x in caches]
+    options = (None, None, False, 0.125, codec.name, codec.name, 64, 64, torch.float32)
+    torch.testing.assert_close(ops.attend(q, *broken, keep, rewrite.reach(keep), *options), expected)
+    assert not hidden.any() or ops.attend(q, *broken, keep, None, *options).isnan().any()
