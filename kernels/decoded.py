@@ -106,7 +106,7 @@ def attend(
     groups = query_heads // kv_heads
     out = q.new_empty((batch, query_heads, queries, head_dims[1]))
     if mask is not None:
-        mask = mask.to(q.dtype) if mask.is_floating_point() else mask
+        mask = _in_dtype(mask, q.dtype) if mask.is_floating_point() else mask
         mask = mask.broadcast_to(batch, query_heads, queries, length)
     for rows, heads in parts(batch, kv_heads, length * sum(head_dims) * q.element_size()):
         asked = slice(heads.start * groups, heads.stop * groups)
@@ -117,6 +117,12 @@ def attend(
         part = None if mask is None else mask[rows, asked]
         out[rows, asked] = dense(q[rows, asked], *decoded, part, causal, scale)
     return out
+
+
+def _in_dtype(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """An additive mask in `dtype`, where its finite numbers stay finite: a row of none but those sees all alike."""
+    limit = torch.finfo(dtype).max
+    return torch.where(mask.isinf(), mask, mask.clamp(-limit, limit)).to(dtype)
 
 
 def logits(q: torch.Tensor, keys: Planes, codec: Codec, look_up: torch.Tensor, folder: str | None = None):
@@ -154,7 +160,10 @@ def dense(q, k, v, mask, causal: bool, scale: float) -> torch.Tensor:
     with sdpa_kernel(FUSED):
         try:
             return torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, enable_gqa=groups > 1, **options)
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError:
+            # How a backend says that it does not take grouped heads, or this mask.
             pass
     k, v = (x.repeat_interleave(groups, 1) for x in (k, v))
     return torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, **options)

@@ -6,13 +6,14 @@ import torch
 from torch import fx
 
 from tqcompile import ops
+from tqcompile.passes import rewrite
 from tqcompile.passes.canonicalize import tensor_of
 from tqcompile.passes.context import Context
 from tqcompile.passes.survey import memory_of, written_operands
 
-# What shows a part of a plane and reads none of it, as its size does.
+# What shows a part of a plane, and what asks for its shape: neither reads it.
 VIEWS = (torch.narrow, torch.permute, operator.getitem)
-SIZE = torch.ops.aten.sym_size.int
+SHAPES = (torch.ops.aten.sym_size.int, rewrite.broadcast)
 
 
 def fuse(gm: fx.GraphModule, context: Context) -> int:
@@ -33,6 +34,8 @@ def _appends(attend: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     nor changes what is written.
     """
     keys, values = ({_shown(plane) for plane in planes} for planes in attend.args[1:3])
+    if any(plane.op != "placeholder" for plane in keys | values):
+        return None
     found: dict[str, fx.Node] = {}
     between, node = [], attend.prev
     while node.op in ("call_function", "call_method", "get_attr") and len(found) < 2:
@@ -40,7 +43,7 @@ def _appends(attend: fx.Node) -> tuple[fx.Node, fx.Node] | None:
         side = "keys" if touched & keys else "values" if touched & values else None
         if side is not None and node.target is ops.append and side not in found:
             found[side] = node
-        elif side is not None and node.target not in (*VIEWS, SIZE):
+        elif side is not None and not _reads_nothing(node):
             return None
         else:
             between.append(node)
@@ -59,16 +62,18 @@ def _appends(attend: fx.Node) -> tuple[fx.Node, fx.Node] | None:
 
 
 def _shown(node: fx.Node) -> fx.Node:
-    """What a view of a plane shows a part of."""
-    while node.target in VIEWS and not any(isinstance(item, fx.Node) for item in _indices(node)):
+    """What a node may show a part of: followed through methods too, which may copy; to touch a copy counts as well."""
+    while node.op == "call_method" or node.target in VIEWS:
         node = node.args[0]
     return node
 
 
-def _indices(node: fx.Node) -> tuple:
-    """The items of an index, where a tensor among them makes a copy."""
-    index = node.args[1] if node.target is operator.getitem else ()
-    return index if isinstance(index, tuple) else (index,)
+def _reads_nothing(node: fx.Node) -> bool:
+    """Whether a node only shows a part of a plane; an index with a tensor in it makes a copy."""
+    if node.target is operator.getitem:
+        items = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
+        return not any(isinstance(item, fx.Node) for item in items)
+    return node.target in (*VIEWS, *SHAPES)
 
 
 def _join(graph: fx.Graph, attend: fx.Node, keys: fx.Node, values: fx.Node) -> None:

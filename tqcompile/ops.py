@@ -88,7 +88,7 @@ def _attend_cpu(q, keys, values, mask, reach, key_basis, value_basis, causal, sc
     key_codec, value_codec, key_dim, value_dim, dtype = others
     codecs, dims = (formats.codec(key_codec), formats.codec(value_codec)), (key_dim, value_dim)
     q = reference.rotate(q, key_basis)
-    if reach is not None and not causal:
+    if reach is not None and reach.numel() and not causal:
         keys, values, mask = _within(reach, keys, values, mask)
     out = cpu.attend(q, keys, values, mask, causal, scale, *codecs, dims)
     return reference.rotate_back(out, value_basis, dtype).contiguous()

@@ -86,6 +86,18 @@ def test_a_query_that_sees_nothing_gets_zeros(device, kind):
     close(out.float(), expected, torch.float32)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_query_whose_mask_is_nothing_but_low_sees_all_alike(device, dtype):
+    torch.manual_seed(6)
+    codec = formats.codec("turboquant:4")
+    keys, values = (compressed(codec, torch.randn(1, 2, 40, 64, device=device).to(dtype)) for _ in range(2))
+    q, mask = torch.randn(1, 4, 8, 64, device=device).to(dtype), torch.zeros(1, 1, 8, 40, device=device)
+    mask[:, :, 3] = torch.finfo(torch.float32).min
+    out = run(device, q, keys, values, mask, False, (codec, codec), (64, 64))
+    expected = reference.attend(q, keys, values, mask, False, 0.1, codec, codec, (64, 64))
+    close(out[:, :, 3].float(), expected[:, :, 3], dtype)
+
+
 def test_a_basis_rotates_the_result_back(device):
     torch.manual_seed(4)
     codec = formats.codec("turboquant:4")

@@ -18,6 +18,12 @@ def values_first(kc, vc, q, k, v, at):
     return attend(q, kc, vc)
 
 
+def slices(kc, vc, q, k, v, at):
+    kc[:, :, 2:5] = k
+    vc[:, :, 2:5] = v
+    return attend(q, kc, vc)
+
+
 def query_last(kc, vc, q, k, v, at):
     write(kc, k, at), write(vc, v, at)
     return attend((q * 2).contiguous(), kc, vc)
@@ -35,7 +41,7 @@ def two_layers(kc, vc, q, k, v, at):
     return in_place(kc, vc, first, k + first, v, at)
 
 
-JOINED = {in_place: 1, values_first: 1, query_last: 1, positions_counted_on: 1, two_layers: 2}
+JOINED = {in_place: 1, slices: 1, values_first: 1, query_last: 1, positions_counted_on: 1, two_layers: 2}
 
 
 def keys_read_between(kc, vc, q, k, v, at):
@@ -80,7 +86,42 @@ def zeroed_after_a_write(kc, vc, q, k, v, at):
     return attend(q, kc, vc)
 
 
+def zeroed_under_a_narrow_view(kc, vc, q, k, v, at):
+    kn, vn = kc.narrow(2, 0, 6), vc.narrow(2, 0, 6)
+    write(kn, k, at), write(vn, v, at)
+    kc.zero_()
+    return attend(q, kn, vn)
+
+
+def whole_cache_read_before_a_narrow_view(kc, vc, q, k, v, at):
+    kn, vn = kc.narrow(2, 0, 6), vc.narrow(2, 0, 6)
+    write(kn, k, at), write(vn, v, at)
+    return attend(q + attend(q, kc, vc), kn, vn)
+
+
+def part_read_after_a_write(kc, vc, q, k, v, at):
+    write(kc, k, at), write(vc, v, at)
+    return attend(q, kc[:, :, :6], vc[:, :, :6])
+
+
+def written_again_through_a_narrow_view(kc, vc, q, k, v, at):
+    kn = kc.narrow(2, 0, 6)
+    write(kc, k, at), write(vc, v, at), write(kn, k + 1, at)
+    return attend(q, kc, vc)
+
+
+def rows_picked_by_a_tensor(kc, vc, q, k, v, at):
+    write(kc, k, at), write(vc, v, at)
+    picked = kc[torch.tensor([1, 0])]
+    return attend(q, kc, vc) + picked[:, :, :3]
+
+
 APART = {
+    written_again_through_a_narrow_view: 1,
+    rows_picked_by_a_tensor: 0,
+    zeroed_under_a_narrow_view: 0,
+    whole_cache_read_before_a_narrow_view: 1,
+    part_read_after_a_write: 1,
     keys_read_between: 0,
     another_read_after_the_writes: 1,
     other_positions: 0,
