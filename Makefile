@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-slow test-gpu bench-cpu aot fmt clean
+.PHONY: help env demo test test-slow test-gpu bench bench-cpu aot fmt clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
@@ -37,6 +37,9 @@ test-slow: env  ## the sweeps that are too long for CI
 
 test-gpu: env  ## the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu $(ARGS)
+
+bench: env  ## time attention, append, prefill and steps: make bench ARGS="--batch 8 --context 32768"
+	$(BIN)/python -m tqcompile bench $(ARGS)
 
 bench-cpu: env  ## time decoding on a CPU
 	$(BIN)/python examples/bench_cpu.py $(ARGS)
