@@ -5,6 +5,7 @@ import pickle
 import pytest
 import torch
 from conversations import fake_quantised
+from test_mutations import Layer, calls
 from torch import nn
 
 import tqcompile
@@ -264,3 +265,16 @@ def test_gradients_run_dense_and_leave_the_cache_compressed(step):
     talk.at = 3
     talk.held, talk.twin = [c.detach() for c in talk.held], [c.detach() for c in talk.twin]
     talk.feed(call)
+
+
+def test_planes_that_lie_otherwise_are_looked_at_again():
+    """A graph that has seen its caches before takes them as they are; these are no longer as they were."""
+    model, twin = Layer(), Layer()
+    step = torch.compile(model, backend="turboquant", options={"preset": "lossless"})
+    with torch.no_grad():
+        for i, arguments in enumerate(calls(4)):
+            if i == 3:
+                planes = model.k_cache.planes
+                model.k_cache.planes = tuple(p.transpose(1, 2).contiguous().transpose(1, 2) for p in planes)
+            torch.testing.assert_close(step(*arguments), twin(*arguments))
+    assert all(plane.is_contiguous() for plane in model.k_cache.planes)
