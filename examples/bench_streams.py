@@ -10,6 +10,7 @@ and whatever a step allocates share the device.
 import argparse
 import gc
 from dataclasses import replace
+from types import SimpleNamespace
 
 import torch
 from smollm2 import add_codecs, positive
@@ -82,8 +83,8 @@ def most(model: Decoder, shape: Shape, codecs: tuple[str, str] | None) -> tuple[
 
 def live_bytes_of_one(shape: Shape, codecs: tuple[str, str] | None) -> int:
     """Bytes that one layer's caches of one sequence take."""
-    layer = type("Holder", (), {})()
-    caches_of(type("Model", (), {"layers": [layer]})(), replace(shape, batch=1), codecs)
+    layer = SimpleNamespace()
+    caches_of(SimpleNamespace(layers=[layer]), replace(shape, batch=1), codecs)
     return live_bytes((layer.keys, layer.values))
 
 

@@ -148,6 +148,8 @@ def score_helper(reader: Reader) -> str:
 
 def sides_of(codecs: tuple[Codec, Codec], head_dims: tuple[int, int]) -> Sides | None:
     """The sides of keys and of values, or None where either has none, or both together too many registers."""
+    if max(head_dims) > MOST_DIMS:
+        return None
     sides = side_of(codecs[0], head_dims[0], 4), side_of(codecs[1], head_dims[1], 8)
     if None in sides:
         return None
@@ -216,8 +218,7 @@ def takes(
         return False
     rows = q.shape[1] // max(1, keys[0].shape[1]) * q.shape[2]
     codes = (split(codecs[0], keys)[0], split(codecs[1], values)[0])
-    few = rows <= tune.MOST_ROWS and max(head_dims) <= MOST_DIMS
-    return few and sides_of(codecs, head_dims) is not None and all(map(_in_words, codes))
+    return rows <= tune.MOST_ROWS and sides_of(codecs, head_dims) is not None and all(map(_in_words, codes))
 
 
 def _in_words(plane: torch.Tensor) -> bool:

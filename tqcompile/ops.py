@@ -49,9 +49,7 @@ def kernel_of(key_codec: str, value_codec: str, head_dims: tuple[int, int]) -> s
     from tqcompile.kernels import integer
 
     codecs = formats.codec(key_codec), formats.codec(value_codec)
-    if integer.sides_of(codecs, head_dims) is not None and max(head_dims) <= integer.MOST_DIMS:
-        return "int8 units"
-    return "portable, slower than dense attention"
+    return "int8 units" if integer.sides_of(codecs, head_dims) else "portable, slower than dense attention"
 
 
 def _append_cpu(planes: Tensors, y: torch.Tensor, positions, basis, codec: str) -> None:
