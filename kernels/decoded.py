@@ -120,8 +120,11 @@ def attend(
 
 
 def _in_dtype(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """An additive mask in `dtype`, where its finite numbers stay finite: a row of none but those sees all alike."""
-    limit = torch.finfo(dtype).max
+    """An additive mask in `dtype`, where its finite numbers stay finite: a row of none but those sees all alike.
+
+    Half of what `dtype` holds: fused attention multiplies by the logarithm's base, 1.44.
+    """
+    limit = torch.finfo(dtype).max / 2
     return torch.where(mask.isinf(), mask, mask.clamp(-limit, limit)).to(dtype)
 
 
