@@ -1,0 +1,146 @@
+"""The tables of an explanation, as headers and rows of cells: for the terminal, the page and JSON alike."""
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqcompile.explain.section import Row, Section, line, rows, said, together
+from tqcompile.explain.sizes import of_cache, totals
+from tqcompile.facts import CacheFacts, Place
+
+
+@dataclass(frozen=True)
+class Table:
+    """A titled table; a cell may have several lines. The last `numbers` columns hold numbers."""
+
+    title: str
+    headers: tuple[str, ...]
+    rows: tuple[tuple, ...]
+    notes: tuple[str, ...] = ()
+    numbers: int = 0
+
+
+def tables(section: Section, context: int, batch: int) -> list[Table]:
+    """Every table of a section that has a row."""
+    alike = rows(section)
+    found = (_graphs(section), _caches(alike), _refused(alike), _decoded(alike), _bytes(section, context, batch))
+    return [table for table in found if table.rows]
+
+
+def _graphs(section: Section) -> Table:
+    shown = tuple(
+        (
+            graph.name,
+            section.calls.get(graph.name, ""),
+            len(graph.facts),
+            sum(one.form not in ("dense", "decoded") for one in graph.facts),
+            graph.reads,
+        )
+        for graph in section.graphs
+    )
+    headers = ("graph", "compiled by", "caches", "compressed", "reads of codes")
+    if not section.calls:
+        headers, shown = (headers[0], *headers[2:]), tuple((row[0], *row[2:]) for row in shown)
+    return Table("graphs", headers, shown, numbers=3)
+
+
+def _caches(alike: list[Row]) -> Table:
+    shown = tuple(
+        (
+            "\n".join(row.graphs),
+            "\n".join(_name(row)),
+            row.facts.form,
+            row.facts.role or "",
+            row.facts.codec or "dense",
+            "\n".join(_places(row.facts.writes)),
+            "\n".join(_places(row.facts.reads)),
+        )
+        for row in alike
+    )
+    return Table("caches", ("graph", "cache", "form", "role", "codec", "written by", "read by"), shown)
+
+
+def _name(row: Row) -> Iterator[str]:
+    yield together(row.names)
+    sizes = (row.facts.heads, row.facts.head_dim)
+    heads = f"{sizes[0]} x {sizes[1]}" if None not in sizes else f"{list(row.facts.shape)}"
+    yield f"{len(row.names)} of {heads} {_dtype(row.facts)}"
+
+
+def _dtype(facts: CacheFacts) -> str:
+    return str(facts.dtype).removeprefix("torch.")
+
+
+def _places(places: tuple[Place, ...]) -> Iterator[str]:
+    shown = dict.fromkeys((said(place), short(place.where)) for place in places)
+    for what, where in shown:
+        yield what
+        yield f"  {where}"
+
+
+def short(where: str) -> str:
+    """A line of code below the folder that Python found it in."""
+    return line(where, (*sys.path, str(Path.cwd())))
+
+
+def _refused(alike: list[Row]) -> Table:
+    refused = [row for row in alike if row.facts.reason]
+    found: dict[tuple, list[str]] = {}
+    for row in refused:
+        key = (row.facts.reason, short(row.facts.refused_at), row.facts.remedy)
+        found.setdefault(key, []).extend(name for name in row.names if name not in found.get(key, []))
+    shown = tuple((together(names), why, where, remedy) for (why, where, remedy), names in found.items())
+    return Table("left dense", ("cache", "why", "where", "what would change that"), shown)
+
+
+def _decoded(alike: list[Row]) -> Table:
+    found: dict[tuple, list[str]] = {}
+    for row in alike:
+        for place in row.facts.reads:
+            if place.over == "decoded":
+                found.setdefault((place.operator, short(place.where)), []).extend(row.names)
+    shown = tuple((together(dict.fromkeys(names)), *reader) for reader, names in found.items())
+    return Table("decoded in front of a reader", ("cache", "reader", "where"), shown)
+
+
+def _bytes(section: Section, context: int, batch: int) -> Table:
+    found = totals(section, context, batch)
+    shown = tuple(
+        (
+            total.what,
+            total.caches,
+            f"{total.dense_per_token:,}",
+            f"{total.kept_per_token:,}",
+            f"{total.dense:,}",
+            f"{total.kept:,}",
+            f"{total.dense / total.kept:.2f} x" if total.kept else "",
+        )
+        for total in found
+    )
+    headers = ("of", "caches", "dense B/token", "kept B/token", f"dense, {context:,} x {batch}", "kept", "smaller")
+    notes = [f"{total.what}: not counted, for nothing says their heads: {', '.join(total.unknown)}" for total in found
+             if total.unknown]
+    forms = {facts.form for graph in section.graphs for facts in graph.facts}
+    if "append" in forms:
+        notes.append("A growing cache also has spare room: a sixteenth of its length, 32 tokens at least.")
+    if section.layers is not None and any(most is not None for _, most in section.layers.kinds):
+        notes.append("A layer with a window keeps no more tokens than that.")
+    return Table("bytes, counted on the storages of encoded samples", headers, shown, tuple(notes), len(headers) - 1)
+
+
+def cache_record(facts: CacheFacts) -> dict:
+    """A cache's facts as JSON holds them; bytes are None where nothing says its heads."""
+    sizes = of_cache(facts)
+    places = {
+        name: [{**vars(place), "where": short(place.where)} for place in getattr(facts, name)]
+        for name in ("writes", "reads")
+    }
+    return {
+        **vars(facts),
+        **places,
+        "dtype": _dtype(facts),
+        "refused_at": short(facts.refused_at),
+        "dense_bytes_per_token": sizes[0] if sizes else None,
+        "kept_bytes_per_token": sizes[1] if sizes else None,
+    }
