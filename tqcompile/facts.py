@@ -65,7 +65,7 @@ def facts(before: fx.GraphModule, after: fx.GraphModule, context: Context) -> tu
     # A graph's own keys and values are surveyed after the passes: they stay in the graph, and so does who reads them.
     made = [created[name] for name in refused if name in created and name not in names]
     made += [site.root for site in context.sites if site.kind == "create"]
-    surveys = (context.survey, Survey(after.graph, dict.fromkeys(made)))
+    surveys = (context.survey, Survey(after.graph, dict.fromkeys(made)) if made else None)
     found = [_site(site, surveys[site.kind == "create"], sites, context) for site in context.sites]
     for refusal in refused.values():
         node = names.get(refusal.name, created.get(refusal.name))

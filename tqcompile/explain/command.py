@@ -74,8 +74,10 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
 
 
 def _codecs(options: argparse.Namespace) -> dict[str, str]:
-    """The options of the backend that the command line gives."""
-    given = {name: getattr(options, name) for name in ("preset", "keys", "values") if getattr(options, name)}
+    """The options of the backend that the command line gives; what the environment gives is checked too."""
+    resolve()
+    given = {name: getattr(options, name) for name in ("preset", "keys", "values")}
+    given = {name: value for name, value in given.items() if value is not None}
     for name, value in given.items():
         try:
             resolve({name: value})
@@ -103,11 +105,10 @@ def _script(options: argparse.Namespace, codecs: dict[str, str]) -> Explanation:
     chosen = resolve(given)
     with texts_kept():
         section = script.section(path, options.arguments, given)
-    notes = [script.ADVICE.format(path=path)] if not section.graphs else []
     said = f"{options.target} {' '.join(options.arguments)}".strip()
     place = "cuda" if any(one.device.startswith("cuda") for g in section.graphs for one in g.facts) else "cpu"
     asked = f"{_said(chosen)}; what the script says itself stands over these"
-    return _explanation(options, said, asked, place, [section], notes)
+    return _explanation(options, said, asked, place, [section])
 
 
 def _model(options: argparse.Namespace, codecs: dict[str, str]) -> Explanation:
@@ -121,10 +122,10 @@ def _model(options: argparse.Namespace, codecs: dict[str, str]) -> Explanation:
     kinds = [kind for kind in model.CACHES if options.cache in (None, "both", kind)]
     with texts_kept():
         sections = list(model.sections(made, full, kinds, Backend(chosen), min(options.batch, 2)))
-    return _explanation(options, model.facts(made, full), _said(chosen), "cpu", sections, [])
+    return _explanation(options, model.facts(made, full), _said(chosen), "cpu", sections)
 
 
-def _explanation(options, what: str, asked: str, place: str, sections: list, notes: list[str]) -> Explanation:
+def _explanation(options, what: str, asked: str, place: str, sections: list) -> Explanation:
     facts = clock.surroundings(torch.device(place))
     versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
     python = ".".join(map(str, sys.version_info[:3]))
@@ -136,7 +137,7 @@ def _explanation(options, what: str, asked: str, place: str, sections: list, not
         "device": facts["device"],
         "date": facts["date"],
     }
-    return Explanation(head, tuple(sections), options.context, options.batch, tuple(notes))
+    return Explanation(head, tuple(sections), options.context, options.batch)
 
 
 def _said(options: Options) -> str:

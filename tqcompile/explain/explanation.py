@@ -15,12 +15,11 @@ class Explanation:
     sections: tuple[Section, ...]
     context: int
     batch: int
-    notes: tuple[str, ...] = ()
 
     @property
     def trouble(self) -> bool:
         """Whether a run stopped early, or nothing was compiled."""
-        return bool(self.notes) or any(section.trouble for section in self.sections)
+        return any(section.trouble for section in self.sections)
 
     def record(self) -> dict:
         """All of it but the graphs and kernels, as JSON holds it."""
@@ -28,7 +27,6 @@ class Explanation:
             **self.head,
             "context": self.context,
             "batch": self.batch,
-            "notes": list(self.notes),
             "sections": [self._section(section) for section in self.sections],
         }
 

@@ -33,7 +33,8 @@ def section(path: Path, arguments: Sequence[str], options: Mapping[str, str]) ->
         except Exception as error:
             traceback.print_exc()
             trouble = f"the script stopped with {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-    return Section(f"script {path.name}", report().graphs[before:], trouble=trouble)
+    graphs = report().graphs[before:]
+    return Section(f"script {path.name}", graphs, trouble=trouble or ("" if graphs else ADVICE.format(path=path)))
 
 
 @contextmanager

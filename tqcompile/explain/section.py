@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from tqcompile.facts import CacheFacts, Place
-from tqcompile.report import Graph, Report
+from tqcompile.report import Graph
 
 FRAME = re.compile(r"(.*), line (\d+), in (.*)", re.DOTALL)
 
@@ -31,10 +31,6 @@ class Section:
     calls: dict[str, str] = field(default_factory=dict)
     layers: Layers | None = None
     trouble: str = ""
-
-    @property
-    def report(self) -> Report:
-        return Report(self.graphs)
 
 
 @dataclass(frozen=True)
@@ -94,19 +90,24 @@ def _ranges(numbers: Iterable[int]) -> str:
 
 
 def line(where: str, roots: Iterable[str]) -> str:
-    """`file:line in function`, the file below that one of `roots` which is nearest to it."""
+    """`file:line`, the file below that one of `roots` which is nearest to it."""
     frame = FRAME.fullmatch(where)
     if frame is None:
         return where
     path = Path(frame[1])
     homes = [root for root in map(Path, roots) if root.is_absolute() and path.is_relative_to(root)]
     nearest = max(homes, key=lambda root: len(root.parts), default=None)
-    return f"{path.relative_to(nearest) if nearest else path}:{frame[2]} in {frame[3]}"
+    return f"{path.relative_to(nearest) if nearest else path}:{frame[2]}"
 
 
 def said(place: Place) -> str:
     """What a place does, in a few words."""
     if not place.over:
         return place.operator
-    what = place.operator if place.kind == "other" else f"{place.kind} ({place.operator})"
+    what = place.operator if place.kind == "other" else place.kind
     return f"{what} over {place.over if place.over == 'codes' else f'{place.over} numbers'}"
+
+
+def kernels(section: Section) -> dict[str, str]:
+    """The sources of the kernels that a GPU launches for the graphs of a section, by name."""
+    return {name: text for graph in section.graphs if graph.texts for name, text in graph.texts.kernels.items()}

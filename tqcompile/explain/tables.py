@@ -24,7 +24,14 @@ class Table:
 def tables(section: Section, context: int, batch: int) -> list[Table]:
     """Every table of a section that has a row."""
     alike = rows(section)
-    found = (_graphs(section), _caches(alike), _refused(alike), _decoded(alike), _bytes(section, context, batch))
+    found = (
+        _graphs(section),
+        _caches(alike),
+        _refused(alike, "dense", "left dense"),
+        _refused(alike, "decoded", "compressed, but decoded for a whole call and encoded again after it"),
+        _decoded(alike),
+        _bytes(section, context, batch),
+    )
     return [table for table in found if table.rows]
 
 
@@ -48,24 +55,34 @@ def _graphs(section: Section) -> Table:
 def _caches(alike: list[Row]) -> Table:
     shown = tuple(
         (
-            "\n".join(row.graphs),
-            "\n".join(_name(row)),
+            ", ".join(row.graphs),
+            together(row.names),
+            _size(row),
             row.facts.form,
             row.facts.role or "",
-            row.facts.codec or "dense",
+            row.facts.codec or "",
             "\n".join(_places(row.facts.writes)),
             "\n".join(_places(row.facts.reads)),
         )
         for row in alike
     )
-    return Table("caches", ("graph", "cache", "form", "role", "codec", "written by", "read by"), shown)
+    headers = ("graph", "cache", "size", "form", "role", "codec", "written by", "read by")
+    return Table("caches", headers, shown)
 
 
-def _name(row: Row) -> Iterator[str]:
-    yield together(row.names)
-    sizes = (row.facts.heads, row.facts.head_dim)
-    heads = f"{sizes[0]} x {sizes[1]}" if None not in sizes else f"{list(row.facts.shape)}"
-    yield f"{len(row.names)} of {heads} {_dtype(row.facts)}"
+def title(row: Row) -> str:
+    """What a row is of, and what became of it, in a line."""
+    facts = row.facts
+    kept = " ".join(filter(None, (facts.role, f"as {facts.codec}" if facts.codec else "")))
+    graphs = f"{'graph' if len(row.graphs) == 1 else 'graphs'} {', '.join(row.graphs)}"
+    return f"  {together(row.names)}: {', '.join(filter(None, (facts.form, kept, _size(row), graphs)))}"
+
+
+def _size(row: Row) -> str:
+    facts, count = row.facts, len(row.names)
+    known = None not in (facts.heads, facts.head_dim)
+    shape = f"{facts.heads} heads x {facts.head_dim} dims" if known else "[{}]".format(", ".join(map(str, facts.shape)))
+    return f"{count} {'cache' if count == 1 else 'caches'} of {shape} in {_dtype(facts)}"
 
 
 def _dtype(facts: CacheFacts) -> str:
@@ -76,7 +93,7 @@ def _places(places: tuple[Place, ...]) -> Iterator[str]:
     shown = dict.fromkeys((said(place), short(place.where)) for place in places)
     for what, where in shown:
         yield what
-        yield f"  {where}"
+        yield f"    {where}"
 
 
 def short(where: str) -> str:
@@ -84,20 +101,20 @@ def short(where: str) -> str:
     return line(where, (*sys.path, str(Path.cwd())))
 
 
-def _refused(alike: list[Row]) -> Table:
-    refused = [row for row in alike if row.facts.reason]
+def _refused(alike: list[Row], form: str, what: str) -> Table:
     found: dict[tuple, list[str]] = {}
-    for row in refused:
-        key = (row.facts.reason, short(row.facts.refused_at), row.facts.remedy)
-        found.setdefault(key, []).extend(name for name in row.names if name not in found.get(key, []))
-    shown = tuple((together(names), why, where, remedy) for (why, where, remedy), names in found.items())
-    return Table("left dense", ("cache", "why", "where", "what would change that"), shown)
+    for row in alike:
+        if row.facts.form == form:
+            key = (row.facts.reason, short(row.facts.refused_at), row.facts.remedy)
+            found.setdefault(key, []).extend(row.names)
+    shown = tuple((together(dict.fromkeys(names)), *why) for why, names in found.items())
+    return Table(what, ("cache", "why", "where", "remedy"), shown)
 
 
 def _decoded(alike: list[Row]) -> Table:
     found: dict[tuple, list[str]] = {}
     for row in alike:
-        for place in row.facts.reads:
+        for place in row.facts.reads if row.facts.form != "decoded" else ():
             if place.over == "decoded":
                 found.setdefault((place.operator, short(place.where)), []).extend(row.names)
     shown = tuple((together(dict.fromkeys(names)), *reader) for reader, names in found.items())
@@ -118,9 +135,20 @@ def _bytes(section: Section, context: int, batch: int) -> Table:
         )
         for total in found
     )
-    headers = ("of", "caches", "dense B/token", "kept B/token", f"dense, {context:,} x {batch}", "kept", "smaller")
-    notes = [f"{total.what}: not counted, for nothing says their heads: {', '.join(total.unknown)}" for total in found
-             if total.unknown]
+    headers = (
+        "caches of",
+        "count",
+        "dense B/token",
+        "kept B/token",
+        f"dense, {context:,} x {batch}",
+        "kept",
+        "smaller",
+    )
+    notes = [
+        f"{total.what}: not counted, for nothing says their heads: {', '.join(total.unknown)}"
+        for total in found
+        if total.unknown
+    ]
     forms = {facts.form for graph in section.graphs for facts in graph.facts}
     if "append" in forms:
         notes.append("A growing cache also has spare room: a sixteenth of its length, 32 tokens at least.")
@@ -139,7 +167,7 @@ def cache_record(facts: CacheFacts) -> dict:
     return {
         **vars(facts),
         **places,
-        "dtype": _dtype(facts),
+        "dtype": _dtype(facts) if facts.dtype else None,
         "refused_at": short(facts.refused_at),
         "dense_bytes_per_token": sizes[0] if sizes else None,
         "kept_bytes_per_token": sizes[1] if sizes else None,
