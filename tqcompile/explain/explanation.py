@@ -40,7 +40,7 @@ class Explanation:
                     "graph": graph.name,
                     "compiled_by": section.calls.get(graph.name, ""),
                     "reads_of_codes": graph.reads,
-                    "caches": [cache_record(facts) for facts in graph.facts],
+                    "caches": [cache_record(facts, section.layers) for facts in graph.facts],
                     "kernels": list(graph.texts.kernels) if graph.texts else [],
                 }
                 for graph in section.graphs

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from tqcompile.backend import Backend
-from tqcompile.explain.section import Layers, Section
+from tqcompile.explain.section import Layers, Section, spoken
 from tqcompile.report import report
 
 CACHES = ("dynamic", "static")
@@ -19,22 +19,35 @@ WINDOWS = ("sliding_window", "attention_chunk_size")
 
 
 def config_of(name: str):
-    """The configuration of the language model in a folder, or of a name that transformers knows offline.
+    """The configuration of the language model in a folder, in a file .gguf, or of a name known offline.
 
     Raises:
         ValueError: there is none, it is not one of a language model's, or transformers is not installed.
     """
     try:
-        from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers import AutoConfig
     except ImportError:
         raise ValueError(f"MODEL {name} needs transformers: pip install transformers") from None
+    path = Path(name)
+    source = {"pretrained_model_name_or_path": name}
+    if path.suffix == ".gguf":
+        source = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
     try:
-        config = AutoConfig.from_pretrained(name, local_files_only=True).get_text_config()
-    except (OSError, ValueError) as error:
+        config = AutoConfig.from_pretrained(**source, local_files_only=True).get_text_config()
+    except (OSError, ValueError, ImportError) as error:
         raise ValueError(f"MODEL {name} has no configuration to read: {str(error).splitlines()[0]}") from error
-    if type(config) not in AutoModelForCausalLM._model_mapping:
-        raise ValueError(f"MODEL {name}: transformers has no causal language model of kind {config.model_type!r}")
+    if _class_for(config) is None:
+        raise ValueError(f"MODEL {name}: transformers has no decoder of kind {config.model_type!r}")
     return config
+
+
+def _class_for(config):
+    """What makes a model of a configuration: with a head where there is one, for a head reads no cache."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING, AutoModel, AutoModelForCausalLM
+
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return AutoModelForCausalLM
+    return AutoModel if type(config) in MODEL_MAPPING and not config.is_encoder_decoder else None
 
 
 def shortened(config, layers: int | None):
@@ -64,12 +77,10 @@ def build(config, attention: str | None) -> torch.nn.Module:
     Raises:
         ValueError: it has no attention of that kind.
     """
-    from transformers import AutoModelForCausalLM
-
     dtype = getattr(config, "dtype", None) or torch.float32
     chosen = {} if attention is None else {"attn_implementation": attention}
     try:
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, **chosen)
+        model = _class_for(config).from_config(config, dtype=dtype, **chosen)
     except ValueError as error:
         if attention is None:
             raise
@@ -115,8 +126,7 @@ def _section(model: torch.nn.Module, full, kind: str, compiled, batch: int) -> S
                     calls |= {graph.name: call for graph in new}
     except Exception as error:
         # Whatever a model raises, what was seen until then is explained.
-        first = (str(error).splitlines() or [""])[0]
-        trouble = f"{call} stopped with {type(error).__name__}: {first}"
+        trouble = f"{call} stopped with {spoken(error)}"
     return Section(f"{kind} cache", tuple(found), calls, _layers(full, model.config, kind), trouble)
 
 

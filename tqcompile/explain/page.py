@@ -77,7 +77,8 @@ def _section(section: Section, explained: Explanation) -> Iterator[str]:
 def _table(table: Table) -> str:
     numeric = len(table.headers) - table.numbers
     rows = [_row("th", table.headers, numeric), *(_row("td", row, numeric) for row in table.rows)]
-    return f"<table>{''.join(rows)}</table>" + "".join(f"<p>{_escape(note)}</p>" for note in table.notes)
+    shown = f"<table>{''.join(rows)}</table>" if table.rows else ""
+    return shown + "".join(f"<p>{_escape(note)}</p>" for note in table.notes)
 
 
 def _row(cell: str, values: Iterable, numeric: int) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 
-from tqcompile.explain.section import Section
+from tqcompile.explain.section import Section, spoken
 from tqcompile.options import as_defaults
 from tqcompile.report import report
 
@@ -32,7 +32,7 @@ def section(path: Path, arguments: Sequence[str], options: Mapping[str, str]) ->
                 trouble = f"the script ended with status {end.code}"
         except Exception as error:
             traceback.print_exc()
-            trouble = f"the script stopped with {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+            trouble = f"the script stopped with {spoken(error)}"
     graphs = report().graphs[before:]
     return Section(f"script {path.name}", graphs, trouble=trouble or ("" if graphs else ADVICE.format(path=path)))
 

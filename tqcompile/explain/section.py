@@ -108,6 +108,11 @@ def said(place: Place) -> str:
     return f"{what} over {place.over if place.over == 'codes' else f'{place.over} numbers'}"
 
 
+def spoken(error: Exception) -> str:
+    """An exception in a line: its first paragraph, which says what happened before any advice on how to see more."""
+    return f"{type(error).__name__}: {' '.join(str(error).strip().split(chr(10) * 2)[0].split())}"
+
+
 def kernels(section: Section) -> dict[str, str]:
     """The sources of the kernels that a GPU launches for the graphs of a section, by name."""
     return {name: text for graph in section.graphs if graph.texts for name, text in graph.texts.kernels.items()}

@@ -45,11 +45,17 @@ def bytes_per_token(
     return found[0] // SAMPLE, found[1] // SAMPLE
 
 
-def of_cache(facts: CacheFacts) -> tuple[int, int] | None:
-    """`bytes_per_token` of a cache; None where nothing says how many heads it has or how large one is."""
-    if facts.heads is None or facts.head_dim is None or facts.dtype is None:
+def of_cache(facts: CacheFacts, layers: Layers | None) -> tuple[int, int] | None:
+    """`bytes_per_token` of a cache; None where nothing says how many heads it has or how large one is.
+
+    The layers of a Hugging Face cache keep [batch, heads, tokens, head_dim], whatever reads them.
+    """
+    heads, head_dim = facts.heads, facts.head_dim
+    if heads is None and layers is not None and layer_of(facts.name) is not None and len(facts.shape) == 4:
+        heads, head_dim = facts.shape[1], facts.shape[3]
+    if not isinstance(heads, int) or not isinstance(head_dim, int) or facts.dtype is None:
         return None
-    return bytes_per_token(facts.codec, facts.heads, facts.head_dim, facts.dtype, facts.device)
+    return bytes_per_token(facts.codec, heads, head_dim, facts.dtype, facts.device)
 
 
 def totals(section: Section, context: int, batch: int) -> list[Total]:
@@ -108,7 +114,7 @@ def _sum(weighted: Iterable[tuple[CacheFacts, int]], layers: Layers | None, cont
     """The fields of a `Total` after its first."""
     caches, unknown, sums = 0, [], [0, 0, 0, 0]
     for facts, count in weighted:
-        sizes = of_cache(facts)
+        sizes = of_cache(facts, layers)
         if sizes is None:
             unknown.append(plain(facts.name))
             continue

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from tqcompile.explain.section import Row, Section, line, rows, said, together
+from tqcompile.explain.section import Layers, Row, Section, line, rows, said, together
 from tqcompile.explain.sizes import of_cache, totals
 from tqcompile.facts import CacheFacts, Place
 
@@ -32,7 +32,7 @@ def tables(section: Section, context: int, batch: int) -> list[Table]:
         _decoded(alike),
         _bytes(section, context, batch),
     )
-    return [table for table in found if table.rows]
+    return [table for table in found if table.rows or table.notes]
 
 
 def _graphs(section: Section) -> Table:
@@ -49,7 +49,8 @@ def _graphs(section: Section) -> Table:
     headers = ("graph", "compiled by", "caches", "compressed", "reads of codes")
     if not section.calls:
         headers, shown = (headers[0], *headers[2:]), tuple((row[0], *row[2:]) for row in shown)
-    return Table("graphs", headers, shown, numbers=3)
+    notes = () if any(graph.facts for graph in section.graphs) else ("No graph of this run keeps a cache.",)
+    return Table("graphs", headers, shown, notes if shown else (), numbers=3)
 
 
 def _caches(alike: list[Row]) -> Table:
@@ -134,6 +135,7 @@ def _bytes(section: Section, context: int, batch: int) -> Table:
             f"{total.dense / total.kept:.2f} x" if total.kept else "",
         )
         for total in found
+        if total.caches
     )
     headers = (
         "caches of",
@@ -157,9 +159,9 @@ def _bytes(section: Section, context: int, batch: int) -> Table:
     return Table("bytes, counted on the storages of encoded samples", headers, shown, tuple(notes), len(headers) - 1)
 
 
-def cache_record(facts: CacheFacts) -> dict:
+def cache_record(facts: CacheFacts, layers: Layers | None) -> dict:
     """A cache's facts as JSON holds them; bytes are None where nothing says its heads."""
-    sizes = of_cache(facts)
+    sizes = of_cache(facts, layers)
     places = {
         name: [{**vars(place), "where": short(place.where)} for place in getattr(facts, name)]
         for name in ("writes", "reads")

@@ -23,12 +23,15 @@ def text(explained: Explanation) -> str:
 def _section(section: Section, explained: Explanation) -> Iterator[str]:
     yield f"{section.title}\n{'=' * len(section.title)}"
     if section.trouble:
-        yield section.trouble
+        yield "\n".join(_wrapped(line) for line in section.trouble.splitlines())
     for table in tables(section, explained.context, explained.batch):
         yield _blocks(rows(section)) if table.title == "caches" else _table(table)
     if names := kernels(section):
-        said = f"kernels that a GPU launches: {', '.join(names)}"
-        yield textwrap.fill(said, WIDTH, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+        yield _wrapped(f"kernels that a GPU launches: {', '.join(names)}")
+
+
+def _wrapped(line: str) -> str:
+    return textwrap.fill(line, WIDTH, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
 
 
 def _blocks(alike: list[Row]) -> str:
@@ -47,6 +50,8 @@ def _block(row: Row) -> str:
 
 
 def _table(table: Table) -> str:
+    if not table.rows:
+        return "\n".join((f"{table.title}:", *table.notes))
     aligned = ["left"] * (len(table.headers) - table.numbers) + ["right"] * table.numbers
     shown = tabulate(table.rows, table.headers, colalign=aligned, disable_numparse=True)
     return "\n".join((f"{table.title}:", shown, *table.notes))
