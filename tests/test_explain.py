@@ -392,3 +392,17 @@ def test_a_line_is_told_below_the_nearest_folder_that_python_finds_it_in():
     where = "/a/b/c/d.py, line 7, in forward"
     assert line(where, ["/a", "/a/b", "/x", ""]) == "c/d.py:7"
     assert line(where, ["/x"]) == "/a/b/c/d.py:7" and line("node add", ["/a"]) == "node add"
+
+
+def test_the_readme_shows_what_the_command_prints(monkeypatch):
+    root = EXAMPLES.parent
+    monkeypatch.chdir(root)
+    command, shown = re.search(
+        r"`python -m tqcompile explain (.*)` prints\n\n```\n(.*?)\n```", (root / "README.md").read_text(), re.DOTALL
+    ).groups()
+    _, text, _ = explain(*command.split())
+
+    def of_any_machine(printed):
+        return [line for line in printed.splitlines() if line.split(" ")[0] not in ("versions", "device", "date")]
+
+    assert of_any_machine(shown) == of_any_machine(text) and len(of_any_machine(shown)) > 20

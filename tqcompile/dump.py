@@ -93,7 +93,7 @@ def kernel_sources(after: fx.GraphModule, sites: Iterable[Site]) -> dict[str, st
 
     sources = {}
     written = [site for site in sites if site.kind in ("in_place", "append")]
-    for codec, width in {(site.codec, int(tensor_of(site.root).shape[-1])) for site in written}:
+    for codec, width in dict.fromkeys((site.codec, int(tensor_of(site.root).shape[-1])) for site in written):
         sources[f"append_{_plain(codec.name)}_{width}"] = append.source(codec, width)
     for node in after.graph.nodes:
         if node.target is ops.append_step:
