@@ -98,7 +98,7 @@ def test_each_kind_of_cache_has_its_form_its_lines_and_its_calls(llama, title):
         assert write["operator"] == operator and operator in code_at(write["where"], root)
         assert (read["kind"], read["over"]) == ("attend", "codes")
         assert "scaled_dot_product_attention" in code_at(read["where"], root)
-    assert f"past_key_values.layers[0-1].keys: {form}, keys as turboquant:4, 2 caches of 2 heads x 16 dims" in llama[0]
+    assert f"cache.layers[0-1].keys: {form}, keys as turboquant:4, 2 caches of 2 heads x 16 dims" in llama[0]
 
 
 def test_bytes_of_a_token_are_those_of_live_storages(llama):
@@ -170,11 +170,11 @@ def test_the_page_is_whole_and_holds_both_graphs_and_the_kernels(llama):
     assert kernels >= 8 and page.tags.count("details") == page.tags.count("summary") == graphs + kernels
     assert "scaled_dot_product_attention(" in page.marked["gone"] and "index_copy_" in page.marked["gone"]
     assert "torch.ops.tqcompile.attend.default(" in page.marked["new"]
-    assert "past_key_values_layers_0_keys_codes: " in page.marked["new"]
+    assert "cache_layers_0_keys_codes: " in page.marked["new"]
     assert "torch.ops.tqcompile" not in page.marked["gone"] + page.marked["changed"]
     for kernel in ("def append_tokens(", "def append_step_rows(", "def attend_split(", "def decode_tokens("):
         assert kernel in page.text
-    for cell in ("past_key_values.layers[0-1].keys", "turboquant:4", f"{3000 * 4 * (KEYS + VALUES):,}"):
+    for cell in ("cache.layers[0-1].keys", "turboquant:4", f"{3000 * 4 * (KEYS + VALUES):,}"):
         assert cell in page.text
 
 
@@ -215,7 +215,7 @@ def test_a_model_that_stops_is_explained_until_then(tmp_path, monkeypatch):
     monkeypatch.setattr("transformers.StaticCache.__init__", lambda *a, **k: (_ for _ in ()).throw(KeyError("no room")))
     status, text, _ = explain(folder(tmp_path, num_hidden_layers=1))
     assert status == 1 and "prefill of 8 tokens stopped with KeyError: 'no room'" in text
-    assert "past_key_values.layers[0].keys: append" in text
+    assert "cache.layers[0].keys: append" in text
 
 
 def test_strict_in_the_environment_does_not_stop_a_model(tmp_path, monkeypatch):
@@ -320,6 +320,17 @@ def test_what_a_script_compiled_before_it_stopped_is_explained(end, tmp_path):
 def test_a_script_that_exits_with_zero_is_no_failure(tmp_path):
     status, text, _ = explain(written(tmp_path, REFUSED.replace("{options}", "") + "raise SystemExit"))
     assert status == 0 and "self.v_cache: in_place" in text
+
+
+def test_graphs_of_one_name_are_told_apart_and_records_that_a_script_forgets_are_not_missed(tmp_path):
+    text = REFUSED.replace("{options}", "")
+    again = text.partition("class Odd")[2].partition("with torch")[2]
+    script = f"from tqcompile.report import clear\nclear()\n{text}\ntorch.compiler.reset()\nwith torch{again}"
+    torch.compile(torch.sin, backend="turboquant", options={"inner": "eager"})(torch.ones(2))
+    torch.compiler.reset()
+    status, text, _ = explain(written(tmp_path, script))
+    assert status == 0 and "self.v_cache: in_place, values as turboquant:3" in text
+    assert "graphs 0/0, 0/0 (2)\n" in text and re.search(r"0/0 \(2\) +3 +1 +0\n", text)
 
 
 def test_a_graph_without_a_cache_says_so(tmp_path):

@@ -1,14 +1,14 @@
 """A Hugging Face model made from its configuration, and the graphs of a prefill and two decode steps of it."""
 
 import copy
+import inspect
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
 from tqcompile.backend import Backend
-from tqcompile.explain.section import Layers, Section, spoken
-from tqcompile.report import report
+from tqcompile.explain.section import Compiled, Layers, Section, spoken
 
 CACHES = ("dynamic", "static")
 # Two steps: the first finds caches of the prefill's length, and the second has Dynamo ask for any length.
@@ -54,7 +54,7 @@ def shortened(config, layers: int | None):
     """A copy of `config` with its first `layers` layers, and windows so short that a few tokens slide them.
 
     Raises:
-        ValueError: the model has fewer layers.
+        ValueError: the model has fewer layers, or its configuration says how many in a way that cannot be changed.
     """
     config, old = copy.deepcopy(config), config.num_hidden_layers
     for name in WINDOWS:
@@ -64,10 +64,13 @@ def shortened(config, layers: int | None):
         return config
     if layers > old:
         raise ValueError(f"--layers {layers}: this model has {old}")
-    for name, value in list(vars(config).items()):
-        if isinstance(value, (list, tuple)) and len(value) == old:
-            setattr(config, name, value[:layers])
-    config.num_hidden_layers = layers
+    try:
+        for name, value in list(vars(config).items()):
+            if isinstance(value, (list, tuple)) and len(value) == old:
+                setattr(config, name, value[:layers])
+        config.num_hidden_layers = layers
+    except (AttributeError, ValueError) as error:
+        raise ValueError(f"--layers {layers}: this configuration cannot be cut: {spoken(error)}") from error
     return config
 
 
@@ -108,26 +111,25 @@ def sections(model: torch.nn.Module, full, kinds: list[str], backend: Backend, b
 
 
 def _section(model: torch.nn.Module, full, kind: str, compiled, batch: int) -> Section:
-    calls, found, trouble = {}, [], ""
+    calls, new, trouble = {}, Compiled(), ""
     names = [f"prefill of {PREFILL} tokens", *(f"step {step + 1}" for step in range(STEPS))]
     vocabulary, generator = model.config.vocab_size, torch.Generator().manual_seed(0)
+    # The argument has had two names.
+    given = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
     call = names[0]
     try:
-        cache = _cache(model, kind)
+        cache = {given: _cache(model, kind)}
         for call, tokens in zip(names, (PREFILL, *[1] * STEPS)):
-            before = len(report().graphs)
             ids = torch.randint(0, vocabulary, (batch, tokens), generator=generator)
-            with torch.no_grad():
-                try:
-                    compiled(input_ids=ids, past_key_values=cache, use_cache=True)
-                finally:
-                    new = report().graphs[before:]
-                    found += new
-                    calls |= {graph.name: call for graph in new}
+            try:
+                with torch.no_grad():
+                    compiled(input_ids=ids, use_cache=True, **cache)
+            finally:
+                calls |= {graph.name: call for graph in new.graphs() if graph.name not in calls}
     except Exception as error:
         # Whatever a model raises, what was seen until then is explained.
         trouble = f"{call} stopped with {spoken(error)}"
-    return Section(f"{kind} cache", tuple(found), calls, _layers(full, model.config, kind), trouble)
+    return Section(f"{kind} cache", new.graphs(), calls, _layers(full, model.config, kind), trouble)
 
 
 def _cache(model: torch.nn.Module, kind: str):

@@ -7,9 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 
-from tqcompile.explain.section import Section, spoken
+from tqcompile.explain.section import Compiled, Section, spoken
 from tqcompile.options import as_defaults
-from tqcompile.report import report
 
 ADVICE = """\
 {path} compiled nothing with this backend. Write
@@ -22,8 +21,7 @@ a method of the model, and a compiled copy of it runs the original."""
 
 def section(path: Path, arguments: Sequence[str], options: Mapping[str, str]) -> Section:
     """The graphs that a script compiled in this process. What it prints goes to standard error."""
-    before = len(report().graphs)
-    trouble = ""
+    compiled, trouble = Compiled(), ""
     with _as_main(path, arguments), as_defaults(options), redirect_stdout(sys.stderr):
         try:
             runpy.run_path(str(path), run_name="__main__")
@@ -33,7 +31,7 @@ def section(path: Path, arguments: Sequence[str], options: Mapping[str, str]) ->
         except Exception as error:
             traceback.print_exc()
             trouble = f"the script stopped with {spoken(error)}"
-    graphs = report().graphs[before:]
+    graphs = compiled.graphs()
     return Section(f"script {path.name}", graphs, trouble=trouble or ("" if graphs else ADVICE.format(path=path)))
 
 

@@ -1,12 +1,13 @@
 """What is explained: the graphs of one run, and caches that differ by their layer alone as one row."""
 
 import re
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from tqcompile.facts import CacheFacts, Place
-from tqcompile.report import Graph
+from tqcompile.report import Graph, report
 
 FRAME = re.compile(r"(.*), line (\d+), in (.*)", re.DOTALL)
 
@@ -31,6 +32,23 @@ class Section:
     calls: dict[str, str] = field(default_factory=dict)
     layers: Layers | None = None
     trouble: str = ""
+
+
+class Compiled:
+    """What is compiled from here on, whatever becomes of the records that there were before."""
+
+    def __init__(self):
+        self._old = report().graphs
+
+    def graphs(self) -> tuple[Graph, ...]:
+        """The new records; a name that Dynamo gave again, after a reset, is told apart by a number."""
+        old, times, found = {id(graph) for graph in self._old}, Counter(), []
+        for graph in report().graphs:
+            if id(graph) not in old:
+                times[graph.name] += 1
+                again = times[graph.name]
+                found.append(graph if again == 1 else replace(graph, name=f"{graph.name} ({again})"))
+        return tuple(found)
 
 
 @dataclass(frozen=True)
