@@ -127,6 +127,7 @@ def _tensor(root: fx.Node) -> tuple[torch.dtype | None, str, tuple[int | str, ..
 def _writes(root: fx.Node, survey: Survey) -> Iterator[Place]:
     written = [("write", node) for node, view in survey.writes.items() if view.root is root]
     written += [("append", node) for node in survey.appends if survey.views[node].root is root]
+    written += [("join", node) for node in survey.joins if survey.views[node].root is root]
     if root in survey.culprits:
         written.append(("write", survey.culprits[root]))
     for kind, node in written:
