@@ -178,21 +178,31 @@ def test_the_page_is_whole_and_holds_both_graphs_and_the_kernels(llama):
         assert cell in page.text
 
 
-def test_a_window_that_slides_is_refused_with_its_line_and_keeps_no_more_than_itself(tmp_path):
+@pytest.mark.parametrize(("kind", "most"), [("dynamic", 511), ("static", 512)])
+def test_a_window_slides_in_the_run_and_keeps_no_more_than_itself(kind, most, tmp_path):
     model = folder(tmp_path, Gemma2Config, num_hidden_layers=2, head_dim=16, sliding_window=512)
-    status, text, _ = explain(model, *PAIR, "--cache", "dynamic", "--context", 1000, "--json", tmp_path / "facts.json")
+    status, text, _ = explain(model, *PAIR, "--cache", kind, "--context", 1000, "--json", tmp_path / "facts.json")
     assert status == 0 and "sliding_window 9 instead of 512, so that it slides in this run" in text
     (section,) = json.loads((tmp_path / "facts.json").read_text())["sections"]
-    refused = caches({"graphs": section["graphs"][-1:]}, "dense")
+    assert [graph["compiled_by"] for graph in section["graphs"]][-1] == "step 2"
+    (total,) = section["totals"]
+    dense = [cache for cache in section["graphs"][-1]["caches"] if cache["codec"] is None]
+    kept = KEYS + VALUES if not dense else 2 * DENSE
+    assert total["dense"] == (1000 + most) * 2 * DENSE and total["kept"] == 1000 * (KEYS + VALUES) + most * kept
+
+
+def test_a_model_whose_caches_stay_dense_says_why_and_where_and_strict_does_not_stop_it(tmp_path, monkeypatch):
+    monkeypatch.setenv(ENVIRONMENT, "strict=1,keys=q8_0")
+    model = folder(tmp_path, num_hidden_layers=1, dtype="float64")
+    status, text, _ = explain(model, "--cache", "static", "--json", tmp_path / "facts.json")
+    assert status == 0 and "keys q8_0, values turboquant:3" in text and "float64" in text
+    (section,) = json.loads((tmp_path / "facts.json").read_text())["sections"]
+    refused = section["graphs"][-1]["caches"]
     assert {cache["name"].rpartition("].")[2] for cache in refused} == {"keys", "values"}
     for cache in refused:
-        assert "layers[0]" in cache["name"] and cache["codec"] is None
-        assert cache["reason"] == "what was appended does not leave the graph" and cache["remedy"]
-        assert cache["kept_bytes_per_token"] == cache["dense_bytes_per_token"] == DENSE
-        assert f"{cache['reason']}  {cache['refused_at']}" in text
-    (total,) = section["totals"]
-    assert total["kept"] == 1000 * (KEYS + VALUES) + 511 * 2 * DENSE
-    assert total["dense"] == 1000 * 2 * DENSE + 511 * 2 * DENSE
+        assert (cache["form"], cache["codec"]) == ("dense", None) and "float64" in cache["reason"] and cache["remedy"]
+        assert cache["kept_bytes_per_token"] == cache["dense_bytes_per_token"] == 2 * DENSE
+        assert re.search(rf"{cache['reason']} +{cache['refused_at']} ", text.partition("left dense:")[2])
 
 
 def test_layers_of_a_kind_that_did_not_run_are_not_guessed(tmp_path):
@@ -216,13 +226,6 @@ def test_a_model_that_stops_is_explained_until_then(tmp_path, monkeypatch):
     status, text, _ = explain(folder(tmp_path, num_hidden_layers=1))
     assert status == 1 and "prefill of 8 tokens stopped with KeyError: 'no room'" in text
     assert "cache.layers[0].keys: append" in text
-
-
-def test_strict_in_the_environment_does_not_stop_a_model(tmp_path, monkeypatch):
-    monkeypatch.setenv(ENVIRONMENT, "strict=1,keys=q8_0")
-    model = folder(tmp_path, Gemma2Config, num_hidden_layers=1, head_dim=16)
-    status, text, _ = explain(model, "--cache", "dynamic")
-    assert status == 0 and "keys q8_0, values turboquant:3" in text and "left dense:" in text
 
 
 def test_a_script_runs_as_it_would_by_itself():
@@ -288,6 +291,13 @@ def test_a_refused_cache_shows_reason_line_and_remedy_and_readers_that_decode(tm
     assert "not counted, for nothing says their heads: self.latent" in text
     page = Page((tmp_path / "page.html").read_text())
     assert reason in page.text and "tqcompile.append" in page.marked["new"]
+
+
+def test_heads_that_may_be_of_several_sequences_are_said_to_be(tmp_path):
+    text = REFUSED.replace("{options}", "").replace("self.latent.sum()", "attend(k[:, 0], self.latent, self.latent)")
+    _, text, _ = explain(written(tmp_path, text))
+    assert "self.latent: in_place, both as turboquant:5, 1 cache of 1 head x 16 dims" in text
+    assert "sequences and heads are one dimension, counted as the heads of one sequence: self.latent" in text
 
 
 def test_options_of_a_script_stand_over_those_of_the_command(tmp_path):

@@ -133,14 +133,37 @@ def test_a_compressed_cache_that_a_graph_cannot_follow_is_decoded_and_keeps_its_
     assert [place.over for place in keys.reads] == ["decoded"]
 
 
-def test_a_cache_of_another_rank_has_no_heads():
+def test_a_cache_of_three_dimensions_has_sequences_among_its_heads():
     def step(latent, x, at):
         latent[:, at] = x
         return torch.matmul(x, latent.transpose(1, 2)).softmax(-1) @ latent
 
     (facts,) = run(step, torch.zeros(2, 8, 32), torch.randn(2, 1, 32), torch.tensor([0])).values()
-    assert (facts.form, facts.heads, facts.head_dim, facts.shape) == ("dense", None, None, (2, 8, 32))
-    assert facts.reason.startswith("it has 3 dimensions") and facts.dtype is torch.float32
+    assert (facts.form, facts.role, facts.folded) == ("in_place", "both", True)
+    assert (facts.heads, facts.head_dim, facts.shape) == (2, 32, (2, 8, 32))
+
+
+def test_a_cache_that_no_attention_reads_has_no_heads():
+    def step(cache, x, at):
+        cache[:, at] = x
+        return cache.sum()
+
+    (facts,) = run(step, torch.zeros(2, 8, 32), torch.randn(2, 1, 32), torch.tensor([0])).values()
+    assert (facts.form, facts.heads, facts.head_dim, facts.folded) == ("dense", None, None, False)
+    assert facts.reason and facts.dtype is torch.float32 and facts.shape == (2, 8, 32)
+
+
+def test_two_continuations_of_one_past_join_codes_and_write_nothing_into_it():
+    def step(keys, values, q):
+        one, two, values = torch.cat([keys, q], 2), torch.cat([keys, 2 * q], 2), torch.cat([values, q], 2)
+        outs = [F.scaled_dot_product_attention(q, each, values) for each in (one, two)]
+        return sum(outs), one, two, values
+
+    found = run(step, torch.randn(SIZE), torch.randn(SIZE), torch.randn(2, 4, 1, 32))
+    keys, values = found["L['keys']"], found["L['values']"]
+    assert keys.form == "read" and [(place.kind, place.operator) for place in keys.writes] == [("join", "cat")] * 2
+    assert values.form == "append" and [place.kind for place in values.writes] == ["append"]
+    assert [(place.kind, place.over) for place in keys.reads] == [("attend", "codes")] * 2
 
 
 def test_facts_hold_words_and_no_node_or_tensor():

@@ -3,7 +3,7 @@
 Gathered once a graph, after the passes: what is kept here holds no node and no tensor.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -12,15 +12,17 @@ from torch import fx
 from tqcompile.cache import CompressedKV
 from tqcompile.passes.canonicalize import spelling, tensor_of
 from tqcompile.passes.context import Context
-from tqcompile.passes.sites import Refusal, Site, name_of, real, where
-from tqcompile.passes.survey import Read, Survey, heads_of
+from tqcompile.passes.places import places_of
+from tqcompile.passes.roles import real
+from tqcompile.passes.sites import Refusal, Site, name_of, where
+from tqcompile.passes.survey import Read, Survey
 
 
 @dataclass(frozen=True)
 class Place:
     """One node that writes or reads a cache: the operator the model calls there, its line, and the node's name.
 
-    `kind` of a write is `write`, `append` or `create`; of a read `attend`, `logits`, `mix` or `other`. A read is `over`
+    `kind` of a write is `write`, `append`, `join` or `create`; of a read `attend`, `logits`, `mix` or `other`, `over`
     codes, a decoded copy, or dense numbers.
     """
 
@@ -37,7 +39,8 @@ class CacheFacts:
 
     `form` is the kind of a site (`in_place`, `append`, `create`, `read`), `decoded` for a compressed cache that this
     graph works on a decoded copy of, or `dense`. `codec` is None where it is dense. `heads` and `head_dim` are as
-    attention reads it: None where nothing says them. `reason` and `remedy` are those of a refusal, at `refused_at`.
+    attention reads it, None where nothing says them; `folded` where its heads are those of all sequences, in one
+    dimension. `reason` and `remedy` are those of a refusal, at `refused_at`.
     """
 
     name: str
@@ -49,6 +52,7 @@ class CacheFacts:
     shape: tuple[int | str, ...]
     heads: int | None
     head_dim: int | None
+    folded: bool
     writes: tuple[Place, ...]
     reads: tuple[Place, ...]
     reason: str = ""
@@ -93,15 +97,15 @@ def _refused(refusal: Refusal, node: fx.Node | None, survey: Survey | None, cont
     root = _root_called(refusal.name, survey)
     if root is None:
         known = _tensor(node) if node is not None else (None, "", ())
-        return CacheFacts(refusal.name, "dense", None, None, *known, None, None, (), (), **said)
+        return CacheFacts(refusal.name, "dense", None, None, *known, None, None, False, (), (), **said)
     held, decoded = real(root), root in context.decoded_inputs
     codec = held.codec.name if isinstance(held, CompressedKV) else None
     reads = list(_reads(root, survey))
-    roles = sorted({role for read in reads for role in _roles(read, root)})
+    roles = {role for read in reads for role in _roles(read, root)}
     return CacheFacts(
         refusal.name,
         "decoded" if decoded else "dense",
-        " and ".join(roles) or None,
+        "both" if len(roles) > 1 else next(iter(roles), None),
         codec,
         *_tensor(root),
         *_sizes(root, survey),
@@ -152,16 +156,16 @@ def _read(read: Read, over: str) -> Place:
     return Place(read.kind, spelling(read.node), where(read.node), read.node.name, over)
 
 
-def _sizes(root: fx.Node, survey: Survey) -> tuple[int | None, int | None]:
-    """KV heads and head_dim, as the first reader sees them: a cache may keep its dimensions in any order."""
+def _sizes(root: fx.Node, survey: Survey) -> tuple[int | None, int | None, bool]:
+    """Heads, head_dim and whether sequences are among the heads, as the first reader sees them.
+
+    A cache may keep its dimensions in any order; nothing else says which is which.
+    """
     for read in _reads(root, survey):
         view = read.key if read.key is not None and read.key.root is root else read.value
-        places = heads_of(view, 3 if read.kind == "logits" else 2)
+        places = places_of(view, read.kind == "logits")
         if places is not None:
             shape = tensor_of(view.base).shape
-            return _known([shape[places[1]], shape[-1]])
-    return None, None
-
-
-def _known(sizes: Iterable) -> tuple[int | None, ...]:
-    return tuple(size if isinstance(size, int) else None for size in sizes)
+            sizes = [size if isinstance(size, int) else None for size in (shape[places.heads[-1]], shape[-1])]
+            return *sizes, len(places.heads) == 1
+    return None, None, False

@@ -21,12 +21,14 @@ LAYER = re.compile(r"\.layers\[(\d+)\]")
 class Total:
     """Bytes of the caches that graphs see: of one token of one sequence, and of `context` tokens of `batch` sequences.
 
-    `unknown` are caches whose size nothing says; they are not counted.
+    `unknown` are caches whose size nothing says; they are not counted. `folded` are those whose heads may be of several
+    sequences, and are counted as those of one.
     """
 
     what: str
     caches: int
     unknown: tuple[str, ...]
+    folded: tuple[str, ...]
     dense_per_token: int
     kept_per_token: int
     dense: int
@@ -51,11 +53,15 @@ def of_cache(facts: CacheFacts, layers: Layers | None) -> tuple[int, int] | None
     The layers of a Hugging Face cache keep [batch, heads, tokens, head_dim], whatever reads them.
     """
     heads, head_dim = facts.heads, facts.head_dim
-    if heads is None and layers is not None and layer_of(facts.name) is not None and len(facts.shape) == 4:
+    if _of_layer(facts, layers):
         heads, head_dim = facts.shape[1], facts.shape[3]
     if not isinstance(heads, int) or not isinstance(head_dim, int) or facts.dtype is None:
         return None
     return bytes_per_token(facts.codec, heads, head_dim, facts.dtype, facts.device)
+
+
+def _of_layer(facts: CacheFacts, layers: Layers | None) -> bool:
+    return layers is not None and layer_of(facts.name) is not None and len(facts.shape) == 4
 
 
 def totals(section: Section, context: int, batch: int) -> list[Total]:
@@ -112,16 +118,18 @@ def layer_of(name: str) -> int | None:
 
 def _sum(weighted: Iterable[tuple[CacheFacts, int]], layers: Layers | None, context: int, batch: int) -> tuple:
     """The fields of a `Total` after its first."""
-    caches, unknown, sums = 0, [], [0, 0, 0, 0]
+    caches, unknown, folded, sums = 0, [], [], [0, 0, 0, 0]
     for facts, count in weighted:
         sizes = of_cache(facts, layers)
         if sizes is None:
             unknown.append(plain(facts.name))
             continue
+        if facts.folded and not _of_layer(facts, layers):
+            folded.append(plain(facts.name))
         at = layer_of(facts.name)
         most = layers.kinds[at][1] if layers is not None and at is not None else None
         tokens = batch * (context if most is None else min(context, most))
         caches += count
         for place, value in enumerate((*sizes, *(size * tokens for size in sizes))):
             sums[place] += count * value
-    return caches, tuple(unknown), *sums
+    return caches, tuple(unknown), tuple(folded), *sums

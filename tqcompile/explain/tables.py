@@ -9,6 +9,8 @@ from tqcompile.explain.section import Layers, Row, Section, line, rows, said, to
 from tqcompile.explain.sizes import of_cache, totals
 from tqcompile.facts import CacheFacts, Place
 
+FOLDED = "sequences and heads are one dimension, counted as the heads of one sequence"
+
 
 @dataclass(frozen=True)
 class Table:
@@ -80,10 +82,16 @@ def title(row: Row) -> str:
 
 
 def _size(row: Row) -> str:
-    facts, count = row.facts, len(row.names)
-    known = None not in (facts.heads, facts.head_dim)
-    shape = f"{facts.heads} heads x {facts.head_dim} dims" if known else "[{}]".format(", ".join(map(str, facts.shape)))
-    return f"{count} {'cache' if count == 1 else 'caches'} of {shape} in {_dtype(facts)}"
+    facts = row.facts
+    if None in (facts.heads, facts.head_dim):
+        shape = f"[{', '.join(map(str, facts.shape))}]"
+    else:
+        shape = f"{_counted(facts.heads, 'head')} x {facts.head_dim} dims"
+    return f"{_counted(len(row.names), 'cache')} of {shape} in {_dtype(facts)}"
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count} {what}{'' if count == 1 else 's'}"
 
 
 def _dtype(facts: CacheFacts) -> str:
@@ -147,9 +155,10 @@ def _bytes(section: Section, context: int, batch: int) -> Table:
         "smaller",
     )
     notes = [
-        f"{total.what}: not counted, for nothing says their heads: {', '.join(total.unknown)}"
+        f"{total.what}: {why}: {', '.join(names)}"
         for total in found
-        if total.unknown
+        for why, names in (("not counted, for nothing says their heads", total.unknown), (FOLDED, total.folded))
+        if names
     ]
     forms = {facts.form for graph in section.graphs for facts in graph.facts}
     if "append" in forms:
