@@ -291,6 +291,8 @@ def test_a_refused_cache_shows_reason_line_and_remedy_and_readers_that_decode(tm
     assert "not counted, for nothing says their heads: self.latent" in text
     page = Page((tmp_path / "page.html").read_text())
     assert reason in page.text and "tqcompile.append" in page.marked["new"]
+    assert "l_self_buffers_v_cache_[(" in page.marked["gone"] and "l_self_buffers_k_cache_[(" in page.text
+    assert "l_self_buffers_k_cache_[(" not in page.marked["gone"] + page.marked["new"]
 
 
 def test_heads_that_may_be_of_several_sequences_are_said_to_be(tmp_path):

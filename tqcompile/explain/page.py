@@ -31,8 +31,8 @@ LEGEND = (
     '<p><span class="gone">taken out</span> by the passes, <span class="new">put in</span>, '
     '<span class="changed">respelled, or given other operands</span>.</p>'
 )
-# `name: "shape" = ...`, as a graph's code assigns a node; an operator that returns nothing of use is assigned as well.
-ASSIGNED = re.compile(r"\s*(\w+)(?:: \"[^\"]*\")? = ")
+# `name: "shape" = ...`, as a graph's code assigns a node; one that assigns an item is named behind that statement.
+ASSIGNED = re.compile(r"\s*(?:\w+\[.*\] = .*?;  )?(\w+)(?:: \"[^\"]*\")? = ")
 PARAMETER = re.compile(r", (?=[A-Za-z_]\w*: \")")
 INPUT = re.compile(r"(?:\s*def forward\(self)?\s*(\w+): \"")
 
