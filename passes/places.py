@@ -48,13 +48,17 @@ def fits(query: fx.Node, cache: fx.Node, grouped: bool = False) -> bool:
     return all(same_size(a, b) or (place and (grouped or same_size(b, 1))) for place, (a, b) in enumerate(pairs))
 
 
-def becomes_weights(product: fx.Node) -> bool:
-    """Whether a softmax follows before another product does: then these are scores, of keys that are kept turned."""
+def becomes_weights(product: fx.Node, loosely: bool = False) -> bool:
+    """Whether a softmax follows before another product does: then these are scores.
+
+    `loosely`: what another product takes as weights as it is, or what the graph returns, may be scores too.
+    """
     reached = {product: None}
     for node in (queue := [product]):
         for user in node.users:
             name = spelling(user)
-            if "softmax" in name:
+            weighs = name == "matmul" and user.args[0] is node
+            if "softmax" in name or (loosely and (weighs or user.op == "output")):
                 return True
             if user not in reached and name not in PRODUCTS and tensor_of(user) is not None:
                 reached[user] = None
@@ -96,7 +100,8 @@ def roles_of(views: Iterable[fx.Node]) -> set[str]:
                 roles.add("values")
             elif node in user.args[1:] and written_operands(user):
                 # What is written elsewhere goes on from there.
-                onward.append(_owner(written_operands(user)[0]))
+                owner = _owner(written_operands(user)[0])
+                onward += [owner] if owner.op != "placeholder" else []
             elif tensor_of(user) is not None and not _leaves_cache(user, reached):
                 onward.append(user)
         fresh = [each for each in dict.fromkeys(onward) if each not in reached]

@@ -223,7 +223,8 @@ class Survey:
         if not fits(node.args[0], node.args[1]):
             return
         if places_of(right, transposed=True) is not None:
-            self.reads[node] = Read(node, "logits", right, None)
+            if becomes_weights(node, loosely=True):
+                self.reads[node] = Read(node, "logits", right, None)
         elif places_of(right) is not None and becomes_weights(node):
             self.losses.setdefault(right.root, TURNED)
             self.culprits.setdefault(right.root, node)
