@@ -5,8 +5,9 @@ import sys
 from collections.abc import Sequence
 
 from tqcompile.bench import command as bench
+from tqcompile.explain import command as explain
 
-COMMANDS = (bench,)
+COMMANDS = (bench, explain)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
