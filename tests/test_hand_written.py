@@ -26,10 +26,12 @@ LOSSLESS, LOSSY = "lossless", "lossy"
 # Defects that are known: which tests of a model they fail, and what is wrong.
 DEFECTS = {
     "autocast": ((LOSSY,), "float16 scales are concatenated under autocast, which raises"),
+    "functional": ((LOSSLESS, LOSSY), "a cache that slice_scatter makes anew stays dense without a word"),
     "fused_pair": ((LOSSLESS, LOSSY), "a cache [2, B, H, S, D] that is stacked anew stays dense without a word"),
     "hooks": ((LOSSLESS, LOSSY), "3-D caches of a graph that never writes them stay dense without a word"),
     "item": ((LOSSLESS, LOSSY), "values that one graph appends and the next one reads stay dense without a word"),
     "keys_transposed": ((LOSSLESS, LOSSY), "keys [B, H, D, S] are taken for values, and encoded anew at each step"),
+    "recurrent": ((LOSSLESS, LOSSY), "a recurrent state that is copied over at each step is encoded each time"),
     "rolling": ((LOSSLESS, LOSSY), "a window that is cut stays dense"),
     "steps": ((LOSSLESS,), "a cache that grows by blocks stays dense"),
 }
@@ -37,12 +39,11 @@ DEFECTS = {
 
 def every_model(test):
     """Parametrise by model, those with a defect that fails `test` marked."""
-    known = {
-        name: pytest.mark.xfail(strict=True, reason=reason)
-        for name, (tests, reason) in DEFECTS.items()
-        if test in tests
-    }
-    return pytest.mark.parametrize("name", [pytest.param(name, marks=known.get(name, ())) for name in MODELS])
+    marks = {name: () for name in MODELS}
+    for name, (tests, reason) in DEFECTS.items():
+        if test in tests:
+            marks[name] = pytest.mark.xfail(strict=True, reason=reason, raises=(AssertionError, RuntimeError))
+    return pytest.mark.parametrize("name", [pytest.param(name, marks=mark) for name, mark in marks.items()])
 
 
 # Tokens of each call: a prefill, single steps, several tokens at once; and another conversation with the same model.
@@ -104,7 +105,7 @@ def assert_as_expected(module, model, state):
     assert caches and set(codes) == allowed[kind], f"{codes}\n{report}"
     assert {id(cache) for cache in caches if is_compressed(cache)} <= {id(cache) for cache in report.caches}
     assert (report.compressed_bytes > 0) == any(codes)
-    expected = detail.split("; ") if False in codes else []
+    expected = detail.split("; ") if detail and False in codes else []
     for refusal in report.refusals:
         assert refusal.where and any(reason in refusal.reason for reason in expected), report
     assert all(any(reason in refusal.reason for refusal in report.refusals) for reason in expected), report
@@ -112,7 +113,8 @@ def assert_as_expected(module, model, state):
     assert len(named) >= getattr(module, "NAMES", codes.count(False)), report
     decoders = {detail} if kind == "decoded" else set()
     assert {fallback.operator for fallback in report.fallbacks} == decoders, report
-    assert any(graph.reads for graph in report.graphs) == any(codes), report
+    reads = any(graph.reads for graph in report.graphs)
+    assert reads if kind in ("compressed", "partly") else not reads or kind == "decoded", report
 
 
 @pytest.mark.parametrize("name", MODELS)
