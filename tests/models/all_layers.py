@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-EXPECT = "dense: it has 6 dimensions"
+EXPECT = "compressed"
 DIM, HEADS, HEAD_DIM, LAYERS, MAX_LEN = 64, 2, 32, 2, 32
 
 

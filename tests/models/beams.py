@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-EXPECT = "decoded: cat"
+EXPECT = "compressed"
 DIM, HEADS, HEAD_DIM = 64, 2, 32
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-EXPECT = "dense: einsum reads it in a way that no attention pattern knows"
+EXPECT = "compressed"
 DIM, HEADS, KV_HEADS, HEAD_DIM = 64, 4, 2, 32
 
 

@@ -4,7 +4,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-EXPECT = "dense: it has 3 dimensions"
+EXPECT = "partly"
+REFUSED = ("its tokens lie along the last dimension",)
 HIDDEN, HEADS, HEAD = 64, 2, 32
 
 

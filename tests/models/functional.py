@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-EXPECT = "dense: slice_scatter writes it"
+EXPECT = "compressed"
 DIM, HEADS, HEAD_DIM, MAX_LEN = 64, 2, 32, 32
 
 

@@ -5,7 +5,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-EXPECT = "dense: it has 3 dimensions"
+EXPECT = "compressed"
+REFUSED = ("two inputs of the graph share its memory",)
+DECODED = ("view",)
+CALLS = [6, 1, 1]  # What the prefill gives out are parts of one tensor: these are codes after the next but one.
 EMBED, HEADS, HEAD = 64, 2, 32
 
 

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import nn
 
-EXPECT = "dense: it has 5 dimensions"
+EXPECT = "compressed"
 NX, HEADS, HEAD = 64, 2, 32
 
 

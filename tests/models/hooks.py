@@ -3,7 +3,8 @@
 import torch
 from torch import nn
 
-EXPECT = "dense: it has 3 dimensions"
+EXPECT = "dense"
+REFUSED = ("it has 3 dimensions",)
 STATE, HEADS = 64, 2
 
 

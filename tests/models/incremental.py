@@ -4,7 +4,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-EXPECT = "dense: matmul reads it in a way that no attention pattern knows"
+EXPECT = "dense"
+REFUSED = ("matmul reads it in a way that no attention pattern knows",)
 EMBED, HEADS, HEAD = 64, 2, 32
 
 

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-EXPECT = "dense: scaled_dot_product_attention reads it in a way that no attention pattern knows"
+EXPECT = "compressed"
 N_EMBD, N_HEAD, N_GROUPS, HEAD_SIZE, BLOCK = 64, 4, 2, 32, 32
 
 

@@ -5,7 +5,8 @@ import math
 import torch
 from torch import nn
 
-EXPECT = "dense: it grows along its last dimension"
+EXPECT = "partly"
+REFUSED = ("its tokens lie along the last dimension",)
 D_MODEL, HEADS, HEAD = 64, 2, 32
 
 

@@ -4,7 +4,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-EXPECT = "dense: mul reads it; scaled_dot_product_attention reads it"
+EXPECT = "compressed"
+DECODED = ("getitem", "mul", "scaled_dot_product_attention")
 DIM, HEADS, HEAD_DIM = 64, 2, 32
 
 

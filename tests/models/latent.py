@@ -3,7 +3,8 @@
 import torch
 from torch import nn
 
-EXPECT = "dense: it has 3 dimensions"
+EXPECT = "compressed"
+DECODED = ("cat", "linear")
 DIM, HEADS, NOPE, ROPE, V_DIM, RANK = 64, 4, 32, 16, 32, 32
 
 

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-EXPECT = "dense: it has 3 dimensions"
+EXPECT = "compressed"
 DIM, HEADS, NOPE, ROPE, V_DIM, RANK, MAX_LEN = 64, 4, 32, 16, 32, 32, 32
 
 

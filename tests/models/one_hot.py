@@ -4,7 +4,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-EXPECT = "decoded: mul"
+EXPECT = "dense"
+REFUSED = ("it is replaced by what is computed from it",)
 DIM, HEADS, HEAD_DIM, MAX_LEN = 64, 2, 32, 32
 
 

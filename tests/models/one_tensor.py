@@ -4,7 +4,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-EXPECT = "dense: split reads it in a way that no attention pattern knows"
+EXPECT = "compressed"
+DECODED = ("narrow",)
 EMBED, HEADS, HEAD = 64, 2, 32
 
 

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-EXPECT = "dense: scaled_dot_product_attention reads it in a way that no attention pattern knows"
+EXPECT = "compressed"
 DIM, HEADS, HEAD_DIM, BLOCK, BLOCKS = 64, 2, 32, 8, 8
 
 

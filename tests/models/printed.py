@@ -4,8 +4,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-EXPECT = "dense: this graph writes it and never reads it"
-NAMES = 2  # Both layers run the same code, each under the name of `self`.
+EXPECT = "compressed"
+REFUSED = ("this graph writes it and never reads it",)
 DIM, HEADS, HEAD_DIM, MAX_LEN = 64, 2, 32, 32
 
 

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 EXPECT = "dense"
-NAMES = 0  # A state is no cache.
+REFUSED = ("it is replaced by what is computed from it",)
 DIM, HEADS, HEAD_DIM = 64, 2, 32
 
 

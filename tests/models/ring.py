@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-EXPECT = "dense: einsum reads it in a way that no attention pattern knows"
+EXPECT = "compressed"
 DIM, HEADS, KV_HEADS, HEAD_DIM, WINDOW = 64, 4, 2, 32, 6
 
 

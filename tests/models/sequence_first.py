@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-EXPECT = "dense: baddbmm reads it; matmul reads it"
+EXPECT = "compressed"
 HIDDEN, HEADS, HEAD, MAX_LEN = 64, 2, 32, 32
 
 
