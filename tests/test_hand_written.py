@@ -39,7 +39,7 @@ def every_model(test):
 
 
 # Tokens of each call: a prefill, single steps, several tokens at once; and another conversation with the same model.
-FIRST, SECOND, SHORT = [7, 1, 1, 1, 1, 1, 3], [4, 1, 3], [6, 1]
+FIRST, SECOND, SHORT = [7, 1, 1, 1, 1, 1, 3], [7, 1, 3], [6, 1]
 
 
 def load(name):
