@@ -12,8 +12,6 @@ import tqcompile
 
 EMBED, LENGTH = 32, 24
 CODECS = {"keys": "turboquant:3", "values": "q8_0"}
-# Defects that are known, and what is wrong.
-DEFECTS = {"a_prefix_in_front": "a tensor that no cache holds is encoded where it is joined with one"}
 
 
 class Attention(nn.Module):
@@ -45,15 +43,8 @@ def codec_of(cache):
     return cache.codec.name if isinstance(cache, tqcompile.CompressedKV) else None
 
 
-def marked(name):
-    known = DEFECTS.get(name)
-    return pytest.param(
-        name, marks=pytest.mark.xfail(strict=True, reason=known, raises=AssertionError) if known else ()
-    )
-
-
 @torch.no_grad()
-@pytest.mark.parametrize("name", [marked(name) for name in SPELLINGS])
+@pytest.mark.parametrize("name", SPELLINGS)
 def test_a_spelling_reads_what_was_stored(name):
     model = Attention(SPELLINGS[name]).requires_grad_(False)
     twin = copy.deepcopy(model)
