@@ -80,6 +80,8 @@ def test_generate_says_on_every_rank_what_the_whole_model_says(ranks, folder):
 
 @pytest.mark.parametrize("write", ["cat", "slices", "to_local"])
 def test_caches_that_are_dtensors_stay_dense_and_are_reported(ranks, write):
+    if torch.__version__ < "2.12" and ranks.device == "cuda" and write != "to_local":
+        pytest.skip("Dynamo of torch 2.11 does not multiply DTensors on a GPU, whatever the backend")
     for worst, compressed_bytes, refusals in ranks.run(sharded.sharded_caches, write):
         assert worst < TOLERANCES[ranks.device, "identity"]
         assert compressed_bytes == 0
