@@ -86,10 +86,17 @@ def _compile(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options
     for site in context.sites:
         cache = tensor_of(site.root)
         ops.prepare(site.codec, int(cache.shape[-1]), cache.device)
+    record.kinds = read_kinds(copy)
     if any(tensor_of(site.root).device.type == "cuda" for site in context.sites):
         record.readers = readers(copy)
     compiled = _inner(copy, examples, options, mode, dump)
     return CompiledGraph(gm, compiled, context, record)
+
+
+def read_kinds(gm: fx.GraphModule) -> dict[str, int]:
+    """How many reads of codes a rewritten graph has of each operator: attend, or one of its two products."""
+    kinds = {ops.attend: "attend", ops.logits: "logits", ops.mix: "mix"}
+    return dict(Counter(kinds[node.target] for node in gm.graph.nodes if node.target in kinds))
 
 
 def readers(gm: fx.GraphModule) -> dict[tuple[str, str, str], int]:

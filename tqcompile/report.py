@@ -20,6 +20,7 @@ class Graph:
     fallbacks: tuple = ()
     counts: dict[str, int] = field(default_factory=dict)
     reads: int = 0
+    kinds: dict[str, int] = field(default_factory=dict)
     readers: dict[tuple[str, str, str], int] = field(default_factory=dict)
     dump: str | None = None
     caches: weakref.WeakValueDictionary = field(default_factory=weakref.WeakValueDictionary)
