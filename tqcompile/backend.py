@@ -113,6 +113,14 @@ def readers(gm: fx.GraphModule) -> dict[tuple[str, str, str], int]:
     return dict(found)
 
 
+def graph_breaks() -> dict[str, int]:
+    """Why Dynamo ended graphs early since the last call, and how often: what lies between them is not compiled."""
+    counted = torch._dynamo.utils.counters["graph_break"]
+    found = dict(counted)
+    counted.clear()
+    return found
+
+
 def _placeholders(gm: fx.GraphModule) -> list[fx.Node]:
     return [node for node in gm.graph.nodes if node.op == "placeholder"]
 

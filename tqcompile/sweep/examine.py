@@ -3,19 +3,22 @@
 import traceback
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from tqcompile import report
-from tqcompile.backend import turboquant
+from tqcompile.backend import graph_breaks, turboquant
 from tqcompile.report import Report, clear
 from tqcompile.sweep.build import Architecture, NotMade, build
-from tqcompile.sweep.live import held
+from tqcompile.sweep.live import Held, held, summary
+from tqcompile.sweep.quantised import quantised
 from tqcompile.sweep.scenarios import SCENARIOS, NoCache, Said, Scenario, play
 
 DENSE, LOSSLESS = "dense", "lossless"
+FIRST = Scenario("first", (12,))
 
 
 @dataclass(frozen=True)
@@ -23,9 +26,11 @@ class Settings:
     """What is run: scenarios by name, modes (`dense`, `lossless`, or the name of a codec) and the inner compiler."""
 
     scenarios: tuple[str, ...] = tuple(scenario.name for scenario in SCENARIOS)
-    modes: tuple[str, ...] = (LOSSLESS,)
+    modes: tuple[str, ...] = (DENSE, LOSSLESS)
     inner: str = "eager"
-    corrupt: Callable[[Said], None] | None = field(default=None, compare=False)
+
+    def as_record(self) -> dict[str, Any]:
+        return {"scenarios": list(self.scenarios), "modes": list(self.modes), "inner": self.inner}
 
 
 def examine(architecture: Architecture, settings: Settings, send: Callable[[dict], None]) -> None:
@@ -33,12 +38,10 @@ def examine(architecture: Architecture, settings: Settings, send: Callable[[dict
     record: dict[str, Any] = {"family": architecture.family, "name": architecture.name, "model": architecture.model}
     record["scenarios"] = {}
     send({**record, "stopped": "while the model was made"})
-    first = SCENARIOS[0]
     try:
-        model, variant = build(architecture, lambda model: _try_out(first, model))
+        model, variant = build(architecture, _try_out)
     except NotMade as error:
-        cause = error.__cause__
-        send({**record, "not_made": _short(str(error)), "where": _where(cause)})
+        send({**record, "not_made": _short(str(error)), "where": _where(error)})
         return
     record["variant"] = variant
     record["parameters"] = sum(parameter.numel() for parameter in model.parameters())
@@ -49,10 +52,10 @@ def examine(architecture: Architecture, settings: Settings, send: Callable[[dict
     send(record)
 
 
-def _try_out(scenario: Scenario, model) -> None:
-    """A model that keeps no cache has been made all the same."""
+def _try_out(model) -> None:
+    """Raises where a model cannot be used; one that keeps no cache has been made all the same."""
     try:
-        said = play(scenario, model, model, {})
+        said = play(FIRST, model, model)
     except NoCache:
         return
     if not all(torch.isfinite(logits).all() for logits in said.logits):
@@ -61,32 +64,41 @@ def _try_out(scenario: Scenario, model) -> None:
 
 def _compare(scenario: Scenario, model, settings: Settings) -> dict[str, Any]:
     """One scenario in every mode, each against what the untouched model says."""
+    shorter = replace(scenario, calls=(scenario.calls[0], *(1 for calls in scenario.calls[1:] if calls == 1)))
     try:
-        expected = play(scenario, model, model, {})
-    except Exception as error:  # an architecture may refuse a scenario in a way of its own
-        return {"not_run": _short(f"{type(error).__name__}: {error}"), "where": _where(error)}
-    found: dict[str, Any] = {"held_dense": [item.as_row() for item in held(expected.cache)], "modes": {}}
-    for mode in settings.modes:
-        found["modes"][mode] = _run(scenario, model, expected, mode, settings)
-    if DENSE not in settings.modes and any("exception" in result for result in found["modes"].values()):
-        found["modes"][DENSE] = _run(scenario, model, expected, DENSE, settings)
+        expected = play(scenario, model, model)
+    except Exception as error:  # an architecture may refuse a scenario, or only its calls of several tokens
+        try:
+            expected, found = play(shorter, model, model), {"shortened": _short(f"{type(error).__name__}: {error}")}
+            scenario = shorter
+        except Exception:
+            return {"not_run": _short(f"{type(error).__name__}: {error}"), "where": _where(error)}
+    else:
+        found = {}
+    found |= {"dense_held": summary(held(expected.cache)), "modes": {}}
+    modes = list(settings.modes)
+    for mode in modes:
+        result = _run(scenario, model, expected, mode, settings.inner)
+        found["modes"][mode] = result
+        if "exception" in result and DENSE not in modes:
+            modes.append(DENSE)
     return found
 
 
-def _run(scenario: Scenario, model, expected: Said, mode: str, settings: Settings) -> dict[str, Any]:
+def _run(scenario: Scenario, model, expected: Said, mode: str, inner: str) -> dict[str, Any]:
     torch.compiler.reset()
     clear()
+    graph_breaks()
     try:
-        said = play(scenario, model, _compiled(scenario, model, mode, settings.inner), {})
+        said = play(scenario, model, _compiled(scenario, model, mode, inner))
     except Exception as error:  # whatever it is, it is the result
-        return {"exception": _short(f"{type(error).__name__}: {error}"), "where": _where(error), **_seen(model)}
-    if settings.corrupt is not None:
-        settings.corrupt(said)
+        return {"exception": _short(f"{type(error).__name__}: {error}"), "where": _where(error), **_seen(model, mode)}
+    found = held(said.cache)
+    seen = {} if mode == DENSE else {**_seen(model, mode), "held": summary(found)}
+    if mode not in (DENSE, LOSSLESS):
+        expected = _twin(scenario, model, mode, found)
     error, step = largest_error(said.logits, expected.logits)
-    result = {"error": error, "step": step}
-    if mode != DENSE:
-        result.update(_seen(model), held=[item.as_row() for item in held(said.cache)])
-    return result
+    return {"error": error, "step": step, **seen}
 
 
 def _compiled(scenario: Scenario, model, mode: str, inner: str) -> Callable:
@@ -97,6 +109,13 @@ def _compiled(scenario: Scenario, model, mode: str, inner: str) -> Callable:
     else:
         backend = turboquant(keys=mode, values=mode, inner=inner)
     return torch.compile(model.forward if scenario.beams else model, backend=backend)
+
+
+def _twin(scenario: Scenario, model, codec: str, found: list[Held]) -> Said:
+    """What the untouched model says over caches that hold what a codec left of each number."""
+    paths = {item.path for item in found if item.compressed}
+    with quantised(codec, paths) if paths else nullcontext():
+        return play(scenario, model, model)
 
 
 def largest_error(ours: list[torch.Tensor], dense: list[torch.Tensor]) -> tuple[float, int]:
@@ -114,28 +133,45 @@ def largest_error(ours: list[torch.Tensor], dense: list[torch.Tensor]) -> tuple[
     return worst, at
 
 
-def _seen(model) -> dict[str, Any]:
+def _seen(model, mode: str) -> dict[str, Any]:
     """What the backend says it did."""
+    if mode == DENSE:
+        return {}
     found: Report = report(model)
-    kinds, refused, decoded = Counter(), Counter(), Counter()
+    reads, refused, decoded = Counter(), Counter(), Counter()
     for graph in found.graphs:
-        kinds.update(graph.kinds)
-        refused.update((r.reason, r.where, r.remedy) for r in graph.refusals)
-        decoded.update((f.operator, f.where) for f in graph.fallbacks)
+        reads.update(graph.kinds)
+        refused.update((r.name, r.reason, _place(r.where), r.remedy) for r in graph.refusals)
+        decoded.update((f.operator, _place(f.where)) for f in graph.fallbacks)
     return {
         "graphs": len(found.graphs),
+        "breaks": [_short(reason, 150) for reason in graph_breaks()],
         "sites": dict(Counter(site.kind for graph in found.graphs for site in graph.sites)),
-        "reads": dict(kinds),
-        "refusals": [[*key, count] for key, count in refused.items()],
+        "reads": dict(reads),
+        "refusals": _merged(refused),
         "fallbacks": [[*key, count] for key, count in decoded.items()],
         "events": sorted({event for graph in found.graphs for event in graph.events.values()}),
     }
 
 
-def _short(text: str, limit: int = 400) -> str:
-    """The first lines of a message, without the compiler's advice and the machine's paths."""
-    lines = [line.strip() for line in text.strip().splitlines() if line.strip()]
-    return " ".join(lines)[:limit]
+def _merged(refused: Counter) -> list[list]:
+    """Refusals by reason, place and remedy: [reason, where, remedy, one cache's name, how many]."""
+    found: dict[tuple, list] = {}
+    for (name, *key), count in refused.items():
+        row = found.setdefault(tuple(key), [*key, name, 0])
+        row[-1] += count
+    return list(found.values())
+
+
+def _short(text: str, limit: int = 300) -> str:
+    """A message on one line, without the compiler's advice and the machine's paths."""
+    text = " ".join(text.partition("Set TORCHDYNAMO_VERBOSE")[0].split())
+    return " ".join(_place(word) for word in text.split(" "))[:limit]
+
+
+def _place(path: str) -> str:
+    """A path from the package on."""
+    return path.rpartition("site-packages/")[2]
 
 
 def _where(error: BaseException) -> str:
@@ -145,7 +181,7 @@ def _where(error: BaseException) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     for part in ("/passes/", "/tqcompile/", "/transformers/"):
         lines = [f"{part[1:]}{f.filename.rpartition(part)[2]}:{f.lineno}" for f in frames if part in f.filename]
-        lines = [line for line in lines if "tqcompile/sweep/" not in line]
+        lines = [line for line in lines if not line.startswith("tqcompile/sweep/")]
         if lines:
             return lines[-1]
     return ""

@@ -23,9 +23,6 @@ class Held:
     shape: tuple[int, ...]
     bytes: int
 
-    def as_row(self) -> list:
-        return [self.path, self.kind, self.compressed, list(self.shape), self.bytes]
-
 
 def held(cache: Any) -> list[Held]:
     """Every tensor with numbers in it that `cache` holds: a cache object, or nested tuples of tensors."""
@@ -35,6 +32,20 @@ def held(cache: Any) -> list[Held]:
             seen.add(id(tensor))
             size = sum(storage.nbytes() for storage in storages(tensor).values())
             found.append(Held(path, _kind(path, tensor), isinstance(tensor, CompressedKV), tuple(tensor.shape), size))
+    return found
+
+
+def summary(tensors: list[Held]) -> dict[str, dict]:
+    """For each kind: how many are compressed of how many, their bytes, and the dense ones by name and shape."""
+    found: dict[str, dict] = {}
+    for item in tensors:
+        row = found.setdefault(item.kind, {"compressed": 0, "count": 0, "bytes": 0, "dense": []})
+        row["compressed"] += item.compressed
+        row["count"] += 1
+        row["bytes"] += item.bytes
+        name = f"{_name(item.path)} {list(item.shape)}"
+        if not item.compressed and name not in row["dense"]:
+            row["dense"].append(name)
     return found
 
 
@@ -59,6 +70,12 @@ def _walk(value: Any, path: str, visited: set[int]) -> Iterator[tuple[str, torch
 
 def _is_config(value: Any) -> bool:
     return hasattr(value, "to_dict") and hasattr(value, "model_type")
+
+
+def _name(path: str) -> str:
+    """What a path says on its own: `keys`, `conv_states.0`."""
+    rest, _, last = path.rpartition(".")
+    return f"{rest.rpartition('.')[2]}.{last}" if last.isdigit() and rest else last
 
 
 def _kind(path: str, tensor: torch.Tensor) -> str:

@@ -54,6 +54,17 @@ def run(tasks: Iterable[Any], work: Callable, limits: Limits, jobs: int = 1) -> 
             job.process.join()
 
 
+def warm_up() -> None:
+    """Load what every process needs, and let the compiler trace something, so that no fork has to."""
+    import transformers
+
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    with torch.no_grad():
+        torch.compile(torch.nn.Linear(4, 4), backend="eager")(torch.zeros(1, 4))
+    torch.compiler.reset()
+
+
 def _start(context, task: Any, work: Callable, limits: Limits) -> _Job:
     here, there = context.Pipe(duplex=False)
     process = context.Process(target=_child, args=(task, work, there, limits), daemon=True)

@@ -76,6 +76,7 @@ _OPEN = {
     "indexer_compress_ratio": 4,
 }
 _TOKEN = re.compile(r".*(token_id|token_index|token|_id|_index)")
+_PLACES = re.compile(r".*(idxs|indices|indexes|_layers|layer_ids)")
 _INIT = re.compile(r"initializer_range|init_std|init_method_std")
 
 
@@ -108,8 +109,10 @@ class Shrinker:
             return self._integer(name, value, kept)
         if isinstance(value, float):
             return WIDTH**-0.5 if _INIT.fullmatch(name) else None
-        if isinstance(value, dict):
-            return _rope(value) if name.startswith("rope") else None
+        if isinstance(value, dict) and name.startswith("rope"):
+            return _rope(value) if value or not self.fill else _open_rope(fields)
+        if isinstance(value, (list, tuple)) and kept is not None and _lists_places(name, value, _depth(fields)):
+            return type(value)(kept.index(at) for at in value if at in kept)
         if isinstance(value, (list, tuple)) and kept is not None and len(value) == _depth(fields):
             return _with_attention(name, type(value)(self._entry(name, value[at]) for at in kept))
         if name == "block_types":
@@ -136,8 +139,7 @@ class Shrinker:
         depth = _depth(fields)
         if depth is None or len(_parts(fields)) > 1:
             return None if depth is None else list(range(len(_parts(fields))))
-        lists = [v for v in fields.values() if isinstance(v, (list, tuple)) and len(v) == depth]
-        lists = [v for v in lists if all(isinstance(item, (str, int)) for item in v)]
+        lists = _kinds(fields, depth)
         kept: dict[int, None] = {}
         for values in lists:
             for kind in dict.fromkeys(values):
@@ -145,11 +147,32 @@ class Shrinker:
                     kept[values.index(kind)] = None
         if fields.get("num_kv_shared_layers"):
             return _shared(fields, depth, kept)
-        second = [at for values in lists for at in range(1, depth) if values[at] in values[:at] and at not in kept]
-        for at in (*second[: self.layers - 2], 0, depth - 1, *range(depth)):
+        again = [[at for at in range(depth) if values[at] == kind] for values in lists for kind in dict.fromkeys(values)]
+        second = [places[1] for places in again if len(places) > 1] if self.layers > 2 else []
+        for at in (*second, 0, depth - 1, *range(depth)):
             if len(kept) < min(self.layers, depth):
                 kept[at] = None
         return sorted(kept)
+
+
+def _lists_places(name: str, value: Any, depth: int) -> bool:
+    """Whether a field says which layers are of a kind, by their places."""
+    return (
+        bool(_PLACES.fullmatch(name))
+        and len(set(value)) == len(value) > 0
+        and all(type(item) is int and 0 <= item < depth for item in value)
+    )
+
+
+def _kinds(fields: dict[str, Any], depth: int) -> list[list]:
+    """What tells layers apart, for each field that does: an entry a layer, of few kinds."""
+    found = []
+    for name, value in fields.items():
+        if isinstance(value, (list, tuple)) and _lists_places(name, value, depth):
+            found.append([at in value for at in range(depth)])
+        elif isinstance(value, (list, tuple)) and len(value) == depth:
+            found.append(list(value) if all(isinstance(item, (str, int)) for item in value) else [None] * depth)
+    return [kinds for kinds in found if len(set(kinds)) <= 4]
 
 
 def _with_attention(name: str, kinds):
@@ -215,6 +238,12 @@ def _rope(value: dict) -> dict:
         else:
             new[name] = item
     return new
+
+
+def _open_rope(fields: dict[str, Any]) -> dict:
+    """Rotary parameters for a class whose defaults have none, for each kind of layer."""
+    one = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": _sections((2, 1, 1), HEAD_DIM / 2)}
+    return {kind: dict(one) for kind in fields.get("layer_types") or ()} or one
 
 
 def _sections(sections, pairs: float) -> list[int]:

@@ -1,0 +1,162 @@
+"""The page that is made from records: counts on top, a row an architecture, and every reason by its number."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from tabulate import tabulate
+
+from tqcompile.sweep import verdict
+from tqcompile.sweep.build import FAMILIES
+from tqcompile.sweep.examine import LOSSLESS
+from tqcompile.sweep.verdict import Record
+
+INTRODUCTION = """\
+# Architectures
+
+`python -m tqcompile sweep` makes a tiny random model of each architecture of the installed transformers package,
+compiles it with this backend, and compares what it says with the same model run eagerly. {versions}. Scenarios:
+{scenarios}.
+
+Compiled by `{inner}`, dense and compressed. An error is the largest difference of a logit over the largest logit of that
+call. Lossless is the codec that stores the numbers themselves, against the untouched model (tolerance {lossless:g});
+a codec's twin is the eager model whose caches hold what the codec left (tolerance {codec:g}).
+"""
+LEGEND = """\
+`caches` counts tensors of keys and values of the model's own tokens, compressed of all, after each scenario. `read by`
+names what reads codes: `attend` is the one fused operator, `logits` and `mix` are the two products around a softmax that
+the model spells out, `decoded` is a reader that no rule knows. States of recurrences and convolutions are no such caches.
+Numbers in brackets are reasons, listed below.
+"""
+
+
+def write(path: Path, records: Sequence[Record]) -> None:
+    """Write the page of `records` to `path`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(page(records))
+
+
+def page(records: Sequence[Record]) -> str:
+    """The whole page, as Markdown."""
+    if not records:
+        return "# Architectures\n\nNo architecture has been examined.\n"
+    reasons = _Reasons()
+    tables = [_family(family, records, reasons) for family in FAMILIES]
+    parts = [_introduction(records), summary(records, "github"), LEGEND, *tables, _problems(records), str(reasons)]
+    return "\n".join(part.rstrip() + "\n" for part in parts if part)
+
+
+def _introduction(records: Sequence[Record]) -> str:
+    newest = records[-1]
+    named = ", ".join(f"{name} {version}" for name, version in newest["versions"].items())
+    return INTRODUCTION.format(
+        versions=named,
+        scenarios=", ".join(newest["settings"]["scenarios"]),
+        inner=newest["settings"]["inner"],
+        lossless=verdict.LOSSLESS_TOLERANCE,
+        codec=verdict.CODEC_TOLERANCE,
+    )
+
+
+def summary(records: Sequence[Record], style: str = "simple") -> str:
+    """Counts for each family and all together."""
+    rows = [_counts(family, [r for r in records if r["family"] == family]) for family in FAMILIES]
+    rows = [row for row in rows if row[1]]
+    if len(rows) > 1:
+        rows.append(_counts("all", list(records)))
+    headers = ("", "architectures", "made", "keep keys and values", "every cache compressed", "and every read fused")
+    return tabulate(rows, (*headers, "wrong or failing"), style)
+
+
+def _counts(name: str, records: list[Record]) -> tuple:
+    made = [record for record in records if verdict.made(record)]
+    keeping = [record for record in made if verdict.has_cache(record)]
+    full = [record for record in keeping if verdict.all_compressed(record)]
+    fused = [record for record in full if verdict.all_fused(record)]
+    bad = [record for record in records if verdict.problems(record)]
+    shares = (f"{len(part)}{f' ({len(part) / len(keeping):.0%})' if keeping else ''}" for part in (full, fused))
+    return (name, len(records), len(made), len(keeping), *shares, len(bad))
+
+
+class _Reasons:
+    """Reasons by number, in the order they come up."""
+
+    def __init__(self):
+        self.numbers: dict[tuple[str, str], int] = {}
+
+    def number(self, what: str, where: str) -> str:
+        return f"[{self.numbers.setdefault((what, where), len(self.numbers) + 1)}]"
+
+    def __str__(self) -> str:
+        if not self.numbers:
+            return ""
+        lines = [f"{number}. {what}" + (f" (`{where}`)" if where else "") for (what, where), number in self.numbers.items()]
+        return "## Reasons\n\n" + "\n".join(lines) + "\n"
+
+
+def _family(family: str, records: Sequence[Record], reasons: _Reasons) -> str:
+    own = [record for record in records if record["family"] == family]
+    if not own:
+        return ""
+    names = sorted({codec for record in own for codec in verdict.codecs(record)})
+    headers = ("architecture", "caches", "read by", "left dense", "dense compile", LOSSLESS, *names, "wrong")
+    rows = [_row(record, names, reasons) for record in own]
+    return f"## {family}\n\n" + tabulate(rows, headers, "github", disable_numparse=True) + "\n"
+
+
+def _row(record: Record, names: list[str], reasons: _Reasons) -> tuple:
+    if not verdict.made(record):
+        why = record.get("not_made") or record.get("died", "no record")
+        return (record["name"], "not made", "", reasons.number(f"not made: {why}", record.get("where", "")))
+    compressed, total = verdict.caches(record)
+    fails = verdict.dense_fails(record)
+    return (
+        record["name"],
+        f"{compressed} / {total}" if verdict.has_cache(record) else "none kept",
+        _readers(record),
+        _why(record, reasons),
+        f"fails: {', '.join(fails)}" if fails else "yes",
+        *(_number(verdict.worst(record, mode)) for mode in (LOSSLESS, *names)),
+        "; ".join(dict.fromkeys(f"{p.scenario} {p.mode}".strip() for p in verdict.problems(record))),
+    )
+
+
+def _number(error: float | None) -> str:
+    return "" if error is None else f"{error:.0e}" if error else "0"
+
+
+def _readers(record: Record) -> str:
+    found: dict[str, int] = {}
+    for _, result in verdict.results(record, LOSSLESS):
+        for name, count in result.get("reads", {}).items():
+            found[name] = found.get(name, 0) + count
+        decoded = sum(row[-1] for row in result.get("fallbacks", ()))
+        found["decoded"] = found.get("decoded", 0) + decoded
+    return ", ".join(f"{name} {count}" for name, count in found.items() if count)
+
+
+def _why(record: Record, reasons: _Reasons) -> str:
+    """Numbers of the reasons for what was left dense or decoded, and of the scenarios that could not be run."""
+    found = {}
+    for _, result in verdict.results(record, LOSSLESS):
+        for reason, where, *_ in result.get("refusals", ()):
+            found[reasons.number(reason, where)] = None
+        for operator, where, _ in result.get("fallbacks", ()):
+            found[reasons.number(f"decoded in front of {operator}", where)] = None
+        for event in result.get("events", ()):
+            found[reasons.number(f"a call ran dense: {event}", "")] = None
+    for name, scenario in record["scenarios"].items():
+        if "not_run" in scenario:
+            found[reasons.number(f"{name} not run: {scenario['not_run']}", scenario["where"])] = None
+    return " ".join(found)
+
+
+def _problems(records: Sequence[Record]) -> str:
+    rows = [
+        (record["name"], problem.scenario, problem.mode, problem.what.replace("|", "\\|"), problem.where)
+        for record in records
+        for problem in verdict.problems(record)
+    ]
+    if not rows:
+        return ""
+    table = tabulate(rows, ("architecture", "scenario", "mode", "what", "where"), "github", disable_numparse=True)
+    return "## Wrong or failing, where dense compilation is not\n\n" + table + "\n"

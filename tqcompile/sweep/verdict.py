@@ -1,0 +1,115 @@
+"""What a record says about its architecture: everything that the summary counts and the table shows."""
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from tqcompile.sweep.examine import DENSE, LOSSLESS
+
+Record = dict[str, Any]
+
+# Of the largest logit. What is lossless differs by the rounding of float32 sums, taken in another order; a codec also by
+# the codes of numbers that such a difference moves over the edge between two centroids.
+LOSSLESS_TOLERANCE, CODEC_TOLERANCE = 1e-4, 2e-2
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something that is wrong: an exception that dense compilation does not have, or numbers beyond the tolerance."""
+
+    scenario: str
+    mode: str
+    what: str
+    where: str
+
+
+def made(record: Record) -> bool:
+    return bool(record.get("scenarios"))
+
+
+def results(record: Record, mode: str) -> Iterator[tuple[str, dict]]:
+    """The scenarios that ran in `mode`, and what came out."""
+    for name, scenario in record["scenarios"].items():
+        if mode in scenario.get("modes", {}):
+            yield name, scenario["modes"][mode]
+
+
+def codecs(record: Record) -> list[str]:
+    """The modes of a record that are names of codecs."""
+    found = {mode for scenario in record["scenarios"].values() for mode in scenario.get("modes", {})}
+    return sorted(found - {DENSE, LOSSLESS})
+
+
+def caches(record: Record, kind: str = "self", mode: str = LOSSLESS) -> tuple[int, int]:
+    """How many tensors of `kind` were compressed after each scenario, and how many there were: all scenarios together.
+
+    Where a scenario fell, the caches that the untouched model keeps count as dense.
+    """
+    compressed = total = 0
+    for name, result in results(record, mode):
+        row = result.get("held", record["scenarios"][name]["dense_held"]).get(kind, {"compressed": 0, "count": 0})
+        compressed, total = compressed + row["compressed"], total + row["count"]
+    return compressed, total
+
+
+def has_cache(record: Record) -> bool:
+    """Whether the untouched model keeps keys and values of its own tokens."""
+    return any("self" in scenario.get("dense_held", ()) for scenario in record["scenarios"].values())
+
+
+def all_compressed(record: Record) -> bool:
+    compressed, total = caches(record)
+    return compressed == total > 0
+
+
+def all_fused(record: Record) -> bool:
+    """Whether every read of codes is the one operator that attends over them."""
+    read = [result for _, result in results(record, LOSSLESS) if result.get("reads") or result.get("fallbacks")]
+    return bool(read) and all(set(result["reads"]) == {"attend"} and not result["fallbacks"] for result in read)
+
+
+def problems(record: Record) -> list[Problem]:
+    """What this package does to the architecture that dense compilation does not."""
+    found = []
+    if "died" in record:
+        found.append(Problem(record.get("stopped", ""), "", record["died"], ""))
+    for name, scenario in record["scenarios"].items():
+        modes = scenario.get("modes", {})
+        for mode, result in modes.items():
+            if mode == DENSE:
+                continue
+            if "exception" in result and "exception" not in modes.get(DENSE, {}):
+                found.append(Problem(name, mode, result["exception"], result["where"]))
+            elif wrong(mode, result):
+                found.append(Problem(name, mode, f"error {result['error']:.1e} in call {result['step']}", ""))
+    return found
+
+
+def wrong(mode: str, result: dict) -> bool:
+    """Whether the numbers of a mode are beyond its tolerance; NaN is."""
+    tolerance = LOSSLESS_TOLERANCE if mode in (LOSSLESS, DENSE) else CODEC_TOLERANCE
+    return "error" in result and not result["error"] <= tolerance
+
+
+def worst(record: Record, mode: str) -> float | None:
+    """The largest error of `mode` in any scenario; None where it never ran to the end."""
+    errors = [result["error"] for _, result in results(record, mode) if "error" in result]
+    return max(errors, key=lambda error: math.inf if math.isnan(error) else error, default=None)
+
+
+def dense_fails(record: Record) -> list[str]:
+    """The scenarios that plain compilation, without this package, does not get through or gets wrong."""
+    return [name for name, result in results(record, DENSE) if "exception" in result or wrong(DENSE, result)]
+
+
+def groups(records: Iterable[Record], field: str, mode: str = LOSSLESS) -> dict[tuple[str, str], dict[str, list[str]]]:
+    """`refusals` or `fallbacks` of all records by what they say and where: architectures under each, and scenarios."""
+    found: dict[tuple, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+    for record in records:
+        for name, result in results(record, mode):
+            for what, where, *_ in result.get(field, ()):
+                under = found[what, where][record["name"]]
+                under += [name] if name not in under else []
+    return dict(sorted(found.items(), key=lambda item: (-len(item[1]), item[0])))
