@@ -24,6 +24,7 @@ FLOORS = (
     ("backend+runtime+dump",),
     ("__init__",),
     ("bench",),
+    ("sweep",),
     ("__main__",),
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
@@ -44,7 +45,7 @@ KERNEL_LINES = 100
 def modules():
     """Every module of the package by its name inside it: `codec`, `passes.sites`."""
     files = {path.stem: path for path in (ROOT / "tqcompile").glob("*.py")}
-    for room in ("passes", "kernels", "tqcompile/bench"):
+    for room in ("passes", "kernels", "tqcompile/bench", "tqcompile/sweep"):
         files |= {f"{pathlib.Path(room).name}.{path.stem}": path for path in (ROOT / room).glob("*.py")}
     return dict(sorted(files.items()))
 

@@ -5,8 +5,9 @@ import sys
 from collections.abc import Sequence
 
 from tqcompile.bench import command as bench
+from tqcompile.sweep import command as sweep
 
-COMMANDS = (bench,)
+COMMANDS = (bench, sweep)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

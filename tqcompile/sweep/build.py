@@ -76,8 +76,9 @@ def make(architecture: Architecture, variant: dict | None = None):
     options = {"is_decoder": True} if architecture.family == "causal-lm" else {}
     config = tiny_config(CONFIG_MAPPING[architecture.name], options=options, **(variant or {}))
     kind = getattr(transformers, architecture.model, None) or _hidden(architecture)
-    if not isinstance(config, kind.config_class):
-        config = config.get_text_config(decoder=True)
+    text = config.get_text_config(decoder=True)
+    if not isinstance(config, kind.config_class) and isinstance(text, kind.config_class):
+        config = text
     torch.manual_seed(SEED)
     with torch.no_grad():
         model = kind._from_config(config).float().eval().requires_grad_(False)

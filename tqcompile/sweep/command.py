@@ -1,4 +1,4 @@
-"""`python -m tqcompile sweep`: how many architectures of the transformers package this backend compresses, and how well.
+"""`python -m tqcompile sweep`: how many architectures of the transformers package are compressed, and how well.
 
 All of them:    python -m tqcompile sweep
 Some of them:   python -m tqcompile sweep --only 'mixture|sparse' --codec CODEC

@@ -17,15 +17,15 @@ INTRODUCTION = """\
 compiles it with this backend, and compares what it says with the same model run eagerly. {versions}. Scenarios:
 {scenarios}.
 
-Compiled by `{inner}`, dense and compressed. An error is the largest difference of a logit over the largest logit of that
-call. Lossless is the codec that stores the numbers themselves, against the untouched model (tolerance {lossless:g});
-a codec's twin is the eager model whose caches hold what the codec left (tolerance {codec:g}).
+Compiled by `{inner}`, dense and compressed. An error is the largest difference of a logit over the largest logit of
+that call. Lossless is the codec that stores the numbers themselves, against the untouched model (tolerance
+{lossless:g}); a codec is held to the eager model whose caches hold what that codec left (tolerance {codec:g}).
 """
 LEGEND = """\
 `caches` counts tensors of keys and values of the model's own tokens, compressed of all, after each scenario. `read by`
-names what reads codes: `attend` is the one fused operator, `logits` and `mix` are the two products around a softmax that
-the model spells out, `decoded` is a reader that no rule knows. States of recurrences and convolutions are no such caches.
-Numbers in brackets are reasons, listed below.
+names what reads codes: `attend` is the one fused operator, `logits` and `mix` are the two products around a softmax
+that the model spells out, `decoded` is a reader that no rule knows. States of recurrences and convolutions are no such
+caches. Numbers in brackets are reasons, listed below.
 """
 
 
@@ -89,7 +89,9 @@ class _Reasons:
     def __str__(self) -> str:
         if not self.numbers:
             return ""
-        lines = [f"{number}. {what}" + (f" (`{where}`)" if where else "") for (what, where), number in self.numbers.items()]
+        lines = [
+            f"{number}. {what}" + (f" (`{where}`)" if where else "") for (what, where), number in self.numbers.items()
+        ]
         return "## Reasons\n\n" + "\n".join(lines) + "\n"
 
 

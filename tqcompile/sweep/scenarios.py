@@ -61,12 +61,19 @@ class Inputs:
 def inputs_of(model, rows: int) -> Inputs:
     """What `rows` sequences need: an encoder runs once, untouched, and its output goes to every call."""
     if not model.config.is_encoder_decoder:
-        return Inputs()
+        return Inputs(extra=_required(model, rows))
     encoder, main = model.get_encoder(), _main_input(model)
     given = prompt(rows, ENCODED, seed=5) if main == "input_ids" else _picture(model, rows)
     with torch.no_grad():
         encoded = encoder(**{main: given}, return_dict=True)
     return Inputs("decoder_input_ids", "decoder_attention_mask", {"encoder_outputs": encoded}, given)
+
+
+def _required(model, rows: int) -> dict[str, torch.Tensor]:
+    """A picture, for a model that does not run without one."""
+    named = inspect.signature(model.forward).parameters
+    needs = "pixel_values" in named and named["pixel_values"].default is inspect.Parameter.empty
+    return {"pixel_values": _picture(model, rows)} if needs else {}
 
 
 def _main_input(model) -> str:
@@ -160,6 +167,7 @@ def _generate(scenario: Scenario, model, call: Callable, inputs: Inputs) -> Said
             pad_token_id=0,
             return_dict_in_generate=True,
             output_logits=True,
+            **({} if inputs.prompt is not None else inputs.extra),
         )
     finally:
         if call is not model:

@@ -69,6 +69,7 @@ _OPEN = {
     "n_group": 1,
     "topk_group": 1,
     "attn_layer_indices": [1],
+    "vocabulary_map": {"<image>": SPECIAL},
     "indexer_n_heads": HEADS,
     "indexer_kv_heads": 1,
     "indexer_head_dim": HEAD_DIM,
@@ -110,14 +111,35 @@ class Shrinker:
         if isinstance(value, float):
             return WIDTH**-0.5 if _INIT.fullmatch(name) else None
         if isinstance(value, dict) and name.startswith("rope"):
-            return _rope(value) if value or not self.fill else _open_rope(fields)
+            return self._rope(value, fields)
         if isinstance(value, (list, tuple)) and kept is not None and _lists_places(name, value, _depth(fields)):
             return type(value)(kept.index(at) for at in value if at in kept)
         if isinstance(value, (list, tuple)) and kept is not None and len(value) == _depth(fields):
             return _with_attention(name, type(value)(self._entry(name, value[at]) for at in kept))
         if name == "block_types":
             return type(value)(dict.fromkeys(value))
+        if name.endswith("feature_layer") and isinstance(value, (list, tuple)):
+            return type(value)(-1 - at for at in range(min(2, len(value))))
         return None
+
+    def _rope(self, value: dict, fields: dict[str, Any]) -> dict:
+        """Rotary parameters, where sections and factors count pairs of a head's numbers."""
+        if not value and self.fill:
+            value = {kind: {"rope_type": "default", "rope_theta": 10000.0} for kind in fields.get("layer_types") or ()}
+        pairs = (HEAD_DIM // 2 if fields.get("qk_rope_head_dim") else HEAD_DIM) / 2
+        new = {}
+        for name, item in value.items():
+            if isinstance(item, dict):
+                new[name] = self._rope(item, fields)
+            elif name.endswith("_section") and isinstance(item, (list, tuple)):
+                new[name] = _sections(item, pairs * value.get("partial_rotary_factor", 1.0))
+            elif name in ("long_factor", "short_factor"):
+                new[name] = list(item)[: HEAD_DIM // 2]
+            else:
+                new[name] = item
+        if self.fill and "rope_theta" in new:
+            new.setdefault("mrope_section", _sections((2, 1, 1), pairs * value.get("partial_rotary_factor", 1.0)))
+        return new
 
     def _entry(self, name: str, value: Any) -> Any:
         """One layer's entry of a list: a count is shrunk like the field of that name in the singular."""
@@ -147,7 +169,9 @@ class Shrinker:
                     kept[values.index(kind)] = None
         if fields.get("num_kv_shared_layers"):
             return _shared(fields, depth, kept)
-        again = [[at for at in range(depth) if values[at] == kind] for values in lists for kind in dict.fromkeys(values)]
+        again = [
+            [at for at in range(depth) if values[at] == kind] for values in lists for kind in dict.fromkeys(values)
+        ]
         second = [places[1] for places in again if len(places) > 1] if self.layers > 2 else []
         for at in (*second, 0, depth - 1, *range(depth)):
             if len(kept) < min(self.layers, depth):
@@ -191,6 +215,10 @@ def _ratios(fields: dict[str, Any]) -> dict[str, Any]:
             found[name] = HEADS
     if fields.get("attention_hidden_size") and fields.get("hidden_size"):
         found["attention_hidden_size"] = WIDTH * fields["attention_hidden_size"] // fields["hidden_size"]
+    if fields.get("codebook_dim") and fields["codebook_dim"] == fields.get("hidden_size"):
+        found["codebook_dim"] = WIDTH
+    if "sliding_attention" in (fields.get("layer_types") or ()) and fields.get("sliding_window", 0) is None:
+        found["sliding_window"] = WINDOW
     if "expand" in fields and "num_heads" in fields:
         found["num_heads"] = WIDTH * fields["expand"] // HEAD_DIM
     if fields.get("qk_rope_head_dim") and fields.get("head_dim") == fields["qk_rope_head_dim"]:
@@ -223,27 +251,6 @@ def _depth(fields: dict[str, Any]) -> int | None:
     """How many layers the lists of `fields` have an entry for."""
     names = [name for name in fields if re.fullmatch(_LAYERS, name) and isinstance(fields[name], int)]
     return max((fields[name] for name in names), default=None)
-
-
-def _rope(value: dict) -> dict:
-    """Rotary parameters, where sections and factors count pairs of a head's numbers."""
-    new = {}
-    for name, item in value.items():
-        if isinstance(item, dict):
-            new[name] = _rope(item)
-        elif name.endswith("_section") and isinstance(item, (list, tuple)):
-            new[name] = _sections(item, HEAD_DIM * value.get("partial_rotary_factor", 1.0) / 2)
-        elif name in ("long_factor", "short_factor"):
-            new[name] = list(item)[: HEAD_DIM // 2]
-        else:
-            new[name] = item
-    return new
-
-
-def _open_rope(fields: dict[str, Any]) -> dict:
-    """Rotary parameters for a class whose defaults have none, for each kind of layer."""
-    one = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": _sections((2, 1, 1), HEAD_DIM / 2)}
-    return {kind: dict(one) for kind in fields.get("layer_types") or ()} or one
 
 
 def _sections(sections, pairs: float) -> list[int]:

@@ -10,8 +10,8 @@ from tqcompile.sweep.examine import DENSE, LOSSLESS
 
 Record = dict[str, Any]
 
-# Of the largest logit. What is lossless differs by the rounding of float32 sums, taken in another order; a codec also by
-# the codes of numbers that such a difference moves over the edge between two centroids.
+# Of the largest logit. What is lossless differs by the rounding of float32 sums, taken in another order; a codec also
+# by the codes of numbers that such a difference moves over the edge between two centroids.
 LOSSLESS_TOLERANCE, CODEC_TOLERANCE = 1e-4, 2e-2
 
 
