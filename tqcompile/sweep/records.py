@@ -1,4 +1,4 @@
-"""The file that a sweep writes: one record an architecture, saved as soon as it is there, so that it can go on later."""
+"""The file that a sweep writes: one record an architecture, saved as soon as it is there, so that it can resume."""
 
 import hashlib
 import json
