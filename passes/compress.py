@@ -1,7 +1,6 @@
 """Rewrite every site: planes come in where the cache did, writes become `append`, reads become `attend`."""
 
 import math
-import operator
 
 import torch
 from torch import fx
@@ -11,10 +10,10 @@ from tqcompile.layout import layout_of
 from tqcompile.passes import rewrite
 from tqcompile.passes.canonicalize import spelling, tensor_of
 from tqcompile.passes.context import CacheInput, Context, Fallback, Output
-from tqcompile.passes.editor import Editor
 from tqcompile.passes.sites import Site, name_of, where
-from tqcompile.passes.survey import heads_of, memory_of, written_operands
-from tqcompile.passes.views import View, full, index_items, same_size, shape_only, written_value
+from tqcompile.passes.survey import heads_of, memory_of
+from tqcompile.passes.views import View, index_items, kept_run, shape_only, written_value
+from tqcompile.passes.writes import Writer
 
 
 def compress(gm: fx.GraphModule, context: Context) -> int:
@@ -37,16 +36,12 @@ def _content(node: fx.Node) -> object:
     return _content(node.args[0]), repr(node.args[1])
 
 
-class _Rewriter(Editor):
+class _Rewriter(Writer):
     """One walk over the graph, from the placeholders to the output."""
-
-    changed = 0
 
     def __init__(self, gm: fx.GraphModule, context: Context):
         super().__init__(gm, context)
         self.reaches: dict[object, fx.Node] = {}
-        operands = [operand for node in self.graph.nodes for operand in written_operands(node)]
-        self.overwritten = {memory_of(operand) for operand in operands if tensor_of(operand) is not None}
 
     def run(self) -> int:
         placeholders = [node for node in self.graph.nodes if node.op == "placeholder"]
@@ -72,9 +67,11 @@ class _Rewriter(Editor):
         if not views:
             return
         if node in self.survey.writes:
-            self._write(node, self.survey.writes[node])
-        elif node in self.survey.appends and self.sites[views[0].root].append is not None:
-            self._append(node, self.sites[views[0].root])
+            self.write(node, self.survey.writes[node])
+        elif node in self.survey.appends:
+            self.append(node, self.sites[views[0].root])
+        elif node in self.survey.joins:
+            self.join(self.survey.joins[node], self.sites[views[0].root])
         elif read is not None and all(v is None or v.root in self.sites for v in (read.key, read.value)):
             self._read(node, read)
         elif node in self.survey.views:
@@ -100,72 +97,6 @@ class _Rewriter(Editor):
         tokens = tensor_of(site.append.tokens).shape[site.append.dim] if site.append else None
         self.context.inputs.append(CacheInput(index, site, name_of(root), tuple(strides), tokens))
         self.planes[root] = tuple(nodes)
-
-    def _append(self, node: fx.Node, site: Site) -> None:
-        append = site.append
-        tokens = self.call(torch.ops.aten.sym_size.int, append.tokens, append.dim)
-        region = []
-        for plane in self.planes[site.root]:
-            end = self.call(torch.ops.aten.sym_size.int, plane, append.dim)
-            start = self.call(operator.sub, end, tokens)
-            region.append(self.call(torch.narrow, plane, append.dim, start, tokens))
-        self.encode(region, append.tokens, None, site)
-        self.planes[node] = self.planes[site.root]
-        self.changed += 1
-
-    def _write(self, node: fx.Node, view: View) -> None:
-        site, name = self.sites[view.root], spelling(node)
-        planes = list(self.planes[view.base])
-        self.changed += 1
-        source = None if name == "zero_" else self._as_stored(node.args[-1 if name != "copy_" else 1], view)
-        if name == "zero_":
-            for plane in planes:
-                self.graph.call_method("zero_", (plane,))
-        elif name == "index_copy_":
-            self._write_positions(planes, node.args[1] % len(view.axes), node.args[2], source, site)
-        elif name == "copy_":
-            self._write_region(planes, source, site)
-        else:
-            self._write_items(planes, view, node.args[1], source, site)
-
-    def _as_stored(self, source: fx.Node, view: View) -> fx.Node:
-        """`source` in the dtype of the cache: an assignment casts before it stores."""
-        dtype, source = tensor_of(view.node).dtype, self.dense(source)
-        return source if tensor_of(source).dtype == dtype else self.call_like(torch.Tensor.to, source, dtype)
-
-    def _write_positions(self, planes, dim: int, positions: fx.Node, source: fx.Node, site: Site) -> None:
-        """An indexed write, with the indexed dimension brought to where `append` has it."""
-        rank = tensor_of(source).dim()
-        order = [other for other in range(rank - 1) if other != dim]
-        order = (*order[: rank - 2], dim, rank - 1)
-        planes = [self.call(torch.permute, plane, order) for plane in planes]
-        self.encode(planes, self.call_like(torch.permute, source, order), positions, site)
-
-    def _write_region(self, planes, source: fx.Node, site: Site) -> None:
-        source = self._call_like_shape(source, planes[0], site)
-        self.encode(planes, source, None, site)
-
-    def _call_like_shape(self, source: fx.Node, plane: fx.Node, site: Site) -> fx.Node:
-        """`source` broadcast to the leading dimensions of a plane."""
-        node = self.call(rewrite.broadcast, source, plane)
-        node.meta["example_value"] = tensor_of(source)
-        return node
-
-    def _write_items(self, planes, view: View, index, source: fx.Node, site: Site) -> None:
-        cache = tensor_of(view.node)
-        items = index_items(index, cache.dim())
-        indexed = [dim for dim, item in enumerate(items) if tensor_of(item) is not None]
-        value = tensor_of(source)
-        others = [dim for dim in range(cache.dim()) if dim not in indexed]
-        lone = len(indexed) == 1 and tensor_of(items[indexed[0]]).dim() == 1 and value.dim() == cache.dim()
-        if lone and all(full(items[d], cache.shape[d]) and same_size(value.shape[d], cache.shape[d]) for d in others):
-            self._write_positions(planes, indexed[0], items[indexed[0]], source, site)
-        elif not indexed:
-            region = [self.call(operator.getitem, plane, rewrite.plane_index(items)) for plane in planes]
-            self._write_region(region, source, site)
-        else:
-            rotated = self.rotated(source, site)
-            self.call(rewrite.encode_items, planes, rotated, rewrite.plane_index(items), site.codec.name)
 
     def _move(self, node: fx.Node, view: View) -> None:
         """A view on the planes: the same operator on each of them where it moves tokens, nothing where it relabels."""
@@ -255,8 +186,9 @@ class _Rewriter(Editor):
             view = self.view(original)
             if original in self.context.decoded_inputs or (view is not None and original in placeholders):
                 self.context.outputs.append(Output("argument", placeholders.index(original)))
-            elif view is not None and original in self.survey.appends:
-                self.context.outputs.append(Output("appended", placeholders.index(view.root), name=name_of(view.root)))
+            elif (run := self._kept(original)) is not None:
+                place = placeholders.index(view.root)
+                self.context.outputs.append(Output("appended", place, name=name_of(view.root), run=run))
             elif view is not None and view.base is original:
                 self._emit_planes(values, self.planes[original], self.sites[view.root], original)
             elif view is not None:
@@ -265,13 +197,21 @@ class _Rewriter(Editor):
                 values.append(self.rebuild(original))
             elif original in created:
                 site = created[original]
-                planes = self.call(rewrite.encode, self.rotated(original, site), site.codec.name)
-                parts = [self.call(operator.getitem, planes, i) for i in range(len(site.codec.planes))]
-                self._emit_planes(values, parts, site, original)
+                self._emit_planes(values, self.encoded(original, site), site, original)
             else:
                 self.context.outputs.append(Output("tensor", len(values)))
                 values.append(original)
         output.args = (tuple(values),)
+
+    def _kept(self, node: fx.Node) -> tuple[int, slice] | None:
+        """Which tokens of a cache that grew here a node shows, and along which dimension; None where it shows none."""
+        if self.view(node) is None:
+            return None
+        if node in self.survey.appends:
+            return self.survey.appends[node].dim, slice(None)
+        run = kept_run(node)
+        grown = run is not None and run[0] in self.survey.appends and self.survey.appends[run[0]].dim == run[1]
+        return run[1:] if grown else None
 
     def _emit_planes(self, values: list[fx.Node], planes, site: Site, original: fx.Node) -> None:
         value = tensor_of(original)

@@ -40,8 +40,9 @@ class CacheInput:
 class Output:
     """What the caller puts at one place of the model's outputs.
 
-    `tensor`: value `index` of the compiled graph. `argument`: argument `index`, as it is. `appended`: the cache that
-    grew out of argument `index`. `planes`: a new cache of the values `index .. index + count`.
+    `tensor`: value `index` of the compiled graph. `argument`: argument `index`, as it is. `appended`: of the cache that
+    grew out of argument `index`, the tokens `run` along a dimension. `planes`: a new cache of the values
+    `index .. index + count`.
     """
 
     kind: str
@@ -51,6 +52,7 @@ class Output:
     head_dim: int = 0
     dtype: torch.dtype | None = None
     name: str = ""
+    run: tuple[int, slice] | None = None
 
 
 @dataclass

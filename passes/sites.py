@@ -11,13 +11,14 @@ import torch
 from torch import fx
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from tqcompile.cache import CompressedKV, refusal
+from tqcompile.adopt import refusal
+from tqcompile.cache import CompressedKV
 from tqcompile.codec import Codec
 from tqcompile.layout import layout_of
 from tqcompile.passes.canonicalize import spelling, tensor_of
 from tqcompile.passes.overlooked import Overlooked, overlooked
 from tqcompile.passes.survey import Append, Read, Survey
-from tqcompile.passes.views import written_value
+from tqcompile.passes.views import View, kept_run, written_value
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -55,10 +56,11 @@ def sites(gm: fx.GraphModule, context) -> int:
     inputs = [node for node in gm.graph.nodes if node.op == "placeholder" and _may_be_cache(node)]
     made = [node for node in map(written_value, outputs) if node.op.startswith("call_") and _may_be_cache(node)]
     held = Survey(gm.graph, inputs)
-    created = Survey(gm.graph, [node for node in dict.fromkeys(made) if node not in held.views])
+    made = [node for node in dict.fromkeys(made) if node not in held.views]
+    created = Survey(gm.graph, dict.fromkeys(map(_whole, made)))
     context.survey = held
     found, refused = _decide(held, outputs, context)
-    new, also_refused = _decide_created(created, context)
+    new, also_refused = _decide_created(created, made, context)
     unknown = list(overlooked(_others(gm.graph, {site.root for site in found} | refused.keys())))
     context.sites = (*found, *new)
     context.refusals = (*refused.values(), *also_refused, *(_unknown(cache) for cache in unknown if cache.reader))
@@ -103,15 +105,16 @@ def real(node: fx.Node) -> torch.Tensor | None:
 
 
 def _decide(survey: Survey, outputs: list[fx.Node], context) -> tuple[list[Site], dict[fx.Node, Refusal]]:
-    written = {view.root for view in survey.writes.values()}
+    written = {view.root for view in survey.writes.values() if view.owner is view.root}
     appended = {survey.views[node].root: append for node, append in survey.appends.items()}
     compressed = {root for root in _roots(survey) if isinstance(real(root), CompressedKV)}
-    candidates = [root for root in _roots(survey) if root in written or root in appended or root in compressed]
+    kept = {*written, *appended, *compressed, *_continued(survey, outputs)}
+    candidates = [root for root in _roots(survey) if root in kept]
     candidates += [root for root in survey.losses if root not in candidates]
     accepted, refused = {}, {}
     for root in candidates:
         role = _role(survey, root, context)
-        reason = survey.losses.get(root) or _obstacle(root, role, root in written, appended.get(root), outputs, context)
+        reason = survey.losses.get(root) or _obstacle(root, role, root in written, appended.get(root), context)
         if reason is None and any(_differentiable(read, root) for read in survey.reads.values()):
             reason = "gradients flow through it"
         if reason is None:
@@ -126,13 +129,35 @@ def _decide(survey: Survey, outputs: list[fx.Node], context) -> tuple[list[Site]
     return list(accepted.values()), {r: _refusal(r, why, survey.culprits.get(r)) for r, why in refused.items()}
 
 
-def _decide_created(survey: Survey, context) -> tuple[list[Site], list[Refusal]]:
+def _continued(survey: Survey, outputs: list[fx.Node]) -> set[fx.Node]:
+    """The roots of caches that leave the graph as copies which more tokens were put into."""
+    changed = {*survey.joins, *(view.owner for view in survey.writes.values())}
+    left = (survey.views[node] for node in map(written_value, outputs) if node in survey.views)
+    return {view.root for view in left if _sources(survey, view) & changed}
+
+
+def _sources(survey: Survey, view: View) -> set[fx.Node]:
+    """What a view shows a part of, or was copied from, without the cache itself."""
+    found = set()
+    while view.parent is not None:
+        found.add(view.node)
+        view = survey.views[view.parent]
+    return found
+
+
+def _whole(node: fx.Node) -> fx.Node:
+    """What a graph attends to of which it keeps the last tokens."""
+    run = kept_run(node)
+    return node if run is None or run[0].op == "placeholder" else run[0]
+
+
+def _decide_created(survey: Survey, made: list[fx.Node], context) -> tuple[list[Site], list[Refusal]]:
     found, refused = [], []
-    for root in _roots(survey):
-        role = _role(survey, root, context)
+    for root in made:
+        role = _role(survey, _whole(root), context)
         if role is None:
             continue
-        reason = _obstacle(root, role, False, None, [root], context)
+        reason = _obstacle(root, role, False, None, context)
         if reason is None:
             found.append(Site(root, "create", role, _codec(root, role, context), None))
         else:
@@ -168,7 +193,7 @@ def _codec(root: fx.Node, role: str, context) -> Codec:
     return _held_codec(root) or chosen
 
 
-def _obstacle(root, role, in_place, append, outputs, context) -> str | None:
+def _obstacle(root, role, in_place, append, context) -> str | None:
     if role is None:
         return "no attention that a rule knows reads it"
     chosen = {context.options.key_codec, context.options.value_codec}
@@ -181,10 +206,6 @@ def _obstacle(root, role, in_place, append, outputs, context) -> str | None:
         return "gradients flow through it"
     if append is not None and tensor_of(append.node).requires_grad:
         return "gradients flow through it"
-    if append is not None and in_place:
-        return "it is both written in place and appended to"
-    if append is not None and append.node not in outputs:
-        return "what was appended does not leave the graph"
     try:
         layout_of(_codec(root, role, context), int(value.shape[-1]), value.dtype, value.device.type)
     except ValueError as error:

@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from tqcompile.passes.canonicalize import spelling, tensor_of
-from tqcompile.passes.views import View, derived, full, index_items, root_view, shape_only
+from tqcompile.passes.views import View, derived, full, identity, index_items, kept_run, root_view, shape_only
 
 _WRITERS = {"setitem", "index_copy_", "copy_", "zero_"}
 _AUGMENTED = {getattr(operator, name) for name in dir(operator) if name.startswith("i") and hasattr(operator, name[1:])}
@@ -16,10 +16,19 @@ _AUGMENTED = {getattr(operator, name) for name in dir(operator) if name.startswi
 
 @dataclass(frozen=True)
 class Append:
-    """`node = cat([cache, tokens], dim)`."""
+    """`node = cat([cache, tokens], dim)`, which leaves the graph, whole or cut to its last tokens."""
 
     node: fx.Node
     tokens: fx.Node
+    dim: int
+
+
+@dataclass(frozen=True)
+class Join:
+    """`node = cat(parts, dim)`: new planes, of those of the parts that show one cache, and of the others encoded."""
+
+    node: fx.Node
+    parts: tuple[fx.Node, ...]
     dim: int
 
 
@@ -39,12 +48,13 @@ class Survey:
     def __init__(self, graph: fx.Graph, roots: Iterable[fx.Node]):
         self.views: dict[fx.Node, View] = {root: root_view(root) for root in roots}
         self.appends: dict[fx.Node, Append] = {}
+        self.joins: dict[fx.Node, Join] = {}
         self.writes: dict[fx.Node, View] = {}
         self.reads: dict[fx.Node, Read] = {}
         self.losses: dict[fx.Node, str] = {}
         self.culprits: dict[fx.Node, fx.Node] = {}
         self._memory: dict[int, fx.Node] = {}
-        self._mutations: dict[fx.Node, int] = {}
+        self._mutations: dict[int, int] = {}
         self._aliases: list[fx.Node] = []
         self._order = {node: at for at, node in enumerate(graph.nodes)}
         for root in list(self.views):
@@ -54,6 +64,7 @@ class Survey:
         for node in graph.nodes:
             if node.op in ("call_function", "call_method"):
                 self._visit(node)
+        self._settle_appends()
         self._cross_check()
 
     def _visit(self, node: fx.Node) -> None:
@@ -62,7 +73,7 @@ class Survey:
             self._write(node, target)
             return
         if spelling(node) == "cat":
-            self._append(node)
+            self._concatenation(node)
         elif spelling(node) == "scaled_dot_product_attention":
             self._attention(node)
         elif node.target is torch.matmul:
@@ -80,16 +91,24 @@ class Survey:
         if view is not None:
             self.views[node] = view
 
+    def _settle_appends(self) -> None:
+        """A past can grow in place where one tensor continues it and nothing else reads or writes it."""
+        for node, join in list(self.joins.items()):
+            root, *others = join.parts
+            if len(others) != 1 or root is not self.views[node].root or self._from(others[0], root):
+                continue
+            alone = all(user is node or shape_only(user) for user in root.users)
+            written = {view.owner for view in self.writes.values()}
+            if alone and _leaves(node, join.dim) and written.isdisjoint((root, node)):
+                self.appends[node] = Append(node, others[0], join.dim)
+                del self.joins[node]
+
     def _cross_check(self) -> None:
-        """What no single node shows: mutations that were not recognised, and a past read beside what continues it."""
+        """What no single node shows: mutations that were not recognised."""
         for root in [node for node, view in self.views.items() if node is view.root and node.op == "placeholder"]:
             value = tensor_of(root)
-            if not value.is_inference() and value._version != self._mutations.get(root, 0):
+            if not value.is_inference() and value._version != self._mutations.get(memory_of(root), 0):
                 self.losses.setdefault(root, "an operator writes it in a way that no rule follows")
-        for append in self.appends.values():
-            past = self.views[append.node].root
-            if any(user is not append.node and not shape_only(user) for user in past.users):
-                self.losses.setdefault(past, "it is read beside the cache that continues it")
 
     def _mutated(self, node: fx.Node) -> fx.Node | None:
         """The operand this node writes into, where that operand shares memory with a cache."""
@@ -99,8 +118,9 @@ class Survey:
         return None
 
     def _write(self, node: fx.Node, target: fx.Node) -> None:
-        root = self._memory[memory_of(target)]
-        self._mutations[root] = self._mutations.get(root, 0) + 1
+        memory = memory_of(target)
+        root = self._memory[memory]
+        self._mutations[memory] = self._mutations.get(memory, 0) + 1
         view = self.views.get(target)
         if view is None or not view.writable or not view.plain or not _whole_tokens(node, view, self.views):
             self.losses.setdefault(root, f"{spelling(node)} writes it in a way that no rule follows")
@@ -109,7 +129,7 @@ class Survey:
         if any(self._outlives(other, node) for other in self.views.values() if other.root is root):
             self.losses.setdefault(root, "a copy of it that was made before a write is read after it")
             return
-        aliases = (alias for alias in self._aliases if self._memory[memory_of(alias)] is root)
+        aliases = (alias for alias in self._aliases if memory_of(alias) == memory)
         if any(self._order[user] > self._order[node] for alias in aliases for user in alias.users):
             self.losses.setdefault(root, "a view of it that no rule follows is read after a write")
             return
@@ -123,26 +143,21 @@ class Survey:
             return False
         return any(self._order[user] > self._order[write] for user in view.node.users)
 
-    def _append(self, node: fx.Node) -> None:
+    def _concatenation(self, node: fx.Node) -> None:
         parts = node.args[0] if node.args else node.kwargs.get("tensors")
         dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
-        if not isinstance(parts, (tuple, list)) or len(parts) != 2:
+        if not isinstance(parts, (tuple, list)) or tensor_of(node) is None or None in map(tensor_of, parts):
             return
-        past, tokens = parts
-        view, value = self.views.get(past), tensor_of(node)
-        if view is None or past is not view.root or value is None or self._from(tokens, past):
+        root = next((self.views[part].root for part in parts if part in self.views), None)
+        rank = tensor_of(node).dim()
+        if root is None or dim % rank == rank - 1:
             return
-        rank = value.dim()
-        if dim % rank == rank - 1 or tensor_of(past).dim() != rank or tensor_of(tokens).dim() != rank:
+        shown = [part for part in parts if self._from(part, root)]
+        kinds = {(tensor_of(part).dim(), tensor_of(part).dtype) for part in parts}
+        if kinds != {(rank, tensor_of(root).dtype)} or not all(self.views[part].plain for part in shown):
             return
-        if past in (append.node.args[0][0] for append in self.appends.values() if append.node.args):
-            self.losses.setdefault(past, "two appends to it in one graph make a fork")
-            self.views[node] = View(node, past, node, past, root_view(past).axes, True, node)
-            return
-        if tensor_of(past).dtype != tensor_of(tokens).dtype:
-            return
-        self.appends[node] = Append(node, tokens, dim % rank)
-        self.views[node] = View(node, past, node, past, root_view(past).axes, True, node)
+        self.joins[node] = Join(node, tuple(parts), dim % rank)
+        self.views[node] = View(node, root, node, shown[0], identity(rank), True, node)
 
     def _from(self, node: fx.Node, root: fx.Node) -> bool:
         return node in self.views and self.views[node].root is root
@@ -216,6 +231,16 @@ def heads_of(view: View, token_axis: int) -> tuple[int, int, int] | None:
     return batch[0], heads[0], tokens[0]
 
 
+def _leaves(node: fx.Node, dim: int) -> bool:
+    """Whether the graph returns `node`, or a run of its tokens, which lie along `dim`."""
+    for user in node.users:
+        run = kept_run(user)
+        cut = run is not None and run[0] is node and run[1] == dim
+        if user.op == "output" or (cut and any(further.op == "output" for further in user.users)):
+            return True
+    return False
+
+
 def _fits(query: fx.Node, cache: fx.Node) -> bool:
     left, right = tensor_of(query), tensor_of(cache)
     return left is not None and left.dim() == right.dim() == 4 and str(left.shape[0]) == str(right.shape[0])
@@ -229,9 +254,10 @@ def _whole_tokens(node: fx.Node, view: View, views: dict[fx.Node, View]) -> bool
     if name == "zero_":
         return True
     source = node.args[1] if name == "copy_" else node.args[-1]
-    value = tensor_of(source)
-    same = source in views and views[source].root is view.root
-    if value is None or same or value.dim() == 0:
+    value, shown = tensor_of(source), views.get(source)
+    if value is None or value.dim() == 0:
+        return False
+    if shown is not None and shown.root is view.root and (not shown.plain or memory_of(source) == memory_of(view.node)):
         return False
     if name == "index_copy_" and (len(node.args) != 4 or not isinstance(node.args[1], int)):
         return False

@@ -36,12 +36,12 @@ class View:
     @property
     def plain(self) -> bool:
         """Whether the dimensions of the node are those of the planes, one for one."""
-        return self.axes == _identity(len(self.axes))
+        return self.axes == identity(len(self.axes))
 
 
 def root_view(node: fx.Node) -> View:
     """The view a cache has of itself."""
-    return View(node, node, node, None, _identity(tensor_of(node).dim()), True, node)
+    return View(node, node, node, None, identity(tensor_of(node).dim()), True, node)
 
 
 def shape_only(node: fx.Node) -> bool:
@@ -66,13 +66,13 @@ def derived(node: fx.Node, parent: View) -> View | None:
     return rule(node, parent, value) if rule is not None else None
 
 
-def _identity(rank: int) -> tuple[Axis, ...]:
+def identity(rank: int) -> tuple[Axis, ...]:
     return tuple((dim,) for dim in range(rank))
 
 
 def _moved(node: fx.Node, parent: View, value: torch.Tensor, fresh: bool = False) -> View:
     """`node` moves whole tokens: its planes are those of its parent under the same operator, copied where `fresh`."""
-    owner, axes = node if fresh else parent.owner, _identity(value.dim())
+    owner, axes = node if fresh else parent.owner, identity(value.dim())
     return View(node, parent.root, node, parent.node, axes, fresh or parent.writable, owner)
 
 
@@ -97,6 +97,23 @@ def index_items(index, rank: int) -> list | None:
         missing = rank - sum(item is not None and item is not Ellipsis for item in items)
         items[at : at + 1] = [slice(None)] * missing
     return items + [slice(None)] * (rank - sum(item is not None for item in items))
+
+
+def kept_run(node: fx.Node) -> tuple[fx.Node, int, slice] | None:
+    """The tensor, dimension and numbers of an index that keeps one run of all that the tensor holds, or None."""
+    source = node.args[0] if spelling(node) == "getitem" else None
+    if tensor_of(source) is None or tensor_of(node) is None:
+        return None
+    rank = tensor_of(source).dim()
+    items = index_items(node.args[1], rank)
+    if items is None or len(items) != rank:
+        return None
+    cut = [(dim, item) for dim, item in enumerate(items) if not full(item)]
+    if len(cut) != 1 or not isinstance(cut[0][1], slice) or cut[0][0] == rank - 1:
+        return None
+    (dim, run), bounds = cut[0], (cut[0][1].start, cut[0][1].stop)
+    numbers = all(bound is None or type(bound) is int for bound in bounds)
+    return (source, dim, run) if numbers and run.step in (None, 1) else None
 
 
 def full(item, size=None) -> bool:

@@ -9,7 +9,8 @@ import torch
 from test_cache import EVERY_CODEC, FLOATS, SIZE, grown, made, same
 
 from tqcompile import CompressedKV, formats
-from tqcompile.cache import adopt, storages
+from tqcompile.adopt import adopt
+from tqcompile.cache import storages
 
 # ---- taking over
 

@@ -18,7 +18,7 @@ FLOORS = (
     ("options",),
     ("kernels", "cpu"),
     ("ops",),
-    ("cache+buffer+dispatch+readonly",),
+    ("cache+adopt+buffer+dispatch+readonly",),
     ("report",),
     ("passes",),
     ("backend+runtime+dump",),

@@ -4,7 +4,6 @@ It has the shape and dtype of the cache it stands for and no storage of its own.
 dimensions in the model's order, so that whatever moves whole tokens is done on the planes; anything else decodes.
 """
 
-import math
 import weakref
 from collections.abc import Callable
 
@@ -115,6 +114,29 @@ class CompressedKV(torch.Tensor):
         grown = CompressedKV(planes, self.codec, self.shape[-1], self.dtype, buffer, start)
         buffer.hold(grown)
         return grown
+
+    def kept(self, seq_dim: int, run: slice) -> "CompressedKV":
+        """The tokens `run` of a cache that lies in a buffer, which the next tokens go behind.
+
+        As a dense slice that outlives the tensor it was taken of does, it keeps the memory of all of it, until the
+        buffer is full and what is left moves to another.
+        """
+        start, stop, _ = run.indices(self.shape[seq_dim])
+        if (start, stop) == (0, self.shape[seq_dim]):
+            return self
+        assert self.buffer is not None and self.start >= 0, "only a cache that grew is cut"
+        stop = max(start, stop)
+        planes = self.buffer.view(self.start + start, self.start + stop)
+        rest = CompressedKV(planes, self.codec, self.shape[-1], self.dtype, self.buffer, self.start + start)
+        self.buffer.hold(rest)
+        return rest
+
+    def in_order(self) -> "CompressedKV":
+        """This cache, or a copy of it whose planes lie as those of a graph that only reads them."""
+        if all(plane.is_contiguous() for plane in self.planes):
+            return self
+        planes = tuple(plane.contiguous() for plane in self.planes)
+        return CompressedKV(planes, self.codec, self.shape[-1], self.dtype)
 
     def own(self, strides: tuple[tuple[int, ...], ...]) -> str | None:
         """Make the planes this cache's alone, and of these strides, before a compiled graph writes into them.
@@ -245,42 +267,3 @@ def encode_dense(dense: torch.Tensor, codec: Codec) -> Planes:
             for plane, code in zip(planes, block):
                 part(plane).copy_(code)
     return planes
-
-
-def refusal(tensor: torch.Tensor) -> str | None:
-    """Why this dense tensor cannot be turned into a compressed cache where it stands, or None."""
-    if type(tensor) is not torch.Tensor:
-        return f"it is a {type(tensor).__name__}, not a plain tensor"
-    if tensor.requires_grad:
-        return "it requires grad"
-    if tensor._is_view():
-        return "it is a view of another tensor"
-    if torch._C._storage_Use_Count(tensor.untyped_storage()._cdata) > 2:
-        return "other tensors share its memory"
-    if tensor.untyped_storage().nbytes() != tensor.numel() * tensor.element_size():
-        return "it covers a part of its memory only"
-    if not math.prod(tensor.shape):
-        return "it is empty"
-    return None
-
-
-def adopt(tensor: torch.Tensor, codec: Codec) -> str | None:
-    """Turn a dense cache into a `CompressedKV`, the same Python object: every holder sees it, its memory is freed.
-
-    Returns why it could not be done, and leaves the tensor as it was; None when it was.
-    """
-    reason = refusal(tensor)
-    if reason is not None:
-        return reason
-    kept = dict(tensor.__dict__)
-    shell = CompressedKV.encode(tensor, codec)
-    try:
-        torch._C._swap_tensor_impl(tensor, shell)
-    except RuntimeError as error:
-        return f"PyTorch holds another reference to it ({str(error).splitlines()[0]})"
-    state = dict(shell.__dict__)
-    tensor.__class__, shell.__class__ = CompressedKV, torch.Tensor
-    tensor.__dict__.update(state)
-    shell.__dict__.clear()
-    tensor.__dict__.update({name: value for name, value in kept.items() if name.startswith("_dynamo")})
-    return None

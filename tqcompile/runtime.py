@@ -8,7 +8,8 @@ import sympy
 import torch
 from torch import fx
 
-from tqcompile.cache import CompressedKV, adopt
+from tqcompile.adopt import adopt
+from tqcompile.cache import CompressedKV
 from tqcompile.passes.context import CacheInput, Context
 from tqcompile.report import Graph
 
@@ -103,7 +104,7 @@ class CompiledGraph:
         if entry.site.kind == "append":
             return held.room(self.tokens[entry.index](args), entry.site.append.dim)
         self.record.track(entry.name, held)
-        return held
+        return held if entry.site.kind == "in_place" else held.in_order()
 
     def _output(self, output, args: tuple, caches: dict, results):
         if output.kind == "tensor":
@@ -111,7 +112,7 @@ class CompiledGraph:
         if output.kind == "argument":
             return args[output.index]
         if output.kind == "appended":
-            cache = caches[output.index]
+            cache = caches[output.index].kept(*output.run)
         else:
             planes = tuple(results[output.index : output.index + output.count])
             cache = CompressedKV(planes, output.codec, output.head_dim, output.dtype)

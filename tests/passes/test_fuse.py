@@ -117,7 +117,7 @@ def rows_picked_by_a_tensor(kc, vc, q, k, v, at):
 
 
 APART = {
-    written_again_through_a_narrow_view: 1,
+    written_again_through_a_narrow_view: 0,
     rows_picked_by_a_tensor: 0,
     zeroed_under_a_narrow_view: 0,
     whole_cache_read_before_a_narrow_view: 1,

@@ -109,20 +109,77 @@ def test_a_refusal_says_which_cache_why_and_where():
     assert [site.role for site in context.sites] == ["values"]
 
 
-def test_two_appends_to_one_past_are_a_fork_and_are_refused():
+def test_two_appends_to_one_past_are_a_fork_and_make_planes_of_their_own():
     def step(pk, pv, q, k, v):
         one, two, values = torch.cat([pk, k], 2), torch.cat([pk, v], 2), torch.cat([pv, v], 2)
         return attend(q, one, values) + attend(q, two, values), one, two, values
 
     context = found(step, torch.randn(2, 4, 6, 8), torch.randn(2, 4, 6, 8), Q, K, V)
-    assert ["fork" in refusal.reason or "beside" in refusal.reason for refusal in context.refusals] == [True]
+    assert [site.kind for site in context.sites] == ["read", "append"] and not context.refusals
 
 
-def test_a_past_that_is_read_beside_its_continuation_is_refused():
+def test_a_past_that_is_read_beside_its_continuation_is_copied():
     def step(pk, pv, q, k, v):
         k, v = torch.cat([pk, k], 2), torch.cat([pv, v], 2)
         return attend(q, k, v) + attend(q, pk, pv), k, v
 
     context = found(step, torch.randn(2, 4, 6, 8), torch.randn(2, 4, 6, 8), Q, K, V)
-    assert not context.sites
-    assert {refusal.reason for refusal in context.refusals} == {"it is read beside the cache that continues it"}
+    assert [(site.kind, site.role) for site in context.sites] == [("read", "keys"), ("read", "values")]
+    assert not context.refusals
+
+
+def test_a_past_whose_continuation_stays_in_the_graph_is_no_cache():
+    def step(pk, pv, q, k, v):
+        return attend(q, torch.cat([pk, k], 2), torch.cat([pv, v], 2))
+
+    context = found(step, torch.randn(2, 4, 6, 8), torch.randn(2, 4, 6, 8), Q, K, V)
+    assert not context.sites and not context.refusals
+
+
+WINDOWS = {
+    "a slice": lambda x: x[:, :, -5:],
+    "an ellipsis": lambda x: x[..., -5:, :],
+    "from the front": lambda x: x[:, :, 1:],
+}
+
+
+@pytest.mark.parametrize("window", WINDOWS.values(), ids=WINDOWS)
+def test_a_window_that_slides_over_a_past_is_an_append(window):
+    def step(pk, pv, q, k, v):
+        k, v = torch.cat([pk, k], 2), torch.cat([pv, v], 2)
+        return attend(q, k, v), window(k), window(v)
+
+    context = found(step, torch.randn(2, 4, 6, 8), torch.randn(2, 4, 6, 8), Q, K, V)
+    assert [(site.kind, site.role) for site in context.sites] == [("append", "keys"), ("append", "values")]
+
+
+def test_a_window_that_is_made_in_the_graph_is_created_by_what_attention_reads():
+    def step(q, x):
+        k, v = x * 2, x * 3
+        return attend(q, k, v), k[:, :, -2:], v[:, :, -2:]
+
+    context = found(step, Q, K)
+    assert [(site.kind, site.role) for site in context.sites] == [("create", "keys"), ("create", "values")]
+    assert all(site.root.meta["example_value"].shape[2] == 2 for site in context.sites)
+
+
+def test_a_roll_with_a_token_written_and_copied_back_is_a_write_in_place():
+    def step(kc, vc, q, k, v, at):
+        for cache, token in ((kc, k), (vc, v)):
+            rolled = cache.roll(-1, dims=-2)
+            rolled[:, :, torch.tensor([-1])] = token[:, :, :1]
+            cache.copy_(rolled)
+        return attend(q, kc, vc)
+
+    context = found(Cache(step), Q, K, V, AT)
+    assert [(site.kind, site.role) for site in context.sites] == [("in_place", "keys"), ("in_place", "values")]
+
+
+def test_a_cache_that_is_copied_onto_itself_stays_dense():
+    def step(kc, vc, q, k, v, at):
+        kc[:, :, :-1] = kc[:, :, 1:]
+        write(vc, v, at)
+        return attend(q, kc, vc)
+
+    context = found(Cache(step), Q, K, V, AT)
+    assert [site.role for site in context.sites] == ["values"] and "setitem" in context.refusals[0].reason

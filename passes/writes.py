@@ -1,0 +1,131 @@
+"""How writes to a cache become writes to its planes: tokens are encoded, codes that move are copied."""
+
+import operator
+
+import torch
+from torch import fx
+
+from tqcompile.passes import rewrite
+from tqcompile.passes.canonicalize import spelling, tensor_of
+from tqcompile.passes.context import Context
+from tqcompile.passes.editor import Editor
+from tqcompile.passes.sites import Site
+from tqcompile.passes.survey import Join, memory_of, written_operands
+from tqcompile.passes.views import View, full, index_items, same_size
+
+
+class Writer(Editor):
+    """`changed` counts the nodes that were rewritten; `overwritten` is memory that any node writes into."""
+
+    changed = 0
+
+    def __init__(self, gm: fx.GraphModule, context: Context):
+        super().__init__(gm, context)
+        self.places: dict[tuple, fx.Node] = {}
+        operands = [operand for node in self.graph.nodes for operand in written_operands(node)]
+        self.overwritten = {memory_of(operand) for operand in operands if tensor_of(operand) is not None}
+
+    def append(self, node: fx.Node, site: Site) -> None:
+        append = site.append
+        tokens = self.call(torch.ops.aten.sym_size.int, append.tokens, append.dim)
+        region = []
+        for plane in self.planes[site.root]:
+            end = self.call(torch.ops.aten.sym_size.int, plane, append.dim)
+            start = self.call(operator.sub, end, tokens)
+            region.append(self.call(torch.narrow, plane, append.dim, start, tokens))
+        self.encode(region, append.tokens, None, site)
+        self.planes[node] = self.planes[site.root]
+        self.changed += 1
+
+    def join(self, join: Join, site: Site) -> None:
+        """New planes of what the parts hold: codes as they are, and tokens encoded."""
+        parts = [
+            self.planes[self.view(part).base] if self.view(part) else self.encoded(part, site) for part in join.parts
+        ]
+        joined = [self.call(torch.cat, list(planes), join.dim) for planes in zip(*parts)]
+        for plane, first in zip(joined, parts[0]):
+            plane.meta["example_value"] = tensor_of(first)
+        self.planes[join.node] = tuple(joined)
+        self.changed += 1
+
+    def encoded(self, tokens: fx.Node, site: Site) -> list[fx.Node]:
+        planes = self.call(rewrite.encode, self.rotated(tokens, site), site.codec.name)
+        return [self.call(operator.getitem, planes, place) for place in range(len(site.codec.planes))]
+
+    def write(self, node: fx.Node, view: View) -> None:
+        site, name = self.sites[view.root], spelling(node)
+        planes = list(self.planes[view.base])
+        self.changed += 1
+        shown = None if name == "zero_" else self.view(node.args[1 if name == "copy_" else -1])
+        if shown is not None and shown.root is view.root:
+            self._write_codes(node, planes, self.planes[shown.base], view)
+            return
+        source = None if name == "zero_" else self._as_stored(node.args[-1 if name != "copy_" else 1], view)
+        if name == "zero_":
+            for plane in planes:
+                self.graph.call_method("zero_", (plane,))
+        elif name == "index_copy_":
+            self._write_positions(planes, node.args[1] % len(view.axes), node.args[2], source, site)
+        elif name == "copy_":
+            self._write_region(planes, source, site)
+        else:
+            self._write_items(planes, view, node.args[1], source, site)
+
+    def _write_codes(self, node: fx.Node, planes: list[fx.Node], source: tuple[fx.Node, ...], view: View) -> None:
+        """A write of tokens that are copies of the cache's own: the same operator on their codes."""
+        for plane, codes in zip(planes, source):
+            moved = self.graph.node_copy(node, lambda old, plane=plane: plane if old is node.args[0] else old)
+            moved.args = (plane, *moved.args[1:-1], codes) if spelling(node) != "copy_" else (plane, codes)
+            if spelling(node) == "setitem":
+                items = index_items(node.args[1], len(view.axes))
+                moved.args = (plane, rewrite.plane_index(items), codes)
+            moved.meta = {"stack_trace": node.stack_trace}
+
+    def _as_stored(self, source: fx.Node, view: View) -> fx.Node:
+        """`source` in the dtype of the cache: an assignment casts before it stores."""
+        dtype, source = tensor_of(view.node).dtype, self.dense(source)
+        return source if tensor_of(source).dtype == dtype else self.call_like(torch.Tensor.to, source, dtype)
+
+    def _write_positions(self, planes, dim: int, positions: fx.Node, source: fx.Node, site: Site) -> None:
+        """An indexed write, with the indexed dimension brought to where `append` has it."""
+        rank = tensor_of(source).dim()
+        order = [other for other in range(rank - 1) if other != dim]
+        order = (*order[: rank - 2], dim, rank - 1)
+        planes = [self.call(torch.permute, plane, order) for plane in planes]
+        self.encode(planes, self.call_like(torch.permute, source, order), positions, site)
+
+    def _wrapped(self, positions: fx.Node, plane: fx.Node, dim: int, size: str) -> fx.Node:
+        """The places along `dim` of a plane that an assignment writes: computed once for all layers of one size."""
+        same = positions, size
+        if same not in self.places or memory_of(positions) in self.overwritten:
+            length = self.call(torch.ops.aten.sym_size.int, plane, dim)
+            self.places[same] = self.call(rewrite.wrapped, positions, length)
+            self.places[same].meta["example_value"] = tensor_of(positions)
+        return self.places[same]
+
+    def _write_region(self, planes, source: fx.Node, site: Site) -> None:
+        source = self._call_like_shape(source, planes[0], site)
+        self.encode(planes, source, None, site)
+
+    def _call_like_shape(self, source: fx.Node, plane: fx.Node, site: Site) -> fx.Node:
+        """`source` broadcast to the leading dimensions of a plane."""
+        node = self.call(rewrite.broadcast, source, plane)
+        node.meta["example_value"] = tensor_of(source)
+        return node
+
+    def _write_items(self, planes, view: View, index, source: fx.Node, site: Site) -> None:
+        cache = tensor_of(view.node)
+        items = index_items(index, cache.dim())
+        indexed = [dim for dim, item in enumerate(items) if tensor_of(item) is not None]
+        value = tensor_of(source)
+        others = [dim for dim in range(cache.dim()) if dim not in indexed]
+        lone = len(indexed) == 1 and tensor_of(items[indexed[0]]).dim() == 1 and value.dim() == cache.dim()
+        if lone and all(full(items[d], cache.shape[d]) and same_size(value.shape[d], cache.shape[d]) for d in others):
+            positions = self._wrapped(items[indexed[0]], planes[0], indexed[0], str(cache.shape[indexed[0]]))
+            self._write_positions(planes, indexed[0], positions, source, site)
+        elif not indexed:
+            region = [self.call(operator.getitem, plane, rewrite.plane_index(items)) for plane in planes]
+            self._write_region(region, source, site)
+        else:
+            rotated = self.rotated(source, site)
+            self.call(rewrite.encode_items, planes, rotated, rewrite.plane_index(items), site.codec.name)
