@@ -57,12 +57,13 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         parser.error(str(error))
     modes = (*(() if options.skip_dense else (DENSE,)), LOSSLESS, *((options.codec,) if options.codec else ()))
     settings = Settings(tuple(options.scenarios), modes, options.inner)
-    left = [a for a in chosen if options.again or not records.done(a, settings)]
+    old = {} if options.again else {a: record for a in chosen if (record := records.old(a, settings)) is not None}
+    left = [a for a in chosen if a not in old or settings.missing(old[a])]
     print(f"{len(chosen)} architectures, {len(chosen) - len(left)} of them in {options.json} already")
     if left:
         pool.warm_up()
     limits = pool.Limits(options.seconds, options.memory)
-    done = pool.run(left, lambda architecture, send: examine(architecture, settings, send), limits, options.jobs)
+    done = pool.run(left, lambda a, send: examine(a, settings, send, old.get(a)), limits, options.jobs)
     with tqdm(total=len(left), unit="architecture", disable=None) as bar:
         for architecture, record in done:
             records.put(architecture, settings, record)

@@ -8,6 +8,7 @@ from tabulate import tabulate
 from tqcompile.sweep import verdict
 from tqcompile.sweep.build import FAMILIES
 from tqcompile.sweep.examine import LOSSLESS
+from tqcompile.sweep.scenarios import SCENARIOS
 from tqcompile.sweep.verdict import Record
 
 INTRODUCTION = """\
@@ -46,12 +47,12 @@ def page(records: Sequence[Record]) -> str:
 
 
 def _introduction(records: Sequence[Record]) -> str:
-    newest = records[-1]
-    named = ", ".join(f"{name} {version}" for name, version in newest["versions"].items())
+    versions = dict.fromkeys(", ".join(f"{name} {v}" for name, v in record["versions"].items()) for record in records)
+    ran = {name for record in records for name in record["scenarios"]}
     return INTRODUCTION.format(
-        versions=named,
-        scenarios=", ".join(newest["settings"]["scenarios"]),
-        inner=newest["settings"]["inner"],
+        versions="; ".join(versions),
+        scenarios=", ".join(scenario.name for scenario in SCENARIOS if scenario.name in ran),
+        inner=", ".join(dict.fromkeys(record["inner"] for record in records)),
         lossless=verdict.LOSSLESS_TOLERANCE,
         codec=verdict.CODEC_TOLERANCE,
     )

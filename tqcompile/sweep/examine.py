@@ -29,14 +29,23 @@ class Settings:
     modes: tuple[str, ...] = (DENSE, LOSSLESS)
     inner: str = "eager"
 
-    def as_record(self) -> dict[str, Any]:
-        return {"scenarios": list(self.scenarios), "modes": list(self.modes), "inner": self.inner}
+    def missing(self, record: dict[str, Any]) -> list[tuple[str, str]]:
+        """The scenarios and modes that a record does not have; none where its process came to an end before them."""
+        if record.get("not_made") or record.get("died"):
+            return []
+        ran = {name: scenario.get("modes", self.modes) for name, scenario in record.get("scenarios", {}).items()}
+        return [(name, mode) for name in self.scenarios for mode in self.modes if mode not in ran.get(name, ())]
 
 
-def examine(architecture: Architecture, settings: Settings, send: Callable[[dict], None]) -> None:
-    """Examine one architecture, and `send` its record whenever there is more to it: the process may not live on."""
+def examine(
+    architecture: Architecture, settings: Settings, send: Callable[[dict], None], old: dict[str, Any] | None = None
+) -> None:
+    """Examine one architecture, and `send` its record whenever there is more to it: the process may not live on.
+
+    What `old`, an earlier record of it, already has stays as it is.
+    """
     record: dict[str, Any] = {"family": architecture.family, "name": architecture.name, "model": architecture.model}
-    record["scenarios"] = {}
+    record["scenarios"] = dict((old or {}).get("scenarios", {}))
     send({**record, "stopped": "while the model was made"})
     try:
         model, variant = build(architecture, _try_out)
@@ -45,10 +54,13 @@ def examine(architecture: Architecture, settings: Settings, send: Callable[[dict
         return
     record["variant"] = variant
     record["parameters"] = sum(parameter.numel() for parameter in model.parameters())
+    missing = settings.missing(record)
     for scenario in SCENARIOS:
-        if scenario.name in settings.scenarios:
+        modes = [mode for name, mode in missing if name == scenario.name]
+        if modes:
             send({**record, "stopped": f"in scenario {scenario.name}"})
-            record["scenarios"][scenario.name] = _compare(scenario, model, settings)
+            have = record["scenarios"].get(scenario.name, {}).get("modes", {})
+            record["scenarios"][scenario.name] = _compare(scenario, model, modes, settings.inner, have)
     send(record)
 
 
@@ -62,8 +74,11 @@ def _try_out(model) -> None:
         raise ArithmeticError("its logits are not finite")
 
 
-def _compare(scenario: Scenario, model, settings: Settings) -> dict[str, Any]:
-    """One scenario in every mode, each against what the untouched model says."""
+def _compare(scenario: Scenario, model, modes: list[str], inner: str, have: dict[str, Any]) -> dict[str, Any]:
+    """One scenario in `modes`, each against what the untouched model says; `have` are the modes that ran before.
+
+    Where ours raises the dense one runs, too: an exception that both have is not ours.
+    """
     shorter = replace(scenario, calls=(scenario.calls[0], *(1 for calls in scenario.calls[1:] if calls == 1)))
     try:
         expected = play(scenario, model, model)
@@ -75,14 +90,12 @@ def _compare(scenario: Scenario, model, settings: Settings) -> dict[str, Any]:
             return {"not_run": _short(f"{type(error).__name__}: {error}"), "where": _where(error)}
     else:
         found = {}
-    found |= {"dense_held": summary(held(expected.cache)), "modes": {}}
-    modes = list(settings.modes)
-    for mode in modes:
-        result = _run(scenario, model, expected, mode, settings.inner)
-        found["modes"][mode] = result
-        if "exception" in result and DENSE not in modes:
-            modes.append(DENSE)
-    return found
+    results = dict(have)
+    for mode in (queue := list(modes)):
+        results[mode] = _run(scenario, model, expected, mode, inner)
+        if "exception" in results[mode] and DENSE not in (*queue, *results):
+            queue.append(DENSE)
+    return {**found, "dense_held": summary(held(expected.cache)), "modes": results}
 
 
 def _run(scenario: Scenario, model, expected: Said, mode: str, inner: str) -> dict[str, Any]:

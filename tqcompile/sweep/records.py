@@ -39,7 +39,7 @@ class Records:
     """
 
     def __init__(self, path: Path):
-        self.path = path
+        self.path, self.versions = path, versions()
         self.found: dict[str, Record] = {}
         if path.exists():
             try:
@@ -47,14 +47,15 @@ class Records:
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(f"--json {path}: no file of this command ({error!r}); name another one") from None
 
-    def done(self, architecture: Architecture, settings: Settings) -> bool:
-        """Whether there is a record of these versions and settings; one that ended at a limit counts."""
-        record = self.found.get(architecture.key, {})
-        return record.get("versions") == versions() and record.get("settings") == settings.as_record()
+    def old(self, architecture: Architecture, settings: Settings) -> Record | None:
+        """The record of these versions and this compiler, where there is one."""
+        record = self.found.get(architecture.key)
+        same = record is not None and (record["versions"], record["inner"]) == (self.versions, settings.inner)
+        return record if same else None
 
     def put(self, architecture: Architecture, settings: Settings, record: Record) -> None:
         """Add a record, or replace the one there is, and save the file: at once or not at all."""
-        self.found[architecture.key] = {**record, "versions": versions(), "settings": settings.as_record()}
+        self.found[architecture.key] = {**record, "versions": self.versions, "inner": settings.inner}
         rows = [f"{json.dumps(key)}: {json.dumps(self.found[key])}" for key in sorted(self.found)]
         self.path.parent.mkdir(parents=True, exist_ok=True)
         part = self.path.with_suffix(".part")
