@@ -6,6 +6,7 @@ Some of them:   python -m tqcompile sweep --only 'mixture|sparse' --codec CODEC
 
 import argparse
 import re
+import warnings
 from pathlib import Path
 
 from tqdm import tqdm
@@ -61,7 +62,8 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     left = [a for a in chosen if a not in old or settings.missing(old[a])]
     print(f"{len(chosen)} architectures, {len(chosen) - len(left)} of them in {options.json} already")
     if left:
-        pool.warm_up()
+        quiet()
+        pool.warm_up(lambda: examine(chosen[0], Settings(NAMES[:1], (LOSSLESS,)), lambda record: None))
     limits = pool.Limits(options.seconds, options.memory)
     done = pool.run(left, lambda a, send: examine(a, settings, send, old.get(a)), limits, options.jobs)
     with tqdm(total=len(left), unit="architecture", disable=None) as bar:
@@ -76,6 +78,14 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     for record, problem in bad:
         print(f"{record['family']}/{record['name']}, {problem.scenario} {problem.mode}: {problem.what} {problem.where}")
     return 1 if bad else 0
+
+
+def quiet() -> None:
+    """No warnings of what is loaded: they are about models as they are, not about what is examined."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    warnings.filterwarnings("ignore")
 
 
 def _chosen(options: argparse.Namespace) -> list[Architecture]:

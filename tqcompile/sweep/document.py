@@ -7,7 +7,7 @@ from tabulate import tabulate
 
 from tqcompile.sweep import verdict
 from tqcompile.sweep.build import FAMILIES
-from tqcompile.sweep.examine import LOSSLESS
+from tqcompile.sweep.examine import DENSE, LOSSLESS
 from tqcompile.sweep.scenarios import SCENARIOS
 from tqcompile.sweep.verdict import Record
 
@@ -79,21 +79,21 @@ def _counts(name: str, records: list[Record]) -> tuple:
 
 
 class _Reasons:
-    """Reasons by number, in the order they come up."""
+    """Reasons by number, in the order they come up, and the architectures that have each."""
 
     def __init__(self):
-        self.numbers: dict[tuple[str, str], int] = {}
+        self.names: dict[tuple[str, str], dict[str, None]] = {}
 
-    def number(self, what: str, where: str) -> str:
-        return f"[{self.numbers.setdefault((what, where), len(self.numbers) + 1)}]"
+    def number(self, name: str, what: str, where: str = "") -> str:
+        self.names.setdefault((what, where), {})[name] = None
+        return f"[{list(self.names).index((what, where)) + 1}]"
 
     def __str__(self) -> str:
-        if not self.numbers:
-            return ""
         lines = [
-            f"{number}. {what}" + (f" (`{where}`)" if where else "") for (what, where), number in self.numbers.items()
+            f"{number}. {what}{f' (`{where}`)' if where else ''}: {', '.join(names)}"
+            for number, ((what, where), names) in enumerate(self.names.items(), 1)
         ]
-        return "## Reasons\n\n" + "\n".join(lines) + "\n"
+        return "## Reasons\n\n" + "\n".join(lines) + "\n" if lines else ""
 
 
 def _family(family: str, records: Sequence[Record], reasons: _Reasons) -> str:
@@ -107,20 +107,26 @@ def _family(family: str, records: Sequence[Record], reasons: _Reasons) -> str:
 
 
 def _row(record: Record, names: list[str], reasons: _Reasons) -> tuple:
+    name = record["name"]
     if not verdict.made(record):
         why = record.get("not_made") or record.get("died", "no record")
-        return (record["name"], "not made", "", reasons.number(f"not made: {why}", record.get("where", "")))
+        return (name, "not made", "", reasons.number(name, f"not made: {why}", record.get("where", "")))
     compressed, total = verdict.caches(record)
-    fails = verdict.dense_fails(record)
     return (
-        record["name"],
+        name,
         f"{compressed} / {total}" if verdict.has_cache(record) else "none kept",
         _readers(record),
-        _why(record, reasons),
-        f"fails: {', '.join(fails)}" if fails else "yes",
+        " ".join(dict.fromkeys(reasons.number(name, *reason) for reason in verdict.reasons(record))),
+        _dense(record),
         *(_number(verdict.worst(record, mode)) for mode in (LOSSLESS, *names)),
         "; ".join(dict.fromkeys(f"{p.scenario} {p.mode}".strip() for p in verdict.problems(record))),
     )
+
+
+def _dense(record: Record) -> str:
+    """What plain compilation makes of it."""
+    fails = verdict.dense_fails(record)
+    return f"fails: {', '.join(fails)}" if fails else "works" if any(verdict.results(record, DENSE)) else "not run"
 
 
 def _number(error: float | None) -> str:
@@ -132,25 +138,8 @@ def _readers(record: Record) -> str:
     for _, result in verdict.results(record, LOSSLESS):
         for name, count in result.get("reads", {}).items():
             found[name] = found.get(name, 0) + count
-        decoded = sum(row[-1] for row in result.get("fallbacks", ()))
-        found["decoded"] = found.get("decoded", 0) + decoded
+        found["decoded"] = found.get("decoded", 0) + sum(row[-1] for row in result.get("fallbacks", ()))
     return ", ".join(f"{name} {count}" for name, count in found.items() if count)
-
-
-def _why(record: Record, reasons: _Reasons) -> str:
-    """Numbers of the reasons for what was left dense or decoded, and of the scenarios that could not be run."""
-    found = {}
-    for _, result in verdict.results(record, LOSSLESS):
-        for reason, where, *_ in result.get("refusals", ()):
-            found[reasons.number(reason, where)] = None
-        for operator, where, _ in result.get("fallbacks", ()):
-            found[reasons.number(f"decoded in front of {operator}", where)] = None
-        for event in result.get("events", ()):
-            found[reasons.number(f"a call ran dense: {event}", "")] = None
-    for name, scenario in record["scenarios"].items():
-        if "not_run" in scenario:
-            found[reasons.number(f"{name} not run: {scenario['not_run']}", scenario["where"])] = None
-    return " ".join(found)
 
 
 def _problems(records: Sequence[Record]) -> str:

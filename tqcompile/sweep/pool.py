@@ -1,5 +1,6 @@
 """Runs each architecture in a process of its own, forked off this one, with a limit of time and of memory."""
 
+import gc
 import json
 import multiprocessing
 import os
@@ -54,15 +55,18 @@ def run(tasks: Iterable[Any], work: Callable, limits: Limits, jobs: int = 1) -> 
             job.process.join()
 
 
-def warm_up() -> None:
-    """Load what every process needs, and let the compiler trace something, so that no fork has to."""
-    import transformers
+def warm_up(once: Callable[[], Any]) -> None:
+    """Do `once` what every process does, so that none has to load and build what the compiler keeps for good.
 
+    The collector leaves alone what is there by now: looking at it would copy the pages that forks share.
+    """
+    # A process that has started threads cannot be forked in safety.
     torch.set_num_threads(1)
-    transformers.logging.set_verbosity_error()
-    with torch.no_grad():
-        torch.compile(torch.nn.Linear(4, 4), backend="eager")(torch.zeros(1, 4))
+    once()
     torch.compiler.reset()
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(100_000, 50, 50)
 
 
 def _start(context, task: Any, work: Callable, limits: Limits) -> _Job:

@@ -1,8 +1,7 @@
 """What a record says about its architecture: everything that the summary counts and the table shows."""
 
 import math
-from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,7 +83,18 @@ def problems(record: Record) -> list[Problem]:
                 found.append(Problem(name, mode, result["exception"], result["where"]))
             elif wrong(mode, result):
                 found.append(Problem(name, mode, f"error {result['error']:.1e} in call {result['step']}", ""))
+            found += [Problem(name, mode, what, "") for what in _mistaken(result)]
     return found
+
+
+def _mistaken(result: dict) -> Iterator[str]:
+    """What the numbers of a lossless codec do not show."""
+    held = result.get("held", {})
+    if held.get("state", {}).get("compressed"):
+        yield "the state of a recurrence or a convolution is compressed as if it were a cache"
+    said = any(result.get(field) for field in ("refusals", "events", "breaks"))
+    if held.get("self", {}).get("dense") and not said:
+        yield f"left dense, and the report does not say why: {', '.join(held['self']['dense'])}"
 
 
 def wrong(mode: str, result: dict) -> bool:
@@ -104,12 +114,15 @@ def dense_fails(record: Record) -> list[str]:
     return [name for name, result in results(record, DENSE) if "exception" in result or wrong(DENSE, result)]
 
 
-def groups(records: Iterable[Record], field: str, mode: str = LOSSLESS) -> dict[tuple[str, str], dict[str, list[str]]]:
-    """`refusals` or `fallbacks` of all records by what they say and where: architectures under each, and scenarios."""
-    found: dict[tuple, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
-    for record in records:
-        for name, result in results(record, mode):
-            for what, where, *_ in result.get(field, ()):
-                under = found[what, where][record["name"]]
-                under += [name] if name not in under else []
-    return dict(sorted(found.items(), key=lambda item: (-len(item[1]), item[0])))
+def reasons(record: Record, mode: str = LOSSLESS) -> Iterator[tuple[str, str]]:
+    """Why something of an architecture stays dense, is decoded for a reader or was not run: what, and where."""
+    for _, result in results(record, mode):
+        yield from ((reason, where) for reason, where, *_ in result.get("refusals", ()))
+        yield from ((f"decoded in front of {operator}", where) for operator, where, _ in result.get("fallbacks", ()))
+        yield from ((f"a call ran dense: {event}", "") for event in result.get("events", ()))
+        yield from ((f"Dynamo breaks the graph: {broken}", "") for broken in result.get("breaks", ()))
+    for name, scenario in record["scenarios"].items():
+        if "not_run" in scenario:
+            yield f"{name} is not run: {scenario['not_run']}", scenario["where"]
+        elif "shortened" in scenario:
+            yield f"{name} is run without its calls of several tokens: {scenario['shortened']}", ""
