@@ -1,5 +1,6 @@
 """The entry point: Dynamo's graph in, a callable out. The only file that names Dynamo, AOTAutograd or Inductor."""
 
+import time
 import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -73,8 +74,10 @@ def _compile(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options
     if options.inner == "inductor":
         cpu.use_row_compiler(compile_rows)
     context, copy = Context(options), _copy(gm)
+    start = time.perf_counter()
     run(copy, context)
     record = reports.record(_record(gm, context))
+    record.seconds = time.perf_counter() - start
     if not context.inputs and not any(site.kind == "create" for site in context.sites):
         return _inner(gm, example_inputs, options, mode)
     dump = Dump(options.dump, record.name) if options.dump is not None else None

@@ -5,6 +5,7 @@ Some of them:   python -m tqcompile sweep --only 'mixture|sparse' --codec CODEC
 """
 
 import argparse
+import difflib
 import re
 import warnings
 from pathlib import Path
@@ -16,6 +17,7 @@ from tqcompile.bench.request import size, whole
 from tqcompile.options import INNERS
 from tqcompile.sweep import document, pool, verdict
 from tqcompile.sweep.build import FAMILIES, Architecture, architectures
+from tqcompile.sweep.compile_time import LAYERS, measure
 from tqcompile.sweep.examine import DENSE, LOSSLESS, Settings, examine
 from tqcompile.sweep.records import Records
 from tqcompile.sweep.scenarios import SCENARIOS
@@ -38,6 +40,9 @@ def add(commands) -> None:
     what.add_argument("--scenarios", nargs="+", choices=NAMES, default=list(NAMES), help="default: all of them")
     what.add_argument("--codec", choices=tuple(formats.REGISTRY), help="examine a codec, too, against its dense twin")
     what.add_argument("--skip-dense", action="store_true", help="compile densely only where ours raises")
+    what.add_argument(
+        "--compile-time", metavar="NAME", help=f"instead: what a {LAYERS}-layer model of NAME takes to compile"
+    )
     how = parser.add_argument_group("how")
     how.add_argument("--inner", choices=INNERS, default="eager", help="compiler, dense and compressed (default eager)")
     how.add_argument("--jobs", type=whole, default=1, metavar="N", help="processes at a time (default 1)")
@@ -53,6 +58,9 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     """Examine what was asked for and write the page; 0, or 1 where a number was wrong or ours alone raised."""
     try:
         chosen = _chosen(options)
+        if options.compile_time:
+            print(measure(_named(options.compile_time)))
+            return 0
         records = Records(options.json)
     except ValueError as error:
         parser.error(str(error))
@@ -78,6 +86,14 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     for record, problem in bad:
         print(f"{record['family']}/{record['name']}, {problem.scenario} {problem.mode}: {problem.what} {problem.where}")
     return 1 if bad else 0
+
+
+def _named(name: str) -> Architecture:
+    for architecture in architectures():
+        if architecture.name == name:
+            return architecture
+    near = difflib.get_close_matches(name, [a.name for a in architectures()], n=1, cutoff=0.0)[0]
+    raise ValueError(f"--compile-time {name!r} is no architecture's name; did you mean {near!r}?")
 
 
 def quiet() -> None:
