@@ -41,7 +41,7 @@ _INTEGERS: tuple[tuple[str, Any], ...] = (
     (r"(.*_)?(hidden_size|hidden_dim|d_model|n_embd|embed_dim|embedding_size|proj_dim|projection_dim)", WIDTH),
     (r"(.*_)?(lru_width|output_dim|hidden_size_global|out_dim|in_dim|input_size)", WIDTH),
     (r"hidden_size_per_layer_input", HEAD_DIM),
-    (r"(.*_)?vocab_size(_.*)?|n_words", VOCABULARY),
+    (r"(.*_)?vocab_size(_.*)?|.*_vocab|n_words", VOCABULARY),
     (r"n_group|num_expert_group|n_groups|moe_n_group", _groups),
     (r"topk_group|num_limited_groups|moe_topk_group", 1),
     (r"(.*_)?(experts_per_tok|experts_per_token|moe_topk|moe_k|moe_top_k)", _at_most(CHOSEN)),
