@@ -227,7 +227,7 @@ def test_the_page_is_made_from_records(tmp_path):
     assert (
         "4 / 4" in rows["good"] and "2 / 4" in rows["half"] and "[1]" in rows["half"] and "decoded 2" in rows["decoded"]
     )
-    assert "1. it is a view (`m.py, line 3`): half" in page and "2. decoded in front of mul" in page
+    assert "1. it is a view: half (`m.py, line 3`)" in page and "2. decoded in front of mul" in page
     assert [cell.strip() for cell in rows["all"].split("|")[2:8]] == ["4", "4", "4", "3 (75%)", "2 (50%)", "0"]
 
 

@@ -79,20 +79,20 @@ def _counts(name: str, records: list[Record]) -> tuple:
 
 
 class _Reasons:
-    """Reasons by number, in the order they come up, and the architectures that have each."""
+    """Reasons by number, in the order they come up, and where each of the architectures that have it has it."""
 
     def __init__(self):
-        self.names: dict[tuple[str, str], dict[str, None]] = {}
+        self.places: dict[str, dict[str, str]] = {}
 
     def number(self, name: str, what: str, where: str = "") -> str:
-        self.names.setdefault((what, where), {})[name] = None
-        return f"[{list(self.names).index((what, where)) + 1}]"
+        self.places.setdefault(what, {}).setdefault(name, where)
+        return f"[{list(self.places).index(what) + 1}]"
 
     def __str__(self) -> str:
-        lines = [
-            f"{number}. {what}{f' (`{where}`)' if where else ''}: {', '.join(names)}"
-            for number, ((what, where), names) in enumerate(self.names.items(), 1)
-        ]
+        lines = []
+        for number, (what, places) in enumerate(self.places.items(), 1):
+            names = (f"{name} (`{where}`)" if where else name for name, where in places.items())
+            lines.append(f"{number}. {what}: {', '.join(names)}")
         return "## Reasons\n\n" + "\n".join(lines) + "\n" if lines else ""
 
 
@@ -101,7 +101,7 @@ def _family(family: str, records: Sequence[Record], reasons: _Reasons) -> str:
     if not own:
         return ""
     names = sorted({codec for record in own for codec in verdict.codecs(record)})
-    headers = ("architecture", "caches", "read by", "left dense", "dense compile", LOSSLESS, *names, "wrong")
+    headers = ("architecture", "caches", "read by", "remarks", "dense compile", LOSSLESS, *names, "wrong")
     rows = [_row(record, names, reasons) for record in own]
     return f"## {family}\n\n" + tabulate(rows, headers, "github", disable_numparse=True) + "\n"
 

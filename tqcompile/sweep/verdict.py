@@ -120,7 +120,8 @@ def reasons(record: Record, mode: str = LOSSLESS) -> Iterator[tuple[str, str]]:
         yield from ((reason, where) for reason, where, *_ in result.get("refusals", ()))
         yield from ((f"decoded in front of {operator}", where) for operator, where, _ in result.get("fallbacks", ()))
         yield from ((f"a call ran dense: {event}", "") for event in result.get("events", ()))
-        yield from ((f"Dynamo breaks the graph: {broken}", "") for broken in result.get("breaks", ()))
+        if result.get("held", {}).get("self", {}).get("dense"):
+            yield from ((f"Dynamo breaks the graph: {broken}", "") for broken in result.get("breaks", ()))
     for name, scenario in record["scenarios"].items():
         if "not_run" in scenario:
             yield f"{name} is not run: {scenario['not_run']}", scenario["where"]
