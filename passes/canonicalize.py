@@ -58,30 +58,134 @@ def _matmul(node: fx.Node) -> bool:
 
 
 def _einsum(node: fx.Node) -> bool:
-    """`bhqd,bhkd->bhqk` and `bhqk,bhkd->bhqd`, in any letters, are matrix products."""
+    """What sums over one letter is a matrix product, between changes of shape: `bhqd,bhkd->bhqk`, in any letters.
+
+    Letters that both tensors share lead, the second and later ones as one dimension; so do those of the rows.
+    """
     equation, *operands = node.args
     if len(operands) == 1 and isinstance(operands[0], (tuple, list)):
         operands = list(operands[0])
-    if not isinstance(equation, str) or len(operands) != 2 or "..." in equation or "->" not in equation:
+    letters = _letters(equation, operands)
+    if letters is None:
         return False
+    first, second, result = letters
+    shared = [letter for letter in result if letter in first and letter in second]
+    (inner,) = [letter for letter in first if letter not in result]
+    rows = [letter for letter in first if letter not in second]
+    (column,) = [letter for letter in second if letter not in first]
+    sizes = {letter: _size(node, operands[0], place) for place, letter in enumerate(first)}
+    left = _ordered(node, operands[0], first, (*shared, *rows, inner))
+    right = _ordered(node, operands[1], second, (*shared, inner, column))
+    left = _before(node, torch.unsqueeze, left, -2) if not rows else left
+    left = _before(node, torch.flatten, left, len(shared), -2) if len(rows) > 1 else left
+    if len(shared) > 2:
+        left, right = (_before(node, torch.flatten, side, 1, len(shared) - 1) for side in (left, right))
+    out = _before(node, torch.matmul, left, right)
+    if len(rows) > 1:
+        out = _before(node, torch.unflatten, out, -2, tuple(sizes[letter] for letter in rows))
+    out = out if rows else _before(node, torch.squeeze, out, -2)
+    if len(shared) > 2:
+        out = _before(node, torch.unflatten, out, 1, tuple(sizes[letter] for letter in shared[1:]))
+    made = [*shared, *rows, column]
+    if made != list(result):
+        return _respell(node, torch.permute, (out, tuple(made.index(letter) for letter in result)))
+    _respell(node, out.target, out.args)
+    node.graph.erase_node(out)
+    return True
+
+
+def _letters(equation, operands: list) -> tuple[str, str, str] | None:
+    """The letters of two tensors and of their product, where that sums over one letter and is a batch of matrices."""
+    if not isinstance(equation, str) or len(operands) != 2 or "." in equation or "->" not in equation:
+        return None
     left, result = equation.replace(" ", "").split("->")
     first, second = left.split(",")
-    rank = len(first)
-    if not (rank == len(second) == len(result) >= 3) or any(len(set(part)) != rank for part in (first, second, result)):
-        return False
-    if first[: rank - 1] != result[: rank - 1]:
-        return False
-    inner, outer = first[-1], result[-1]
-    if set(second) != {*result[: rank - 2], inner, outer}:
-        return False
-    value = tensor_of(operands[1])
-    if value is None:
-        return False
-    order = [second.index(letter) for letter in (*result[: rank - 2], inner, outer)]
+    if any(len(set(part)) != len(part) for part in (first, second, result)) or None in map(tensor_of, operands):
+        return None
+    inner = (set(first) & set(second)) - set(result)
+    kept = set(result) == (set(first) | set(second)) - inner
+    shared, columns = set(first) & set(second) & set(result), set(second) - set(first)
+    return (first, second, result) if kept and len(inner) == len(columns) == 1 and shared else None
+
+
+def _size(node: fx.Node, tensor: fx.Node, dim: int):
+    size = tensor_of(tensor).shape[dim]
+    if isinstance(size, int):
+        return size
     with node.graph.inserting_before(node):
-        permuted = node.graph.call_function(torch.permute, (operands[1], tuple(order)))
-    permuted.meta = {**node.meta, "example_value": value.permute(order)}
-    return _respell(node, torch.matmul, (operands[0], permuted))
+        symbol = node.graph.call_function(torch.ops.aten.sym_size.int, (tensor, dim))
+    symbol.meta["example_value"] = size
+    return symbol
+
+
+def _ordered(node: fx.Node, tensor: fx.Node, letters: str, wanted: tuple[str, ...]) -> fx.Node:
+    order = tuple(letters.index(letter) for letter in wanted)
+    return tensor if order == tuple(range(len(order))) else _before(node, torch.permute, tensor, order)
+
+
+def _before(node: fx.Node, target, *args) -> fx.Node:
+    """A call in front of `node`, with the value that it has."""
+    with node.graph.inserting_before(node):
+        made = node.graph.call_function(target, args)
+    made.meta = {**node.meta, "example_value": target(*fx.map_arg(args, example))}
+    return made
+
+
+def _added_product(node: fx.Node) -> bool:
+    """`baddbmm(bias, a, b)` is a product and a sum."""
+    given = {**dict(zip(("input", "batch1", "batch2"), node.args)), **node.kwargs}
+    beta, alpha = given.pop("beta", 1), given.pop("alpha", 1)
+    if set(given) != {"input", "batch1", "batch2"} or not all(isinstance(x, (int, float)) for x in (beta, alpha)):
+        return False
+    product = _before(node, torch.matmul, given["batch1"], given["batch2"])
+    product = product if alpha == 1 else _before(node, torch.mul, product, alpha)
+    if beta == 0:
+        return _respell(node, torch.clone, (product,))
+    bias = given["input"] if beta == 1 else _before(node, torch.mul, given["input"], beta)
+    return _respell(node, torch.add, (product, bias))
+
+
+def _getitem(node: fx.Node) -> bool:
+    return _new_axes(node) if tensor_of(node.args[0]) is not None else _piece(node)
+
+
+def _new_axes(node: fx.Node) -> bool:
+    """An index that cuts and puts dimensions in is one that cuts, and then `unsqueeze`."""
+    source, index = node.args
+    items = list(index) if isinstance(index, tuple) else [index]
+    plain = all(item is None or item is Ellipsis or type(item) in (int, slice) for item in items)
+    if None not in items or not plain or all(item in (None, Ellipsis, slice(None)) for item in items):
+        return False
+    if Ellipsis in items:
+        at = items.index(Ellipsis)
+        missing = tensor_of(source).dim() - sum(item not in (None, Ellipsis) for item in items)
+        items[at : at + 1] = [slice(None)] * missing
+    out = _before(node, operator.getitem, source, tuple(item for item in items if item is not None))
+    kept = [item for item in items if type(item) is not int]
+    *others, last = [place for place, item in enumerate(kept) if item is None]
+    for place in others:
+        out = _before(node, torch.unsqueeze, out, place)
+    return _respell(node, torch.unsqueeze, (out, last))
+
+
+def _piece(node: fx.Node) -> bool:
+    """One tensor of an `unbind`, `split` or `chunk` is a `select` or a `narrow`."""
+    pieces, place = node.args
+    if not isinstance(pieces, fx.Node) or spelling(pieces) not in _PIECES:
+        return False
+    given = {**dict(zip(("tensor", *_PIECES[spelling(pieces)]), pieces.args)), **pieces.kwargs}
+    source, dim, values = pieces.args[0] if pieces.args else None, given.get("dim", 0), example(pieces)
+    if tensor_of(source) is None or not isinstance(values, (tuple, list)) or not isinstance(dim, int):
+        return False
+    place, dim = place % len(values), dim % tensor_of(source).dim()
+    sizes = [value.shape[dim] for value in values[: place + 1]] if spelling(pieces) != "unbind" else []
+    if not all(isinstance(size, int) for size in sizes):
+        return False
+    target, where = (torch.narrow, (sum(sizes[:-1]), sizes[-1])) if sizes else (torch.select, (place,))
+    _respell(node, target, (source, dim, *where))
+    if not pieces.users:
+        node.graph.erase_node(pieces)
+    return True
 
 
 def _transpose(node: fx.Node) -> bool:
@@ -128,12 +232,58 @@ def _cat(node: fx.Node) -> bool:
     given = {**dict(zip(("tensors", "dim"), node.args)), **node.kwargs}
     if "tensors" not in given or not set(given) <= {"tensors", "dim"}:
         return False
-    return _respell(node, torch.cat, (given["tensors"], given.get("dim", 0)))
+    parts, dim = given["tensors"], given.get("dim", 0)
+    order = _turn(parts[0]) if isinstance(parts, (tuple, list)) and parts else None
+    if order is None or None in map(tensor_of, parts) or any(tensor_of(part).dim() != len(order) for part in parts):
+        return _respell(node, torch.cat, (parts, dim))
+    # A turned past that tokens are put behind: the past itself, and what is put behind it turned back.
+    back = tuple(order.index(place) for place in range(len(order)))
+    straight = [part.args[0] if _turn(part) == order else _before(node, torch.permute, part, back) for part in parts]
+    joined = _before(node, torch.cat, straight, order[dim % len(order)])
+    return _respell(node, torch.permute, (joined, order))
 
+
+def _turn(node) -> tuple[int, ...] | None:
+    """The order of a permutation that moves the last dimension."""
+    moves = isinstance(node, fx.Node) and node.target is torch.permute and node.args[1][-1] != len(node.args[1]) - 1
+    return tuple(node.args[1]) if moves else None
+
+
+def _scattered(node: fx.Node) -> bool:
+    """A write that returns a new tensor is one into a copy."""
+    names = _SCATTERED[spelling(node)]
+    given = {**dict(zip(names, node.args)), **node.kwargs}
+    source, dim = given.get("input"), given.get("dim", 0)
+    if tensor_of(source) is None or not set(given) <= set(names) or given.get("accumulate") or type(dim) is not int:
+        return False
+    copy = _before(node, torch.clone, source)
+    index: tuple = tuple([slice(None)] * (dim % tensor_of(source).dim()))
+    if spelling(node) == "slice_scatter":
+        index = (*index, slice(given.get("start"), given.get("end"), given.get("step", 1)))
+    else:
+        index = (*index, given["index"]) if "dim" in names else tuple(given["index"])
+    with node.graph.inserting_before(node):
+        written = node.graph.call_function(operator.setitem, (copy, index, given["src"]))
+    written.meta = {**node.meta, "example_value": None}
+    node.replace_all_uses_with(copy)
+    node.graph.erase_node(node)
+    return True
+
+
+_SCATTERED = {
+    "slice_scatter": ("input", "src", "dim", "start", "end", "step"),
+    "select_scatter": ("input", "src", "dim", "index"),
+    "index_copy": ("input", "dim", "index", "src"),
+    "index_put": ("input", "index", "src", "accumulate"),
+}
+_PIECES = {"unbind": ("dim",), "split": ("split_size_or_sections", "dim"), "chunk": ("chunks", "dim")}
 
 _RULES = {
     **dict.fromkeys(_MATMULS, _matmul),
     "einsum": _einsum,
+    "baddbmm": _added_product,
+    "getitem": _getitem,
+    **dict.fromkeys(_SCATTERED, _scattered),
     **dict.fromkeys(("cat", "concat", "concatenate"), _cat),
     **dict.fromkeys(("transpose", "swapaxes", "swapdims"), _transpose),
     **dict.fromkeys(("mT", "adjoint"), _matrix_transpose),

@@ -10,9 +10,10 @@ from tqcompile.layout import layout_of
 from tqcompile.passes import rewrite
 from tqcompile.passes.canonicalize import spelling, tensor_of
 from tqcompile.passes.context import CacheInput, Context, Fallback, Output
+from tqcompile.passes.places import places_of
 from tqcompile.passes.sites import Site, name_of, where
-from tqcompile.passes.survey import heads_of, memory_of
-from tqcompile.passes.views import View, index_items, kept_run, shape_only, written_value
+from tqcompile.passes.survey import Read, memory_of
+from tqcompile.passes.views import View, index_items, kept_run, shape_only, whole, written_value
 from tqcompile.passes.writes import Writer
 
 
@@ -113,43 +114,56 @@ class _Rewriter(Writer):
             moved.append(copy)
         self.planes[node] = tuple(moved)
 
-    def _ordered(self, view: View, token_axis: int) -> list[fx.Node]:
-        batch, heads, tokens = heads_of(view, token_axis)
-        order = (batch, heads, tokens, 3)
-        planes = self.planes[view.base]
-        return list(planes) if order == (0, 1, 2, 3) else [self.call(torch.permute, p, order) for p in planes]
+    def _ordered(self, view: View, transposed: bool = False) -> list[fx.Node]:
+        """The planes of what a product reads as [batch, heads, tokens, width]."""
+        places = places_of(view, transposed)
+        planes, leading = list(self.planes[view.base]), (*places.heads, *places.tokens)
+        if leading != tuple(range(len(leading))):
+            planes = [self.call(torch.permute, plane, (*leading, len(leading))) for plane in planes]
+        if len(places.tokens) > 1:
+            planes = [self.call(torch.flatten, plane, len(places.heads), -2) for plane in planes]
+        return planes if len(places.heads) == 2 else [self.call(torch.unsqueeze, plane, 1) for plane in planes]
 
-    def _read(self, node: fx.Node, read) -> None:
-        result, value = tensor_of(node), read.value or read.key
-        site, width = self.sites[value.root], int(tensor_of(value.base).shape[-1])
+    def _read(self, node: fx.Node, read: Read) -> None:
+        left, turned = self.dense(node.args[0]), read.kind == "logits"
+        planes = [self._ordered(view, turned) for view in (read.key, read.value) if view is not None]
+        # Where the model folds sequences and heads, or takes them apart, the operators get [batch, heads, ...].
+        view = read.key or read.value
+        folds = tensor_of(left).dim() != 4 or view.axes[0] != places_of(view, turned).heads[:1]
         if read.kind == "attend":
-            final = self._attend(node, read)
-        elif read.kind == "mix":
-            weights = self.dense(node.args[0])
-            out = self.call(ops.mix, weights, self._ordered(value, 2), site.codec.name, width)
-            final = self.call(reference.rotate_back, out, self.basis(site, result, width), result.dtype)
+            final = self._attend(node, read, left, planes, folds)
         else:
-            query = self.rotated(node.args[0], site)
-            out = self.call(ops.logits, query, self._ordered(read.key, 3), site.codec.name, width)
-            final = self.call(torch.Tensor.to, out, result.dtype)
+            final = self._product(node, view, left, planes[0], folds)
+        final = self.call(rewrite.as_queries, final, left) if folds else final
         final.meta = dict(node.meta)
         node.replace_all_uses_with(final)
         self.context.reads += 1
         self.changed += 1
 
-    def _attend(self, node: fx.Node, read) -> fx.Node:
+    def _product(self, node: fx.Node, view: View, left: fx.Node, planes: list[fx.Node], folds: bool) -> fx.Node:
+        result, site, width = tensor_of(node), self.sites[view.root], int(tensor_of(view.base).shape[-1])
+        logits = self.survey.reads[node].kind == "logits"
+        left = self.rotated(left, site) if logits else left
+        left = self.call(rewrite.by_head, left, planes[0]) if folds else left
+        if logits:
+            return self.call(torch.Tensor.to, self.call(ops.logits, left, planes, site.codec.name, width), result.dtype)
+        out = self.call(ops.mix, left, planes, site.codec.name, width)
+        return self.call(reference.rotate_back, out, self.basis(site, result, width), result.dtype)
+
+    def _attend(self, node: fx.Node, read: Read, query: fx.Node, planes: list, folds: bool) -> fx.Node:
         keys, values = self.sites[read.key.root], self.sites[read.value.root]
-        query, mask = self.dense(node.args[0]), self.dense(node.kwargs["attn_mask"])
-        result, scale = tensor_of(node), node.kwargs["scale"]
+        mask, scale = self.dense(node.kwargs["attn_mask"]), node.kwargs["scale"]
+        result, key_basis = tensor_of(node), self.basis(keys, tensor_of(query), int(tensor_of(query).shape[-1]))
         dims = [int(tensor_of(view.base).shape[-1]) for view in (read.key, read.value)]
+        if folds and mask is not None:
+            mask = self.call(rewrite.mask_by_head, mask, query, planes[0][0])
         return self.call(
             ops.attend,
-            query,
-            self._ordered(read.key, 2),
-            self._ordered(read.value, 2),
+            self.call(rewrite.by_head, query, planes[0][0]) if folds else query,
+            *planes,
             mask,
-            self._reach(mask),
-            self.basis(keys, tensor_of(query), dims[0]),
+            None if folds else self._reach(mask),
+            key_basis,
             self.basis(values, result, dims[1]),
             bool(node.kwargs["is_causal"]),
             1 / math.sqrt(dims[0]) if scale is None else float(scale),
@@ -184,8 +198,9 @@ class _Rewriter(Writer):
         for original in output.args[0]:
             original = written_value(original) if isinstance(original, fx.Node) else original
             view = self.view(original)
-            if original in self.context.decoded_inputs or (view is not None and original in placeholders):
-                self.context.outputs.append(Output("argument", placeholders.index(original)))
+            if original in self.context.decoded_inputs or (view is not None and whole(view)):
+                root = original if view is None else view.root
+                self.context.outputs.append(Output("argument", placeholders.index(root)))
             elif (run := self._kept(original)) is not None:
                 place = placeholders.index(view.root)
                 self.context.outputs.append(Output("appended", place, name=name_of(view.root), run=run))

@@ -48,14 +48,42 @@ def reach(mask: torch.Tensor) -> torch.Tensor:
     return torch.stack([first, stop], -1).to(torch.int32)
 
 
+def by_head(queries: torch.Tensor, plane: torch.Tensor) -> torch.Tensor:
+    """Queries or weights [..., T, n], whose leading dimensions the model folds, as [batch, heads, T, n]."""
+    return queries.reshape(plane.shape[0], -1, *queries.shape[-2:])
+
+
+def mask_by_head(mask: torch.Tensor, queries: torch.Tensor, plane: torch.Tensor) -> torch.Tensor:
+    """A mask of such queries over the tokens of a plane, as [batch, heads, T, S]."""
+    return by_head(mask.expand(*queries.shape[:-1], plane.shape[2]), plane)
+
+
+def as_queries(result: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
+    """A result [batch, heads, T, n] with the leading dimensions that the model's queries have."""
+    return result.reshape(*queries.shape[:-2], *result.shape[-2:])
+
+
+@reference.as_stored
 def encode(y: torch.Tensor, codec: str) -> tuple[torch.Tensor, ...]:
     return tuple(plane.contiguous() for plane in reference.encode(formats.codec(codec), y))
 
 
+@reference.as_stored
+def encode_into(planes: list[torch.Tensor], y: torch.Tensor, positions: torch.Tensor | None, codec: str) -> None:
+    """`ops.append` for planes of any number of dimensions, the tokens in the last but one."""
+    for plane, code in zip(planes, encode(y, codec)):
+        if positions is None:
+            plane.copy_(code)
+        else:
+            plane.index_copy_(plane.dim() - 2, positions, code.to(plane.dtype))
+
+
+@reference.as_stored
 def encode_items(planes: list[torch.Tensor], y: torch.Tensor, index: tuple, codec: str) -> None:
     for plane, code in zip(planes, encode(y, codec)):
         plane[index] = code.to(plane.dtype)
 
 
+@reference.as_stored
 def decode(planes: list[torch.Tensor], codec: str, head_dim: int) -> torch.Tensor:
     return reference.decode(formats.codec(codec), planes, head_dim)

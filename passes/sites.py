@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from tqcompile.adopt import refusal
 from tqcompile.cache import CompressedKV
@@ -17,8 +18,17 @@ from tqcompile.codec import Codec
 from tqcompile.layout import layout_of
 from tqcompile.passes.canonicalize import spelling, tensor_of
 from tqcompile.passes.overlooked import Overlooked, overlooked
-from tqcompile.passes.survey import Append, Read, Survey
+from tqcompile.passes.places import PRODUCTS
+from tqcompile.passes.roles import codec_of, real, role_behind, role_beside, role_of
+from tqcompile.passes.survey import STATE, TURNED, Append, Read, Survey
 from tqcompile.passes.views import View, kept_run, written_value
+
+REPEATED = "it is computed from a compressed one in a way that no rule follows, and codes of codes would drift"
+# The lines of models that made such a tensor.
+_repeated_at: set[str] = set()
+
+# Caches that a graph writes and does not read: the next one that reads them knows what they are.
+_written_elsewhere = WeakTensorKeyDictionary()
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -48,13 +58,15 @@ def sites(gm: fx.GraphModule, context) -> int:
     """Fill `context.sites`, `context.refusals` and `context.survey`; returns how many caches can be compressed.
 
     Raises:
-        ValueError: `strict`, and a cache stays dense. One that this graph writes and never reads is reported and does
-            not raise: whether attention knows it is for the graph to say that reads it, and a prefill over its own
-            keys and values is no failure.
+        ValueError: `strict`, and a cache stays dense. A recurrent state is none. One that this graph writes and never
+            reads is reported and does not raise: whether attention knows it is for the graph to say that reads it,
+            and a prefill over its own keys and values is no failure.
     """
     outputs = _outputs(gm.graph)
     inputs = [node for node in gm.graph.nodes if node.op == "placeholder" and _may_be_cache(node)]
     made = [node for node in map(written_value, outputs) if node.op.startswith("call_") and _may_be_cache(node)]
+    # What has three dimensions and leaves a graph that made it may be the model's result.
+    made = [node for node in made if tensor_of(node).dim() > 3]
     held = Survey(gm.graph, inputs)
     made = [node for node in dict.fromkeys(made) if node not in held.views]
     created = Survey(gm.graph, dict.fromkeys(map(_whole, made)))
@@ -63,13 +75,16 @@ def sites(gm: fx.GraphModule, context) -> int:
     new, also_refused = _decide_created(created, made, context)
     unknown = list(overlooked(_others(gm.graph, {site.root for site in found} | refused.keys())))
     context.sites = (*found, *new)
-    context.refusals = (*refused.values(), *also_refused, *(_unknown(cache) for cache in unknown if cache.reader))
+    refusals = [*refused.values(), *also_refused]
+    states = [refusal for refusal in refusals if refusal.reason in (STATE, REPEATED)]
+    refusals = [refusal for refusal in refusals if refusal not in states]
+    context.refusals = (*refusals, *(_unknown(cache) for cache in unknown if cache.reader))
     if context.options.strict and context.refusals:
         first = context.refusals[0]
         raise ValueError(
             f"strict=True, and {first.name} cannot be compressed: {first.reason} ({first.where}). {first.remedy}"
         )
-    context.refusals += tuple(_unknown(cache) for cache in unknown if cache.reader is None)
+    context.refusals += (*states, *(_unknown(cache) for cache in unknown if cache.reader is None))
     return len(context.sites)
 
 
@@ -82,7 +97,7 @@ def _may_be_cache(node: fx.Node) -> bool:
     value = tensor_of(node)
     return (
         value is not None
-        and value.dim() == 4
+        and value.dim() >= 3
         and value.dtype in FLOATS
         and not isinstance(real(node), torch.nn.Parameter)
     )
@@ -97,31 +112,30 @@ def _others(graph: fx.Graph, decided: Iterable[fx.Node]) -> list[fx.Node]:
     return [node for node in floats if not isinstance(real(node), torch.nn.Parameter)]
 
 
-def real(node: fx.Node) -> torch.Tensor | None:
-    """The tensor that Dynamo traced a placeholder with, while it is still alive."""
-    argument = node.meta.get("grapharg")
-    value = argument.example if argument is not None else None
-    return value if isinstance(value, torch.Tensor) else None
-
-
 def _decide(survey: Survey, outputs: list[fx.Node], context) -> tuple[list[Site], dict[fx.Node, Refusal]]:
     written = {view.root for view in survey.writes.values() if view.owner is view.root}
     appended = {survey.views[node].root: append for node, append in survey.appends.items()}
     compressed = {root for root in _roots(survey) if isinstance(real(root), CompressedKV)}
-    kept = {*written, *appended, *compressed, *_continued(survey, outputs)}
+    elsewhere = {root for root in _roots(survey) if real(root) in _written_elsewhere}
+    kept = {*written, *appended, *compressed, *elsewhere, *_continued(survey, outputs)}
     candidates = [root for root in _roots(survey) if root in kept]
     candidates += [root for root in survey.losses if root not in candidates]
     accepted, refused = {}, {}
     for root in candidates:
-        role = _role(survey, root, context)
-        reason = survey.losses.get(root) or _obstacle(root, role, root in written, appended.get(root), context)
+        role = role_of(survey, root, context)
+        if role is None and (root in written or root in appended):
+            role = role_beside(survey, root, context) or role_behind(survey, root)
+        in_place = root in written or root in elsewhere
+        reason = survey.losses.get(root) or _obstacle(root, role, in_place, appended.get(root), context)
         if reason is None and any(_differentiable(read, root) for read in survey.reads.values()):
             reason = "gradients flow through it"
         if reason is None:
-            kind = "in_place" if root in written else "append" if root in appended else "read"
-            accepted[root] = Site(root, kind, role, _codec(root, role, context), appended.get(root))
-        elif role is not None or root in compressed:
+            kind = "in_place" if in_place else "append" if root in appended else "read"
+            accepted[root] = Site(root, kind, role, codec_of(root, role, context), appended.get(root))
+        elif role is not None or root in compressed or reason == TURNED:
             refused[root] = reason
+        if role is None and root in written and real(root) is not None and root not in survey.losses:
+            _written_elsewhere[real(root)] = None
     for root in refused:
         if root in compressed:
             # It is compressed already: the graph reads a decoded copy, and must not write into that.
@@ -154,51 +168,38 @@ def _whole(node: fx.Node) -> fx.Node:
 def _decide_created(survey: Survey, made: list[fx.Node], context) -> tuple[list[Site], list[Refusal]]:
     found, refused = [], []
     for root in made:
-        role = _role(survey, _whole(root), context)
+        role = role_of(survey, _whole(root), context)
         if role is None:
             continue
-        reason = _obstacle(root, role, False, None, context)
+        reason = _obstacle(root, role, False, None, context) or _repeats(root, context.survey)
         if reason is None:
-            found.append(Site(root, "create", role, _codec(root, role, context), None))
+            found.append(Site(root, "create", role, codec_of(root, role, context), None))
         else:
             refused.append(_refusal(root, reason))
     return found, refused
+
+
+def _repeats(root: fx.Node, held: Survey) -> str | None:
+    """Why a new tensor is a compressed one, changed in a way that no rule follows: step after step it would drift."""
+    reached, place = {root: None}, where(root)
+    for node in (queue := [root]):
+        if node in held.views and isinstance(real(held.views[node].root), CompressedKV):
+            # The next call gets it dense, and must not start all over.
+            _repeated_at.add(place)
+        for operand in node.all_input_nodes if node not in held.reads and spelling(node) not in PRODUCTS else ():
+            if operand not in reached and tensor_of(operand) is not None:
+                reached[operand] = None
+                queue.append(operand)
+    return REPEATED if place in _repeated_at else None
 
 
 def _roots(survey: Survey) -> list[fx.Node]:
     return [node for node, view in survey.views.items() if node is view.root]
 
 
-def _role(survey: Survey, root: fx.Node, context) -> str | None:
-    """`keys` or `values`, as attention reads it; None where nothing does, `both` where it is read as both."""
-    roles = set()
-    for read in survey.reads.values():
-        roles |= {"keys"} if read.key is not None and read.key.root is root else set()
-        roles |= {"values"} if read.value is not None and read.value.root is root else set()
-    if not roles:
-        codec = _held_codec(root)
-        return None if codec is None else "keys" if codec is context.options.key_codec else "values"
-    return roles.pop() if len(roles) == 1 else "both"
-
-
-def _held_codec(root: fx.Node) -> Codec | None:
-    """The codec of a cache that came in compressed."""
-    held = real(root) if root.op == "placeholder" else None
-    return held.codec if isinstance(held, CompressedKV) else None
-
-
-def _codec(root: fx.Node, role: str, context) -> Codec:
-    """A cache keeps the codec it has, whatever the options say: encoding codes anew would lose a little each time."""
-    chosen = context.options.value_codec if role == "values" else context.options.key_codec
-    return _held_codec(root) or chosen
-
-
 def _obstacle(root, role, in_place, append, context) -> str | None:
     if role is None:
         return "no attention that a rule knows reads it"
-    chosen = {context.options.key_codec, context.options.value_codec}
-    if role == "both" and len(chosen) > 1 and _held_codec(root) is None:
-        return "it is read as keys and as values, and the two have different codecs"
     value, held = tensor_of(root), real(root) if root.op == "placeholder" else None
     if is_traceable_wrapper_subclass(value):
         return _wrapped(value)
@@ -207,7 +208,7 @@ def _obstacle(root, role, in_place, append, context) -> str | None:
     if append is not None and tensor_of(append.node).requires_grad:
         return "gradients flow through it"
     try:
-        layout_of(_codec(root, role, context), int(value.shape[-1]), value.dtype, value.device.type)
+        layout_of(codec_of(root, role, context), int(value.shape[-1]), value.dtype, value.device.type)
     except ValueError as error:
         return str(error)
     if in_place and held is not None and not isinstance(held, CompressedKV):
@@ -226,6 +227,7 @@ _REMEDIES = {
     "use_local_output=True, or take to_local() before the cache.",
     "it is a view of another tensor": "Give each layer a cache tensor of its own.",
     "other tensors share its memory": "Drop the other views of it before the first compiled call.",
+    "this graph writes it and never reads it": "It is compressed once a graph has attention that reads it.",
 }
 
 

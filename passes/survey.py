@@ -8,7 +8,20 @@ import torch
 from torch import fx
 
 from tqcompile.passes.canonicalize import spelling, tensor_of
-from tqcompile.passes.views import View, derived, full, identity, index_items, kept_run, root_view, shape_only
+from tqcompile.passes.places import becomes_weights, fits, places_of, roles_of
+from tqcompile.passes.views import (
+    View,
+    derived,
+    full,
+    identity,
+    index_items,
+    kept_run,
+    root_view,
+    shape_only,
+)
+
+TURNED = "its tokens lie along the last dimension, where codes have head_dim"
+STATE = "it is replaced by what is computed from it, as a recurrent state is"
 
 _WRITERS = {"setitem", "index_copy_", "copy_", "zero_"}
 _AUGMENTED = {getattr(operator, name) for name in dir(operator) if name.startswith("i") and hasattr(operator, name[1:])}
@@ -25,7 +38,7 @@ class Append:
 
 @dataclass(frozen=True)
 class Join:
-    """`node = cat(parts, dim)`: new planes, of those of the parts that show one cache, and of the others encoded."""
+    """`node = cat(parts, dim)`, or `stack`: planes of those of the parts that show one cache, the others encoded."""
 
     node: fx.Node
     parts: tuple[fx.Node, ...]
@@ -72,7 +85,7 @@ class Survey:
         if target is not None:
             self._write(node, target)
             return
-        if spelling(node) == "cat":
+        if spelling(node) in ("cat", "stack"):
             self._concatenation(node)
         elif spelling(node) == "scaled_dot_product_attention":
             self._attention(node)
@@ -95,7 +108,12 @@ class Survey:
         """A past can grow in place where one tensor continues it and nothing else reads or writes it."""
         for node, join in list(self.joins.items()):
             root, *others = join.parts
-            if len(others) != 1 or root is not self.views[node].root or self._from(others[0], root):
+            if (
+                spelling(node) != "cat"
+                or len(others) != 1
+                or root is not self.views[node].root
+                or self._from(others[0], root)
+            ):
                 continue
             alone = all(user is node or shape_only(user) for user in root.users)
             written = {view.owner for view in self.writes.values()}
@@ -126,6 +144,10 @@ class Survey:
             self.losses.setdefault(root, f"{spelling(node)} writes it in a way that no rule follows")
             self.culprits.setdefault(root, node)
             return
+        if view.base is root and spelling(node) == "copy_" and self._reads(node.args[1], root):
+            self.losses.setdefault(root, STATE)
+            self.culprits.setdefault(root, node)
+            return
         if any(self._outlives(other, node) for other in self.views.values() if other.root is root):
             self.losses.setdefault(root, "a copy of it that was made before a write is read after it")
             return
@@ -136,6 +158,20 @@ class Survey:
         self.writes[node] = view
         if tensor_of(node) is not None:
             self.views[node] = replace(view, node=node, parent=target)
+
+    def _reads(self, node: fx.Node, root: fx.Node) -> bool:
+        """Whether a number is computed from what `root` held, and is not a copy of that."""
+        if self._from(node, root):
+            return False
+        reached = {node: None}
+        for before in (queue := [node]):
+            if self._from(before, root):
+                return True
+            for operand in before.all_input_nodes:
+                if operand not in reached:
+                    reached[operand] = None
+                    queue.append(operand)
+        return False
 
     def _outlives(self, view: View, write: fx.Node) -> bool:
         """Whether `view` is a copy the planes cannot tell from the cache, and is used after `write` changed that."""
@@ -150,11 +186,17 @@ class Survey:
             return
         root = next((self.views[part].root for part in parts if part in self.views), None)
         rank = tensor_of(node).dim()
-        if root is None or dim % rank == rank - 1:
+        if root is None:
+            return
+        if dim % rank == rank - 1:
+            if parts[0] is root and _leaves(node, rank - 1) and roles_of([node]):
+                self.losses.setdefault(root, TURNED)
+                self.culprits.setdefault(root, node)
             return
         shown = [part for part in parts if self._from(part, root)]
         kinds = {(tensor_of(part).dim(), tensor_of(part).dtype) for part in parts}
-        if kinds != {(rank, tensor_of(root).dtype)} or not all(self.views[part].plain for part in shown):
+        part_rank = rank - (spelling(node) == "stack")
+        if kinds != {(part_rank, tensor_of(root).dtype)} or not all(self.views[part].plain for part in shown):
             return
         self.joins[node] = Join(node, tuple(parts), dim % rank)
         self.views[node] = View(node, root, node, shown[0], identity(rank), True, node)
@@ -168,9 +210,9 @@ class Survey:
             return
         if node.kwargs["dropout_p"]:
             return
-        if heads_of(key, 2) is None or heads_of(value, 2) is None or not _fits(node.args[0], node.args[1]):
+        if places_of(key) is None or places_of(value) is None or key.axes[0] != value.axes[0]:
             return
-        if not node.kwargs["enable_gqa"] and tensor_of(node.args[0]).shape[1] != tensor_of(node.args[1]).shape[1]:
+        if not all(fits(node.args[0], side.node, node.kwargs["enable_gqa"]) for side in (key, value)):
             return
         if isinstance(node.kwargs["scale"], fx.Node):
             return
@@ -180,19 +222,22 @@ class Survey:
         right = self.views.get(node.args[1])
         if right is None or tensor_of(node.args[0]) is None or self._from(node.args[0], right.root):
             return
-        if (
-            not _fits(node.args[0], node.args[1])
-            or tensor_of(node.args[0]).shape[1] != tensor_of(node.args[1]).shape[1]
-        ):
+        if not fits(node.args[0], node.args[1]):
             return
-        if heads_of(right, 3) is not None:
+        if places_of(right, transposed=True) is not None:
             self.reads[node] = Read(node, "logits", right, None)
-        elif heads_of(right, 2) is not None:
+        elif places_of(right) is not None and becomes_weights(node):
+            self.losses.setdefault(right.root, TURNED)
+            self.culprits.setdefault(right.root, node)
+        elif places_of(right) is not None:
             self.reads[node] = Read(node, "mix", None, right)
 
 
 def memory_of(node: fx.Node) -> int:
-    return tensor_of(node).untyped_storage()._cdata
+    value = tensor_of(node)
+    while torch._C._functorch.is_functorch_wrapped_tensor(value):
+        value = torch._C._functorch.get_unwrapped(value)
+    return value.untyped_storage()._cdata
 
 
 def written_operands(node: fx.Node) -> list:
@@ -214,23 +259,6 @@ def written_operands(node: fx.Node) -> list:
     return [item for item in flat if isinstance(item, fx.Node)]
 
 
-def heads_of(view: View, token_axis: int) -> tuple[int, int, int] | None:
-    """Plane dimensions of batch, heads and tokens, where `view` is [batch, heads (repeated), ...] with tokens there.
-
-    None where the view is not of that form.
-    """
-    if len(view.axes) != 4:
-        return None
-    channel = view.axes[5 - token_axis]
-    batch, heads, tokens = view.axes[0], view.axes[1], view.axes[token_axis]
-    rank = tensor_of(view.base).dim()
-    if channel != (rank - 1,) or len(batch) != 1 or len(tokens) != 1 or "r" in batch + tokens:
-        return None
-    if len(heads) not in (1, 2) or heads[0] == "r" or rank != 4:
-        return None
-    return batch[0], heads[0], tokens[0]
-
-
 def _leaves(node: fx.Node, dim: int) -> bool:
     """Whether the graph returns `node`, or a run of its tokens, which lie along `dim`."""
     for user in node.users:
@@ -239,11 +267,6 @@ def _leaves(node: fx.Node, dim: int) -> bool:
         if user.op == "output" or (cut and any(further.op == "output" for further in user.users)):
             return True
     return False
-
-
-def _fits(query: fx.Node, cache: fx.Node) -> bool:
-    left, right = tensor_of(query), tensor_of(cache)
-    return left is not None and left.dim() == right.dim() == 4 and str(left.shape[0]) == str(right.shape[0])
 
 
 def _whole_tokens(node: fx.Node, view: View, views: dict[fx.Node, View]) -> bool:

@@ -1,6 +1,7 @@
 """How a value that the model computes from a cache relates to the cache's planes."""
 
 from dataclasses import dataclass, replace
+from math import prod
 
 import torch
 from torch import fx
@@ -44,6 +45,11 @@ def root_view(node: fx.Node) -> View:
     return View(node, node, node, None, identity(tensor_of(node).dim()), True, node)
 
 
+def whole(view: View) -> bool:
+    """Whether a view is the cache itself, under another name."""
+    return view.base is view.root and view.writable and view.plain
+
+
 def shape_only(node: fx.Node) -> bool:
     """Whether a node asks for a tensor's shape or type and never for its numbers."""
     return spelling(node) in _SHAPE_ONLY and tensor_of(node) is None
@@ -79,6 +85,13 @@ def _moved(node: fx.Node, parent: View, value: torch.Tensor, fresh: bool = False
 def _relabelled(node: fx.Node, parent: View, axes) -> View:
     """`node` shows the same planes under other labels."""
     return replace(parent, node=node, parent=parent.node, axes=tuple(axes), writable=False)
+
+
+def _same_tensor(node: fx.Node, parent: View) -> bool:
+    """Whether a copy or cast had nothing to do, and hands back the tensor that it was given."""
+    value, source = tensor_of(node), tensor_of(parent.node)
+    same = value.untyped_storage()._cdata == source.untyped_storage()._cdata
+    return same and value.dtype == source.dtype and value.stride() == source.stride()
 
 
 def same_size(left, right) -> bool:
@@ -170,13 +183,15 @@ def _roll(node: fx.Node, parent: View, value: torch.Tensor) -> View | None:
 
 
 def _copy(node: fx.Node, parent: View, value: torch.Tensor) -> View:
+    if _same_tensor(node, parent):
+        return replace(parent, node=node, parent=parent.node)
     return _relabelled(node, parent, parent.axes)
 
 
 def _cast(node: fx.Node, parent: View, value: torch.Tensor) -> View | None:
     if value.device != tensor_of(parent.node).device or not value.dtype.is_floating_point:
         return None
-    return _relabelled(node, parent, parent.axes)
+    return _copy(node, parent, value)
 
 
 def _unsqueeze(node: fx.Node, parent: View, value: torch.Tensor) -> View:
@@ -201,19 +216,58 @@ def _expand(node: fx.Node, parent: View, value: torch.Tensor) -> View | None:
 
 
 def _reshape(node: fx.Node, parent: View, value: torch.Tensor) -> View | None:
-    """Only the reshapes that repeating heads needs: none, or merging a dimension with its repeats or a size of 1."""
-    old, new = list(tensor_of(parent.node).shape), list(value.shape)
-    if len(new) == len(old):
-        return _relabelled(node, parent, parent.axes) if all(map(same_size, old, new)) else None
-    if len(new) != len(old) - 1:
+    """Dimensions that are merged, or taken apart into the plane dimensions that they were made of."""
+    sizes = tensor_of(parent.base).shape
+    old, new = list(zip(tensor_of(parent.node).shape, parent.axes)), list(value.shape)
+    axes = []
+    while old and new:
+        left, right = [old.pop(0)], [new.pop(0)]
+        while not same_size(prod(size for size, _ in left), prod(right)):
+            # Whichever is the shorter takes the next: where that cannot be told of symbols, the view.
+            if old and not (new and _divides(prod(right), prod(size for size, _ in left))):
+                left.append(old.pop(0))
+            elif new:
+                right.append(new.pop(0))
+            else:
+                return None
+        parts = _apart(tuple(label for _, axis in left for label in axis), right, sizes)
+        if parts is None:
+            return None
+        axes += parts
+    # What is left over has one element.
+    if old or not all(same_size(size, 1) for size in new):
+        return None if any(axis for _, axis in old) or new else _relabelled(node, parent, axes)
+    return _relabelled(node, parent, axes + [()] * len(new))
+
+
+def _divides(small, large) -> bool:
+    """Whether two sizes are numbers and the second is a larger multiple of the first."""
+    return isinstance(small, int) and isinstance(large, int) and small < large
+
+
+def _apart(labels: Axis, sizes: list, planes: torch.Size) -> list[Axis] | None:
+    """`labels` shared out to dimensions of these sizes: one whole axis, or a plane dimension each beside sizes of 1."""
+    wide = [place for place, size in enumerate(sizes) if not same_size(size, 1)]
+    axes: list[Axis] = [()] * len(sizes)
+    if len(wide) <= 1:
+        axes[wide[0] if wide else 0] = labels
+        return axes
+    labels = tuple(label for label in labels if label == "r" or not same_size(planes[label], 1))
+    if len(labels) != len(wide):
         return None
-    for at in range(len(new)):
-        head = all(map(same_size, old[:at], new[:at]))
-        if head and all(map(same_size, old[at + 2 :], new[at + 1 :])):
-            first, second = parent.axes[at : at + 2]
-            if () in (first, second) or (second == ("r",) and "r" not in first):
-                return _relabelled(node, parent, [*parent.axes[:at], first + second, *parent.axes[at + 2 :]])
-    return None
+    for place, label in zip(wide, labels):
+        if label != "r" and not same_size(planes[label], sizes[place]):
+            return None
+        axes[place] = (label,)
+    return axes
+
+
+def _repeat(node: fx.Node, parent: View, value: torch.Tensor) -> View | None:
+    """A dimension of size 1 is repeated; to tile any other would give heads in another order."""
+    times = node.args[1] if isinstance(node.args[1], (tuple, list)) else node.args[1:]
+    if len(times) != len(parent.axes) or any(n != 1 for n, axis in zip(times, parent.axes) if axis != ()):
+        return None
+    return _relabelled(node, parent, [axis or (() if n == 1 else ("r",)) for n, axis in zip(times, parent.axes)])
 
 
 def _repeat_interleave(node: fx.Node, parent: View, value: torch.Tensor) -> View | None:
@@ -236,7 +290,8 @@ _RULES = {
     **dict.fromkeys(_CASTS, _cast),
     "unsqueeze": _unsqueeze,
     "expand": _expand,
-    **dict.fromkeys(("reshape", "view", "flatten"), _reshape),
+    **dict.fromkeys(("reshape", "view", "flatten", "unflatten"), _reshape),
+    "repeat": _repeat,
     "repeat_interleave": _repeat_interleave,
 }
 

@@ -42,7 +42,8 @@ class Writer(Editor):
         parts = [
             self.planes[self.view(part).base] if self.view(part) else self.encoded(part, site) for part in join.parts
         ]
-        joined = [self.call(torch.cat, list(planes), join.dim) for planes in zip(*parts)]
+        target = torch.cat if spelling(join.node) == "cat" else torch.stack
+        joined = [self.call(target, list(planes), join.dim) for planes in zip(*parts)]
         for plane, first in zip(joined, parts[0]):
             plane.meta["example_value"] = tensor_of(first)
         self.planes[join.node] = tuple(joined)

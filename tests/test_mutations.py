@@ -66,7 +66,6 @@ HOSTILE = {
     "masked_fill_": lambda cache, k: cache.masked_fill_(torch.ones(8, 1, dtype=torch.bool), 0.5),
     "a reshaped view": lambda cache, k: cache.view(2, 32, 32)[:, :2].copy_(k[:, 0]),
     "a transposed view": lambda cache, k: cache.transpose(2, 3)[..., 0].copy_(k[:, :, 0]),
-    "a chunk": lambda cache, k: cache.chunk(4, 2)[1].copy_(k),
     "an unknown view": through_an_unknown_view,
     "as_strided": lambda cache, k: cache.as_strided((2, 2), (1, 1)).zero_(),
     "itself": lambda cache, k: cache[:, :, 1:3].copy_(cache[:, :, 4:6]),
@@ -165,6 +164,10 @@ WRITERS = {
     ),
     "all of it": lambda cache, k, at: cache.copy_(k.repeat(1, 1, 4, 1)),
     "cleared first": lambda cache, k, at: cache.zero_().index_copy_(2, at, k),
+    "a chunk": lambda cache, k, at: cache.chunk(4, 2)[1].copy_(k),
+    "one of what it is split into": lambda cache, k, at: cache.split([2, 2, 4], 2)[1].copy_(k),
+    "from the end": lambda cache, k, at: cache.__setitem__((slice(None), slice(None), at - 8), k),
+    "through what has nothing to cast": lambda cache, k, at: cache.to(k).detach().contiguous().index_copy_(2, at, k),
     "permuted": lambda cache, k, at: cache.transpose(1, 2).index_copy_(1, at, k.transpose(1, 2)),
 }
 

@@ -68,6 +68,7 @@ class CompressedKV(torch.Tensor):
         dense = dense.decode() if isinstance(dense, CompressedKV) else dense
         return cls(encode_dense(dense, codec), codec, dense.shape[-1], dense.dtype)
 
+    @reference.as_stored
     def decode(self) -> torch.Tensor:
         """The dense tensor this cache stands for, decoded anew: [..., head_dim] in the cache's dtype."""
         basis = tables.basis_matrix(self.codec, self.shape[-1], self.device)
@@ -245,6 +246,7 @@ def storages(cache: torch.Tensor) -> dict[int, torch.UntypedStorage]:
     return {storage._cdata: storage for storage in found}
 
 
+@reference.as_stored
 def encode_dense(dense: torch.Tensor, codec: Codec) -> Planes:
     """Planes [..., width] of a dense tensor [..., head_dim], encoded a block at a time."""
     head_dim = dense.shape[-1]

@@ -6,6 +6,7 @@ result of `decode` and `attend` back (`rotate`, `rotate_back`). Nothing here mat
 
 import math
 from collections.abc import Callable, Sequence
+from functools import wraps
 
 import torch
 
@@ -22,11 +23,26 @@ RowEncoder = Callable[[Codec, torch.Tensor], Sequence[torch.Tensor]]
 BLOCK_ELEMENTS = 2**19
 
 
+def as_stored(function: Callable) -> Callable:
+    """`function` outside of `torch.autocast`, which would round scales and bases again: codes do not depend on it."""
+
+    @wraps(function)
+    def call(*args):
+        if not torch._C._is_any_autocast_enabled():
+            return function(*args)
+        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+            return function(*args)
+
+    return call
+
+
+@as_stored
 def rotate(x: torch.Tensor, basis: torch.Tensor | None) -> torch.Tensor:
     """x [..., head_dim] -> its coordinates in `basis` (rows of [head_dim, head_dim]), in its dtype; None leaves x."""
     return x if basis is None else x.to(basis.dtype) @ basis.T
 
 
+@as_stored
 def rotate_back(y: torch.Tensor, basis: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
     """The inverse of `rotate`, in `dtype`."""
     return y.to(dtype) if basis is None else (y.to(basis.dtype) @ basis).to(dtype)

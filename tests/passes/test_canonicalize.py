@@ -39,7 +39,7 @@ def test_every_spelling_of_a_product_of_queries_and_keys_becomes_permute_and_mat
     "function",
     [
         lambda q, k: torch.einsum("bhqd,bhkd->hq", q, k),
-        lambda q, k: torch.einsum("bhqd,bhkd->bqhk", q, k),
+        lambda q, k: torch.einsum("bhqd,bhkd->bqk", q, k),
         lambda q, k: torch.einsum("...qd,...kd->...qk", q, k),
         lambda q, k: torch.einsum("bhqd,bhkd", q, k),
     ],

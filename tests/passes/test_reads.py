@@ -141,11 +141,69 @@ def test_a_query_head_reads_the_keys_of_its_group(name, codecs, tokens_first):
 
 BROADCAST = {
     "one query head": lambda q, k, v, mask: sdpa(q[:, :1], k, v),
-    "one key head": lambda q, k, v, mask: sdpa(q, k[:, :1], v[:, :1]),
     "one query head in products": lambda q, k, v, mask: (q[:, :1] @ k.mT).softmax(-1) @ v,
-    "one key head in products": lambda q, k, v, mask: (q @ k[:, :1].mT).softmax(-1) @ v[:, :1],
     "one row of queries": lambda q, k, v, mask: sdpa(q[:1], k, v),
 }
+
+ONE_HEAD = {
+    "in attention": lambda q, k, v, mask: sdpa(q, k[:, :1], v[:, :1], mask),
+    "in products": lambda q, k, v, mask: (q @ k[:, :1].mT).softmax(-1) @ v[:, :1],
+    "selected": lambda q, k, v, mask: sdpa(q, k[:, 1].unsqueeze(1), v[:, 1].unsqueeze(1), mask),
+    "selected and expanded": lambda q, k, v, mask: sdpa(q, *(x[:, 1, None].expand(-1, 4, -1, -1) for x in (k, v))),
+}
+
+FOLDED = {
+    "in bmm": lambda q, k, v, mask: torch.bmm(
+        torch.bmm(q.flatten(0, 1), k.flatten(0, 1).mT).softmax(-1), v.flatten(0, 1)
+    ).unflatten(0, (2, 4)),
+    "in baddbmm": lambda q, k, v, mask: (
+        torch.baddbmm(bias(mask).flatten(0, 1), q.flatten(0, 1), k.reshape(-1, *k.shape[2:]).mT, beta=0.5, alpha=0.25)
+        .softmax(-1)
+        .bmm(v.reshape(-1, *v.shape[2:]))
+        .view(2, 4, 3, -1)
+    ),
+    "in attention": lambda q, k, v, mask: sdpa(*(x.flatten(0, 1) for x in (q, k, v, mask))).unflatten(0, (2, 4)),
+    "in attention, a mask for all": lambda q, k, v, mask: sdpa(
+        q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), mask[0, 0]
+    ).unflatten(0, (2, 4)),
+    "with heads repeated": lambda q, k, v, mask: sdpa(
+        *(x.flatten(0, 1) for x in (q, k[:, :2].repeat_interleave(2, 1), v[:, :2].repeat_interleave(2, 1)))
+    ).unflatten(0, (2, 4)),
+    "in einsum, groups apart": lambda q, k, v, mask: torch.einsum(
+        "bgrqk,bgkd->bgrqd",
+        torch.einsum("bgrqd,bgkd->bgrqk", q.unflatten(1, (2, 2)), k[:, :2]).softmax(-1),
+        v[:, :2],
+    ).flatten(1, 2),
+    "in einsum, heads last": lambda q, k, v, mask: torch.einsum(
+        "bhqk,bkhd->bqhd",
+        torch.einsum("bqhd,bkhd->bhqk", q.transpose(1, 2), k.transpose(1, 2)).softmax(-1),
+        v.transpose(1, 2),
+    ).transpose(1, 2),
+    "in einsum, a query of one token": lambda q, k, v, mask: torch.einsum(
+        "bhk,bhkd->bhd", torch.einsum("bhd,bhkd->bhk", q[:, :, -1], k).softmax(-1), v
+    ).unsqueeze(2),
+    "in einsum, three shared letters": lambda q, k, v, mask: torch.einsum(
+        "bghqk,bghkd->bghqd",
+        torch.einsum("bghqd,bghkd->bghqk", q.unflatten(1, (2, 2)), k[:, :2, None].expand(-1, -1, 2, -1, -1)).softmax(
+            -1
+        ),
+        v[:, :2, None].expand(-1, -1, 2, -1, -1),
+    ).flatten(1, 2),
+    "in matmul, groups apart": lambda q, k, v, mask: (
+        (q.unflatten(1, (2, 2)) @ k[:, :2, None].mT).softmax(-1) @ v[:, :2, None]
+    ).flatten(1, 2),
+    "repeated by repeat": lambda q, k, v, mask: sdpa(
+        q, *(x[:, :2].unsqueeze(2).repeat(1, 1, 2, 1, 1).flatten(1, 2) for x in (k, v))
+    ),
+}
+
+
+@EVERY_CODEC
+@pytest.mark.parametrize("tokens_first", [False, True], ids=["heads first", "tokens first"])
+@pytest.mark.parametrize("name", [*ONE_HEAD, *(f"folded {name}" for name in FOLDED)])
+def test_heads_that_are_one_or_are_folded_are_read_as_codes(name, codecs, tokens_first):
+    read = ONE_HEAD[name] if name in ONE_HEAD else FOLDED[name.removeprefix("folded ")]
+    compare(read, codecs, tokens_first=tokens_first)
 
 
 @pytest.mark.parametrize("name", BROADCAST)
