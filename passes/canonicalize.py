@@ -5,6 +5,8 @@ import operator
 import torch
 from torch import fx
 
+from tqcompile.passes.nodes import example, spelling, tensor_of
+
 _MATMULS = {"matmul", "bmm", "__matmul__"}
 _SDPA_DEFAULTS = (("attn_mask", None), ("dropout_p", 0.0), ("is_causal", False), ("scale", None), ("enable_gqa", False))
 
@@ -17,30 +19,6 @@ def canonicalize(gm: fx.GraphModule, context) -> int:
         if rule is not None and rule(node):
             changed += 1
     return changed
-
-
-def spelling(node: fx.Node) -> str:
-    """The bare name of what a node calls, whether as a function, a method or an ATen overload."""
-    if node.op == "call_method":
-        return node.target
-    if node.op != "call_function":
-        return ""
-    if isinstance(node.target, torch._ops.OpOverload):
-        return node.target.overloadpacket.__name__
-    if node.target is getattr:
-        return str(node.args[1])
-    return getattr(node.target, "__name__", str(node.target))
-
-
-def example(node) -> object:
-    """The fake value Dynamo computed for a node, or the argument itself where it is not a node."""
-    return node.meta.get("example_value") if isinstance(node, fx.Node) else node
-
-
-def tensor_of(node) -> torch.Tensor | None:
-    """The fake tensor of a node; None where it is anything else."""
-    value = example(node) if isinstance(node, fx.Node) else None
-    return value if isinstance(value, torch.Tensor) else None
 
 
 def _respell(node: fx.Node, target, args: tuple, kwargs: dict | None = None) -> bool:

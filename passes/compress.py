@@ -8,11 +8,11 @@ from torch import fx
 from tqcompile import ops, reference
 from tqcompile.layout import layout_of
 from tqcompile.passes import rewrite
-from tqcompile.passes.canonicalize import spelling, tensor_of
 from tqcompile.passes.context import CacheInput, Context, Fallback, Output
+from tqcompile.passes.nodes import memory_of, spelling, tensor_of
 from tqcompile.passes.places import places_of
 from tqcompile.passes.sites import Site, name_of, where
-from tqcompile.passes.survey import Read, memory_of
+from tqcompile.passes.survey import Read
 from tqcompile.passes.views import View, index_items, kept_run, shape_only, whole, written_value
 from tqcompile.passes.writes import Writer
 

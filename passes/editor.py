@@ -5,8 +5,8 @@ from torch import fx
 
 from tqcompile import ops, reference, tables
 from tqcompile.passes import rewrite
-from tqcompile.passes.canonicalize import tensor_of
 from tqcompile.passes.context import Context
+from tqcompile.passes.nodes import tensor_of
 from tqcompile.passes.sites import Site
 from tqcompile.passes.views import View, written_value
 

@@ -7,9 +7,8 @@ from torch import fx
 
 from tqcompile import ops
 from tqcompile.passes import rewrite
-from tqcompile.passes.canonicalize import tensor_of
 from tqcompile.passes.context import Context
-from tqcompile.passes.survey import memory_of, written_operands
+from tqcompile.passes.nodes import memory_of, tensor_of, written_operands
 
 # What shows a part of a plane, and what asks for its shape: neither reads it.
 VIEWS = (torch.narrow, torch.permute, operator.getitem)

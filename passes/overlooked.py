@@ -11,8 +11,7 @@ import torch
 from torch import fx
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from tqcompile.passes.canonicalize import example, spelling, tensor_of
-from tqcompile.passes.survey import memory_of, written_operands
+from tqcompile.passes.nodes import example, memory_of, spelling, tensor_of, written_operands
 from tqcompile.passes.views import CARRIERS, full, index_items, shape_only
 
 _INDEXED = {"index_copy_", "index_put_", "index_add_", "scatter_", "scatter_add_"}

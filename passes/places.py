@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from tqcompile.passes.canonicalize import spelling, tensor_of
+from tqcompile.passes.nodes import memory_of, spelling, tensor_of, written_operands
 from tqcompile.passes.views import View, same_size
 
 PRODUCTS = {"matmul", "linear", "scaled_dot_product_attention", "addmm", "addbmm"}
@@ -48,13 +48,17 @@ def fits(query: fx.Node, cache: fx.Node, grouped: bool = False) -> bool:
     return all(same_size(a, b) or (place and (grouped or same_size(b, 1))) for place, (a, b) in enumerate(pairs))
 
 
-def becomes_weights(product: fx.Node) -> bool:
-    """Whether a softmax follows before another product does: then these are scores, of keys that are kept turned."""
+def becomes_weights(product: fx.Node, loosely: bool = False) -> bool:
+    """Whether a softmax follows before another product does: then these are scores.
+
+    `loosely`: what another product takes as weights as it is, or what the graph returns, may be scores too.
+    """
     reached = {product: None}
     for node in (queue := [product]):
         for user in node.users:
             name = spelling(user)
-            if "softmax" in name:
+            weighs = name == "matmul" and user.args[0] is node
+            if "softmax" in name or (loosely and (weighs or user.op == "output")):
                 return True
             if user not in reached and name not in PRODUCTS and tensor_of(user) is not None:
                 reached[user] = None
@@ -83,6 +87,7 @@ def roles_of(views: Iterable[fx.Node]) -> set[str]:
     """
     reached, roles = dict.fromkeys(views), set()
     for node in (queue := list(reached)):
+        onward: list[fx.Node] = []
         for user in node.users:
             name = spelling(user)
             if name == "scaled_dot_product_attention":
@@ -93,10 +98,23 @@ def roles_of(views: Iterable[fx.Node]) -> set[str]:
                 roles.add("keys")
             elif name == "matmul" and user.args[1] is node and _are_weights(user.args[0]):
                 roles.add("values")
-            elif user not in reached and tensor_of(user) is not None and not _leaves_cache(user, reached):
-                reached[user] = None
-                queue.append(user)
+            elif node in user.args[1:] and written_operands(user):
+                # What is written elsewhere goes on from there.
+                owner = _owner(written_operands(user)[0])
+                onward += [owner] if owner.op != "placeholder" else []
+            elif tensor_of(user) is not None and not _leaves_cache(user, reached):
+                onward.append(user)
+        fresh = [each for each in dict.fromkeys(onward) if each not in reached]
+        reached.update(dict.fromkeys(fresh))
+        queue += fresh
     return roles
+
+
+def _owner(view: fx.Node) -> fx.Node:
+    """The tensor whose memory a view shows."""
+    while view.args and tensor_of(view.args[0]) is not None and memory_of(view.args[0]) == memory_of(view):
+        view = view.args[0]
+    return view
 
 
 def _leaves_cache(node: fx.Node, reached: dict[fx.Node, None]) -> bool:

@@ -5,7 +5,7 @@ from torch import fx
 
 from tqcompile.cache import CompressedKV
 from tqcompile.codec import Codec
-from tqcompile.passes.canonicalize import tensor_of
+from tqcompile.passes.nodes import tensor_of
 from tqcompile.passes.places import roles_of
 from tqcompile.passes.survey import Append, Survey
 

@@ -16,7 +16,7 @@ from tqcompile.adopt import refusal
 from tqcompile.cache import CompressedKV
 from tqcompile.codec import Codec
 from tqcompile.layout import layout_of
-from tqcompile.passes.canonicalize import spelling, tensor_of
+from tqcompile.passes.nodes import spelling, tensor_of
 from tqcompile.passes.overlooked import Overlooked, overlooked
 from tqcompile.passes.places import PRODUCTS
 from tqcompile.passes.roles import codec_of, real, role_behind, role_beside, role_of

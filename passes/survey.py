@@ -1,13 +1,12 @@
 """One walk over a graph: every view of every possible cache, how each is written, and how attention reads it."""
 
-import operator
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import fx
 
-from tqcompile.passes.canonicalize import spelling, tensor_of
+from tqcompile.passes.nodes import memory_of, spelling, tensor_of, written_operands
 from tqcompile.passes.places import becomes_weights, fits, places_of, roles_of
 from tqcompile.passes.views import (
     View,
@@ -24,7 +23,6 @@ TURNED = "its tokens lie along the last dimension, where codes have head_dim"
 STATE = "it is replaced by what is computed from it, as a recurrent state is"
 
 _WRITERS = {"setitem", "index_copy_", "copy_", "zero_"}
-_AUGMENTED = {getattr(operator, name) for name in dir(operator) if name.startswith("i") and hasattr(operator, name[1:])}
 
 
 @dataclass(frozen=True)
@@ -225,38 +223,13 @@ class Survey:
         if not fits(node.args[0], node.args[1]):
             return
         if places_of(right, transposed=True) is not None:
-            self.reads[node] = Read(node, "logits", right, None)
+            if becomes_weights(node, loosely=True):
+                self.reads[node] = Read(node, "logits", right, None)
         elif places_of(right) is not None and becomes_weights(node):
             self.losses.setdefault(right.root, TURNED)
             self.culprits.setdefault(right.root, node)
         elif places_of(right) is not None:
             self.reads[node] = Read(node, "mix", None, right)
-
-
-def memory_of(node: fx.Node) -> int:
-    value = tensor_of(node)
-    while torch._C._functorch.is_functorch_wrapped_tensor(value):
-        value = torch._C._functorch.get_unwrapped(value)
-    return value.untyped_storage()._cdata
-
-
-def written_operands(node: fx.Node) -> list:
-    """The operands a node writes into, as far as its name or its schema says."""
-    name, target = spelling(node), node.target
-    operands = [node.kwargs.get("out")]
-    in_place = name == "setitem" or (name.endswith("_") and not name.endswith("__")) or node.kwargs.get("inplace")
-    if in_place or (node.op == "call_function" and target in _AUGMENTED):
-        operands += [*node.args[:1], node.kwargs.get("input"), node.kwargs.get("self")]
-    if isinstance(target, torch._ops.OpOverloadPacket):
-        target = getattr(target, target.overloads()[0])
-    if isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable:
-        arguments = target._schema.arguments
-        operands += [a for a, s in zip(node.args, arguments) if s.is_write]
-        operands += [node.kwargs.get(s.name) for s in arguments if s.is_write]
-    if name.startswith("triton_kernel_wrapper"):
-        operands += node.all_input_nodes
-    flat = (item for operand in operands for item in (operand if isinstance(operand, (list, tuple)) else (operand,)))
-    return [item for item in flat if isinstance(item, fx.Node)]
 
 
 def _leaves(node: fx.Node, dim: int) -> bool:

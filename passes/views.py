@@ -6,7 +6,7 @@ from math import prod
 import torch
 from torch import fx
 
-from tqcompile.passes.canonicalize import example, spelling, tensor_of
+from tqcompile.passes.nodes import example, spelling, tensor_of
 
 Axis = tuple  # the plane dimensions that one dimension of a view is made of, "r" where a token is repeated
 

@@ -6,11 +6,11 @@ import torch
 from torch import fx
 
 from tqcompile.passes import rewrite
-from tqcompile.passes.canonicalize import spelling, tensor_of
 from tqcompile.passes.context import Context
 from tqcompile.passes.editor import Editor
+from tqcompile.passes.nodes import memory_of, spelling, tensor_of, written_operands
 from tqcompile.passes.sites import Site
-from tqcompile.passes.survey import Join, memory_of, written_operands
+from tqcompile.passes.survey import Join
 from tqcompile.passes.views import View, full, index_items, same_size
 
 
@@ -39,8 +39,10 @@ class Writer(Editor):
 
     def join(self, join: Join, site: Site) -> None:
         """New planes of what the parts hold: codes as they are, and tokens encoded."""
+        views = [(part, self.view(part)) for part in join.parts]
         parts = [
-            self.planes[self.view(part).base] if self.view(part) else self.encoded(part, site) for part in join.parts
+            self.planes[view.base] if view is not None and view.root is site.root else self.encoded(part, site)
+            for part, view in views
         ]
         target = torch.cat if spelling(join.node) == "cat" else torch.stack
         joined = [self.call(target, list(planes), join.dim) for planes in zip(*parts)]

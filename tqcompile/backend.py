@@ -15,8 +15,8 @@ from tqcompile import cpu, ops
 from tqcompile import report as reports
 from tqcompile.dump import Dump
 from tqcompile.options import Options, resolve
-from tqcompile.passes.canonicalize import tensor_of
 from tqcompile.passes.context import Context
+from tqcompile.passes.nodes import tensor_of
 from tqcompile.passes.pipeline import run
 from tqcompile.passes.sites import real
 from tqcompile.runtime import CompiledGraph

@@ -6,7 +6,7 @@ from pathlib import Path
 from torch import fx
 
 from tqcompile import formats, ops
-from tqcompile.passes.canonicalize import tensor_of
+from tqcompile.passes.nodes import tensor_of
 from tqcompile.passes.sites import Site
 
 

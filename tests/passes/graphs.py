@@ -7,8 +7,9 @@ from torch import fx
 
 from tqcompile.backend import _copy
 from tqcompile.options import Options
-from tqcompile.passes.canonicalize import canonicalize, spelling
+from tqcompile.passes.canonicalize import canonicalize
 from tqcompile.passes.context import Context
+from tqcompile.passes.nodes import spelling
 from tqcompile.passes.pipeline import run
 from tqcompile.passes.sites import sites
 

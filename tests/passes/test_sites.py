@@ -183,3 +183,21 @@ def test_a_cache_that_is_copied_onto_itself_stays_dense():
 
     context = found(Cache(step), Q, K, V, AT)
     assert [site.role for site in context.sites] == ["values"] and "setitem" in context.refusals[0].reason
+
+
+def test_scores_that_no_softmax_follows_are_no_attention():
+    def step(kc, vc, q, k, v, at):
+        write(kc, k, at), write(vc, v, at)
+        best = (q @ kc.mT).relu().sum(2).topk(2).indices
+        return attend(q, vc, vc).sum() + best
+
+    context = found(Cache(step), Q, K, V, AT)
+    assert [site.role for site in context.sites] == ["both"] and "_buffers['k']" in context.refusals[0].name
+
+
+def test_scores_that_leave_the_graph_are_read_by_the_next():
+    def step(kc, vc, q, k, v, at):
+        write(kc, k, at)
+        return q @ kc.mT * 0.5
+
+    assert [site.role for site in found(Cache(step), Q, K, V, AT).sites] == ["keys"]

@@ -1,0 +1,58 @@
+"""What a node of a graph calls, what it computes, and whose memory it writes."""
+
+import operator
+
+import torch
+from torch import fx
+
+_AUGMENTED = {getattr(operator, name) for name in dir(operator) if name.startswith("i") and hasattr(operator, name[1:])}
+
+
+def spelling(node: fx.Node) -> str:
+    """The bare name of what a node calls, whether as a function, a method or an ATen overload."""
+    if node.op == "call_method":
+        return node.target
+    if node.op != "call_function":
+        return ""
+    if isinstance(node.target, torch._ops.OpOverload):
+        return node.target.overloadpacket.__name__
+    if node.target is getattr:
+        return str(node.args[1])
+    return getattr(node.target, "__name__", str(node.target))
+
+
+def example(node) -> object:
+    """The fake value Dynamo computed for a node, or the argument itself where it is not a node."""
+    return node.meta.get("example_value") if isinstance(node, fx.Node) else node
+
+
+def tensor_of(node) -> torch.Tensor | None:
+    """The fake tensor of a node; None where it is anything else."""
+    value = example(node) if isinstance(node, fx.Node) else None
+    return value if isinstance(value, torch.Tensor) else None
+
+
+def memory_of(node: fx.Node) -> int:
+    value = tensor_of(node)
+    while torch._C._functorch.is_functorch_wrapped_tensor(value):
+        value = torch._C._functorch.get_unwrapped(value)
+    return value.untyped_storage()._cdata
+
+
+def written_operands(node: fx.Node) -> list:
+    """The operands a node writes into, as far as its name or its schema says."""
+    name, target = spelling(node), node.target
+    operands = [node.kwargs.get("out")]
+    in_place = name == "setitem" or (name.endswith("_") and not name.endswith("__")) or node.kwargs.get("inplace")
+    if in_place or (node.op == "call_function" and target in _AUGMENTED):
+        operands += [*node.args[:1], node.kwargs.get("input"), node.kwargs.get("self")]
+    if isinstance(target, torch._ops.OpOverloadPacket):
+        target = getattr(target, target.overloads()[0])
+    if isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable:
+        arguments = target._schema.arguments
+        operands += [a for a, s in zip(node.args, arguments) if s.is_write]
+        operands += [node.kwargs.get(s.name) for s in arguments if s.is_write]
+    if name.startswith("triton_kernel_wrapper"):
+        operands += node.all_input_nodes
+    flat = (item for operand in operands for item in (operand if isinstance(operand, (list, tuple)) else (operand,)))
+    return [item for item in flat if isinstance(item, fx.Node)]
