@@ -9,7 +9,7 @@ import torch
 from tqcompile.cache import CompressedKV, storages
 
 # Tensors of a cache object that keep no keys and values of tokens: the states of a recurrence or a convolution.
-_STATES = ("conv", "recurrent", "ssm", "state", "wkv")
+_STATES = ("conv", "recurrent", "ssm", "state", "wkv", "linear")
 _KEPT = ("keys", "values")
 
 
