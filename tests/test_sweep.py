@@ -9,7 +9,7 @@ import torch
 
 from tqcompile import formats, reference
 from tqcompile.__main__ import main
-from tqcompile.sweep import document, examine, pool, verdict
+from tqcompile.sweep import document, examine, pool, quantised, verdict
 from tqcompile.sweep.build import Architecture, architectures, make
 from tqcompile.sweep.examine import LOSSLESS, Settings, largest_error
 from tqcompile.sweep.records import Records
@@ -92,6 +92,15 @@ def test_the_twin_is_told_apart_from_the_untouched_model(monkeypatch):
     record = record_of("gpt2", modes=(CODEC,))
     assert verdict.worst(record, CODEC) > 2 * verdict.CODEC_TOLERANCE
     assert [problem.mode for problem in verdict.problems(record)] == [CODEC]
+
+
+def test_a_cache_that_the_twin_cannot_hold_is_not_compared(monkeypatch):
+    assert quantised.covers("layers.0.keys") and quantised.covers("self_attention_cache.layers.11.values")
+    assert not quantised.covers("linear_cache.1") and not quantised.covers("layers.1.compressed_kv.indexer")
+    monkeypatch.setattr(examine, "covers", lambda path: not path.endswith("keys"))
+    record = record_of("gpt2", modes=(CODEC,))
+    assert verdict.worst(record, CODEC) is None
+    assert any("not compared under a codec" in what and "keys" in what for what, _ in verdict.reasons(record))
 
 
 def test_a_wrong_number_is_recorded_and_told(tmp_path, monkeypatch, capsys):

@@ -14,7 +14,7 @@ from tqcompile.backend import graph_breaks, turboquant
 from tqcompile.report import Report, clear
 from tqcompile.sweep.build import Architecture, NotMade, build
 from tqcompile.sweep.live import Held, held, summary
-from tqcompile.sweep.quantised import quantised
+from tqcompile.sweep.quantised import covers, quantised
 from tqcompile.sweep.scenarios import SCENARIOS, NoCache, Said, Scenario, play
 
 DENSE, LOSSLESS = "dense", "lossless"
@@ -109,6 +109,9 @@ def _run(scenario: Scenario, model, expected: Said, mode: str, inner: str) -> di
     found = held(said.cache)
     seen = {} if mode == DENSE else {**_seen(model, mode), "held": summary(found)}
     if mode not in (DENSE, LOSSLESS):
+        apart = sorted({item.path.rpartition(".")[2] for item in found if item.compressed and not covers(item.path)})
+        if apart:
+            return {"no_twin": apart, **seen}
         expected = _twin(scenario, model, mode, found)
     error, step = largest_error(said.logits, expected.logits)
     return {"error": error, "step": step, **seen}

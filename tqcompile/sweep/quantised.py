@@ -4,6 +4,7 @@ A graph that creates a cache attends over its own exact keys and values and enco
 reads codes, those of its own tokens too. A cache that is not initialised yet is about to be created.
 """
 
+import re
 from collections.abc import Iterator, Set
 from contextlib import contextmanager
 from unittest import mock
@@ -13,6 +14,11 @@ import torch
 from tqcompile import formats
 from tqcompile.cache import CompressedKV
 from tqcompile.codec import Codec
+
+
+def covers(path: str) -> bool:
+    """Whether `quantised` can quantise what is stored under a path: not what a model keeps by methods of its own."""
+    return re.fullmatch(r"((self|cross)_attention_cache\.)?layers\.\d+\.(keys|values)", path) is not None
 
 
 @contextmanager
