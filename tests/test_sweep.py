@@ -2,6 +2,7 @@
 
 import json
 import os
+import pathlib
 import time
 
 import pytest
@@ -185,6 +186,27 @@ def test_a_limit_of_memory_ends_a_process():
         resident = int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     (_, record), *_ = pool.run(["large"], grow, pool.Limits(20.0, resident + 2**28))
     assert "GiB" in record["died"]
+
+
+def test_a_limit_ends_what_a_process_started(tmp_path):
+    def fork_and_sleep(task, send):
+        pool.apart(lambda: (tmp_path / "pid").write_text(str(os.getpid())) and time.sleep(60))
+
+    (_, record), *_ = pool.run(["slow"], fork_and_sleep, pool.Limits(seconds=1.0))
+    assert "more than 1 seconds" in record["died"]
+    started = int((tmp_path / "pid").read_text())
+    for _ in range(100):
+        state = pathlib.Path(f"/proc/{started}/stat")
+        if not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z":
+            return
+        time.sleep(0.05)
+    raise AssertionError("what it started lives on")
+
+
+def test_one_run_learns_nothing_from_another():
+    learned = []
+    assert pool.apart(lambda: learned.append(1) or {"learned": len(learned)}) == {"learned": 1} and not learned
+    assert pool.apart(lambda: os._exit(3))["exception"] == "its process ended with status 3"
 
 
 def test_a_process_that_dies_is_recorded():

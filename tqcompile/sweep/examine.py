@@ -14,6 +14,7 @@ from tqcompile.backend import graph_breaks, turboquant
 from tqcompile.report import Report, clear
 from tqcompile.sweep.build import Architecture, NotMade, build
 from tqcompile.sweep.live import Held, held, summary
+from tqcompile.sweep.pool import apart
 from tqcompile.sweep.quantised import covers, quantised
 from tqcompile.sweep.scenarios import SCENARIOS, NoCache, Said, Scenario, play
 
@@ -92,7 +93,8 @@ def _compare(scenario: Scenario, model, modes: list[str], inner: str, have: dict
         found = {}
     results = dict(have)
     for mode in (queue := list(modes)):
-        results[mode] = _run(scenario, model, expected, mode, inner)
+        # What the backend or the compiler learn from one run must not help, or hurt, the next.
+        results[mode] = apart(lambda mode=mode: _run(scenario, model, expected, mode, inner))
         if "exception" in results[mode] and DENSE not in (*queue, *results):
             queue.append(DENSE)
     return {**found, "dense_held": summary(held(expected.cache)), "modes": results}

@@ -1,10 +1,12 @@
 """Runs each architecture in a process of its own, forked off this one, with a limit of time and of memory."""
 
+import contextlib
 import gc
 import json
 import multiprocessing
 import os
 import resource
+import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -51,8 +53,7 @@ def run(tasks: Iterable[Any], work: Callable, limits: Limits, jobs: int = 1) -> 
                     yield job.task, job.record
     finally:
         for job in running:
-            job.process.kill()
-            job.process.join()
+            _end(job)
 
 
 def warm_up(once: Callable[[], Any]) -> None:
@@ -69,15 +70,40 @@ def warm_up(once: Callable[[], Any]) -> None:
     gc.set_threshold(100_000, 50, 50)
 
 
+def apart(work: Callable[[], dict]) -> dict:
+    """What `work` returns in a fork of this process, which keeps nothing of it; an `exception` where the fork died."""
+    reading, writing = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            os.close(reading)
+            try:
+                result = work()
+            except Exception as error:  # not the model's, which `work` records, but no less a result
+                result = {"exception": f"{type(error).__name__}: {error}", "where": "tqcompile/sweep"}
+            with os.fdopen(writing, "w") as out:
+                json.dump(result, out)
+        finally:
+            os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading) as answer:
+        text = answer.read()
+    _, status = os.waitpid(pid, 0)
+    died = {"exception": f"its process ended with status {os.waitstatus_to_exitcode(status)}", "where": ""}
+    return json.loads(text) if text else died
+
+
 def _start(context, task: Any, work: Callable, limits: Limits) -> _Job:
     here, there = context.Pipe(duplex=False)
-    process = context.Process(target=_child, args=(task, work, there, limits), daemon=True)
+    process = context.Process(target=_child, args=(task, work, there, limits))
     process.start()
     there.close()
     return _Job(task, process, here, time.monotonic(), {})
 
 
 def _child(task: Any, work: Callable, pipe: Connection, limits: Limits) -> None:
+    # What it starts ends with it: they are one group.
+    os.setsid()
     # A tiny model gains nothing from threads. Address space is more than what is held: the watch is the tight limit.
     torch.set_num_threads(1)
     address_space = 4 * limits.bytes
@@ -109,15 +135,24 @@ def _finished(job: _Job, limits: Limits) -> bool:
 
 
 def _stop(job: _Job, why: str) -> bool:
-    job.process.kill()
-    job.process.join()
+    _end(job)
     job.record["died"] = why
     return True
 
 
+def _end(job: _Job) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(job.process.pid, signal.SIGKILL)
+    job.process.kill()
+    job.process.join()
+
+
 def _resident(pid: int) -> int:
+    """Bytes that a process holds, or what the largest it started holds: they share most of their pages."""
     try:
         with open(f"/proc/{pid}/statm") as file:
-            return int(file.read().split()[1]) * resource.getpagesize()
+            own = int(file.read().split()[1]) * resource.getpagesize()
+        with open(f"/proc/{pid}/task/{pid}/children") as file:
+            return max(own, *map(_resident, map(int, file.read().split())), 0)
     except (OSError, IndexError):
         return 0
