@@ -129,7 +129,7 @@ def test_a_sweep_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
     assert "1 architectures, 1 of them" in capsys.readouterr().out
 
     monkeypatch.setattr("tqcompile.sweep.records.versions", lambda: {"torch": "another"})
-    assert sweep(tmp_path, "--only", "^gpt2$", "--codec", "q8_0") == 0
+    assert sweep(tmp_path, "--only", "^gpt2$") == 0
     assert records(tmp_path)["causal-lm/gpt2"]["versions"] == {"torch": "another"}
 
 
