@@ -91,7 +91,7 @@ def test_the_twin_is_told_apart_from_the_untouched_model(monkeypatch):
     """Or a codec that did nothing would pass."""
     monkeypatch.setattr(examine, "_twin", lambda scenario, model, codec, found: play(scenario, model, model))
     record = record_of("gpt2", modes=(CODEC,))
-    assert verdict.worst(record, CODEC) > 2 * verdict.CODEC_TOLERANCE
+    assert verdict.worst(record, CODEC) > 2 * examine.CODEC_TOLERANCE
     assert [problem.mode for problem in verdict.problems(record)] == [CODEC]
 
 
@@ -140,7 +140,7 @@ def test_a_record_is_added_to():
     assert wanted.missing(old) == [(SHORT, CODEC)]
     examine.examine(architecture("gpt2"), wanted, sent.append, old)
     modes = sent[-1]["scenarios"][SHORT]["modes"]
-    assert modes[LOSSLESS]["error"] == 0.25 and modes[CODEC]["error"] < verdict.CODEC_TOLERANCE
+    assert modes[LOSSLESS]["error"] == 0.25 and modes[CODEC]["error"] < examine.CODEC_TOLERANCE
     assert wanted.missing(sent[-1]) == []
 
 
@@ -247,6 +247,13 @@ def test_records_are_judged():
         assert len(verdict.problems(record)) == 1, record
     FELL["scenarios"][SHORT]["modes"]["dense"] = {"exception": "TypeError: no", "where": ""}
     assert not verdict.problems(FELL) and verdict.dense_fails(FELL) == [SHORT]
+
+
+@pytest.mark.parametrize(("error", "step", "ours"), [(0.4, 0, 0), (0.2, 0, 1), (0.4, 1, 1), (0.0, 0, 1)])
+def test_what_dense_compilation_gets_as_wrong_is_not_ours(error, step, ours):
+    record = written("both", {"error": 0.4, "held": held(4, 4)})
+    record["scenarios"][SHORT]["modes"]["dense"] = {"error": error, "step": step}
+    assert len(verdict.problems(record)) == ours
 
 
 def test_the_page_is_made_from_records(tmp_path):

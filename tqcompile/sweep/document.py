@@ -7,7 +7,7 @@ from tabulate import tabulate
 
 from tqcompile.sweep import verdict
 from tqcompile.sweep.build import FAMILIES
-from tqcompile.sweep.examine import DENSE, LOSSLESS
+from tqcompile.sweep.examine import CODEC_TOLERANCE, DENSE, LOSSLESS, LOSSLESS_TOLERANCE
 from tqcompile.sweep.scenarios import SCENARIOS
 from tqcompile.sweep.verdict import Record
 
@@ -53,8 +53,8 @@ def _introduction(records: Sequence[Record]) -> str:
         versions="; ".join(versions),
         scenarios=", ".join(scenario.name for scenario in SCENARIOS if scenario.name in ran),
         inner=", ".join(dict.fromkeys(record["inner"] for record in records)),
-        lossless=verdict.LOSSLESS_TOLERANCE,
-        codec=verdict.CODEC_TOLERANCE,
+        lossless=LOSSLESS_TOLERANCE,
+        codec=CODEC_TOLERANCE,
     )
 
 
