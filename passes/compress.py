@@ -1,7 +1,5 @@
 """Rewrite every site: planes come in where the cache did, writes become `append`, reads become `attend`."""
 
-import math
-
 import torch
 from torch import fx
 
@@ -43,6 +41,8 @@ class _Rewriter(Writer):
     def __init__(self, gm: fx.GraphModule, context: Context):
         super().__init__(gm, context)
         self.reaches: dict[object, fx.Node] = {}
+        reads = [read for read in self.survey.reads.values() if self._rewrites(read)]
+        self.absorbed = {node for read in reads for node in read.absorbed}
 
     def run(self) -> int:
         placeholders = [node for node in self.graph.nodes if node.op == "placeholder"]
@@ -65,7 +65,7 @@ class _Rewriter(Writer):
     def _visit(self, node: fx.Node) -> None:
         read = self.survey.reads.get(node)
         views = [view for view in map(self.view, node.all_input_nodes) if view is not None]
-        if not views:
+        if not views or node in self.absorbed:
             return
         if node in self.survey.writes:
             self.write(node, self.survey.writes[node])
@@ -73,12 +73,15 @@ class _Rewriter(Writer):
             self.append(node, self.sites[views[0].root])
         elif node in self.survey.joins:
             self.join(self.survey.joins[node], self.sites[views[0].root])
-        elif read is not None and all(v is None or v.root in self.sites for v in (read.key, read.value)):
+        elif read is not None and self._rewrites(read):
             self._read(node, read)
         elif node in self.survey.views:
             self._move(node, self.survey.views[node])
         else:
             self._fall_back(node)
+
+    def _rewrites(self, read: Read) -> bool:
+        return all(view is None or view.root in self.sites for view in (read.key, read.value))
 
     def _open(self, index: int, root: fx.Node) -> None:
         """Placeholders for the planes, in front of the cache's own."""
@@ -125,36 +128,36 @@ class _Rewriter(Writer):
         return planes if len(places.heads) == 2 else [self.call(torch.unsqueeze, plane, 1) for plane in planes]
 
     def _read(self, node: fx.Node, read: Read) -> None:
-        left, turned = self.dense(node.args[0]), read.kind == "logits"
+        left, turned = self.dense(read.left), read.kind == "logits"
         planes = [self._ordered(view, turned) for view in (read.key, read.value) if view is not None]
         # Where the model folds sequences and heads, or takes them apart, the operators get [batch, heads, ...].
-        view = read.key or read.value
+        view = read.value or read.key
         folds = tensor_of(left).dim() != 4 or view.axes[0] != places_of(view, turned).heads[:1]
-        if read.kind == "attend":
-            final = self._attend(node, read, left, planes, folds)
-        else:
-            final = self._product(node, view, left, planes[0], folds)
+        final = (self._attend if read.kind == "attend" else self._product)(read, left, planes, folds)
         final = self.call(rewrite.as_queries, final, left) if folds else final
         final.meta = dict(node.meta)
         node.replace_all_uses_with(final)
+        self.replaced[node] = final
         self.context.reads += 1
         self.changed += 1
 
-    def _product(self, node: fx.Node, view: View, left: fx.Node, planes: list[fx.Node], folds: bool) -> fx.Node:
-        result, site, width = tensor_of(node), self.sites[view.root], int(tensor_of(view.base).shape[-1])
-        logits = self.survey.reads[node].kind == "logits"
-        left = self.rotated(left, site) if logits else left
-        left = self.call(rewrite.by_head, left, planes[0]) if folds else left
-        if logits:
-            return self.call(torch.Tensor.to, self.call(ops.logits, left, planes, site.codec.name, width), result.dtype)
-        out = self.call(ops.mix, left, planes, site.codec.name, width)
+    def _product(self, read: Read, left: fx.Node, planes: list, folds: bool) -> fx.Node:
+        view = read.value or read.key
+        result, site, width = tensor_of(read.node), self.sites[view.root], int(tensor_of(view.base).shape[-1])
+        left = self.rotated(left, site) if read.kind == "logits" else left
+        left = self.call(rewrite.by_head, left, planes[0][0]) if folds else left
+        operator = ops.logits if read.kind == "logits" else ops.mix
+        out = self.call(operator, left, *planes, site.codec.name, width)
+        if read.kind == "logits":
+            return self.call(torch.Tensor.to, out, result.dtype)
         return self.call(reference.rotate_back, out, self.basis(site, result, width), result.dtype)
 
-    def _attend(self, node: fx.Node, read: Read, query: fx.Node, planes: list, folds: bool) -> fx.Node:
+    def _attend(self, read: Read, query: fx.Node, planes: list, folds: bool) -> fx.Node:
         keys, values = self.sites[read.key.root], self.sites[read.value.root]
-        mask, scale = self.dense(node.kwargs["attn_mask"]), node.kwargs["scale"]
-        result, key_basis = tensor_of(node), self.basis(keys, tensor_of(query), int(tensor_of(query).shape[-1]))
         dims = [int(tensor_of(view.base).shape[-1]) for view in (read.key, read.value)]
+        result, key_basis = tensor_of(read.node), self.basis(keys, tensor_of(query), dims[0])
+        mask = self._mask(read)
+        reach = None if folds or mask is None else self._reach(mask)
         if folds and mask is not None:
             mask = self.call(rewrite.mask_by_head, mask, query, planes[0][0])
         return self.call(
@@ -162,20 +165,34 @@ class _Rewriter(Writer):
             self.call(rewrite.by_head, query, planes[0][0]) if folds else query,
             *planes,
             mask,
-            None if folds else self._reach(mask),
+            reach,
             key_basis,
             self.basis(values, result, dims[1]),
-            bool(node.kwargs["is_causal"]),
-            1 / math.sqrt(dims[0]) if scale is None else float(scale),
+            read.causal,
+            read.scale,
             keys.codec.name,
             values.codec.name,
             *dims,
             result.dtype,
         )
 
-    def _reach(self, mask: fx.Node | None) -> fx.Node | None:
+    def _mask(self, read: Read) -> fx.Node | None:
+        """The masks of a read as one."""
+        total = None
+        for mask, factor in read.masks:
+            mask = self.dense(mask)
+            mask = mask if factor == 1 else self.call_like(torch.mul, mask, factor)
+            total = mask if total is None else self._sum(total, mask)
+        return total
+
+    def _sum(self, left: fx.Node, right: fx.Node) -> fx.Node:
+        total = self.call(torch.add, left, right)
+        total.meta["example_value"] = tensor_of(left) + tensor_of(right)
+        return total
+
+    def _reach(self, mask: fx.Node) -> fx.Node | None:
         """Which tokens `mask` lets anyone see: computed once for all layers that share a mask."""
-        if mask is None or tensor_of(mask).shape[-1] == 1:
+        if tensor_of(mask).shape[-1] == 1:
             return None
         same = _content(mask)
         if same not in self.reaches or memory_of(mask) in self.overwritten:
@@ -240,6 +257,6 @@ class _Rewriter(Writer):
         """Erase what the rewritten nodes replaced, last first."""
         written = {node for node, view in self.survey.writes.items() if view.root in self.sites}
         for node in reversed(list(self.graph.nodes)):
-            replaced = node in self.survey.reads or node in written or self.view(node)
+            replaced = node in self.survey.reads or node in written or node in self.absorbed or self.view(node)
             if replaced and not node.users and node.op != "output":
                 self.graph.erase_node(node)

@@ -19,6 +19,7 @@ class Editor:
         self.sites = {site.root: site for site in context.sites}
         self.planes: dict[fx.Node, tuple[fx.Node, ...]] = {}
         self.bases: dict[str, fx.Node] = {}
+        self.replaced: dict[fx.Node, fx.Node] = {}
 
     def view(self, node) -> View | None:
         view = self.survey.views.get(node) if isinstance(node, fx.Node) else None
@@ -52,6 +53,7 @@ class Editor:
 
     def dense(self, node):
         """`node`, decoded where it shows a cache that is compressed."""
+        node = self.replaced.get(node, node)
         return self.rebuild(node) if self.view(node) else node
 
     def rotated(self, node: fx.Node, site: Site) -> fx.Node:

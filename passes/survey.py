@@ -8,12 +8,12 @@ from torch import fx
 
 from tqcompile.passes.nodes import memory_of, spelling, tensor_of, written_operands
 from tqcompile.passes.places import becomes_weights, fits, places_of, roles_of
+from tqcompile.passes.softmax import chain_behind
+from tqcompile.passes.tokens import whole_tokens
 from tqcompile.passes.views import (
     View,
     derived,
-    full,
     identity,
-    index_items,
     kept_run,
     root_view,
     shape_only,
@@ -21,8 +21,6 @@ from tqcompile.passes.views import (
 
 TURNED = "its tokens lie along the last dimension, where codes have head_dim"
 STATE = "it is replaced by what is computed from it, as a recurrent state is"
-
-_WRITERS = {"setitem", "index_copy_", "copy_", "zero_"}
 
 
 @dataclass(frozen=True)
@@ -45,12 +43,21 @@ class Join:
 
 @dataclass(frozen=True)
 class Read:
-    """Attention, or one of its two products, over views of caches: kind is `attend`, `logits` or `mix`."""
+    """Attention, or one of its two products, over views of caches: kind is `attend`, `logits` or `mix`.
+
+    `left` are the queries, or the weights of a `mix`. Attention is softmax(left keys * scale + masks) values, where a
+    mask comes with its factor, and bool ones alone; `absorbed` are the nodes of a product that it is spelled out with.
+    """
 
     node: fx.Node
     kind: str
     key: View | None
     value: View | None
+    left: fx.Node
+    scale: float | None = None
+    masks: tuple[tuple[fx.Node, float], ...] = ()
+    causal: bool = False
+    absorbed: tuple[fx.Node, ...] = ()
 
 
 class Survey:
@@ -76,6 +83,7 @@ class Survey:
             if node.op in ("call_function", "call_method"):
                 self._visit(node)
         self._settle_appends()
+        self._pair_products(graph)
         self._cross_check()
 
     def _visit(self, node: fx.Node) -> None:
@@ -119,6 +127,30 @@ class Survey:
                 self.appends[node] = Append(node, others[0], join.dim)
                 del self.joins[node]
 
+    def _pair_products(self, graph: fx.Graph) -> None:
+        """Two products with a softmax between are attention, where nothing is overwritten in the meantime."""
+        scores = {node: read for node, read in self.reads.items() if read.kind == "logits"}
+        for node, read in list(self.reads.items()):
+            chain = chain_behind(read.left, scores) if read.kind == "mix" else None
+            if chain is None or scores[chain.nodes[0]].key.axes[0] != read.value.axes[0]:
+                continue
+            first = scores[chain.nodes[0]]
+            *leading, channel, tokens = first.key.axes
+            kept = {memory_of(each) for each in (first.left, first.key.node, *(mask for mask, _ in chain.masks))}
+            between = [each for each in graph.nodes if self._order[first.node] < self._order[each] < self._order[node]]
+            if any(memory_of(operand) in kept for each in between for operand in _written(each)):
+                continue
+            del self.reads[first.node]
+            self.reads[node] = replace(
+                read,
+                kind="attend",
+                key=replace(first.key, axes=(*leading, tokens, channel)),
+                left=first.left,
+                scale=chain.scale,
+                masks=chain.masks,
+                absorbed=chain.nodes,
+            )
+
     def _cross_check(self) -> None:
         """What no single node shows: mutations that were not recognised."""
         for root in [node for node, view in self.views.items() if node is view.root and node.op == "placeholder"]:
@@ -138,7 +170,7 @@ class Survey:
         root = self._memory[memory]
         self._mutations[memory] = self._mutations.get(memory, 0) + 1
         view = self.views.get(target)
-        if view is None or not view.writable or not view.plain or not _whole_tokens(node, view, self.views):
+        if view is None or not view.writable or not view.plain or not whole_tokens(node, view, self.views):
             self.losses.setdefault(root, f"{spelling(node)} writes it in a way that no rule follows")
             self.culprits.setdefault(root, node)
             return
@@ -182,7 +214,8 @@ class Survey:
         dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
         if not isinstance(parts, (tuple, list)) or tensor_of(node) is None or None in map(tensor_of, parts):
             return
-        root = next((self.views[part].root for part in parts if part in self.views), None)
+        # What stands in front of a cache, as a prefix that was learned, is not to be encoded.
+        root = self.views[parts[0]].root if parts[0] in self.views else None
         rank = tensor_of(node).dim()
         if root is None:
             return
@@ -214,7 +247,10 @@ class Survey:
             return
         if isinstance(node.kwargs["scale"], fx.Node):
             return
-        self.reads[node] = Read(node, "attend", key, value)
+        mask, scale = node.kwargs["attn_mask"], node.kwargs["scale"]
+        scale = tensor_of(node.args[0]).shape[-1] ** -0.5 if scale is None else float(scale)
+        masks = () if mask is None else ((mask, 1.0),)
+        self.reads[node] = Read(node, "attend", key, value, node.args[0], scale, masks, bool(node.kwargs["is_causal"]))
 
     def _product(self, node: fx.Node) -> None:
         right = self.views.get(node.args[1])
@@ -224,12 +260,16 @@ class Survey:
             return
         if places_of(right, transposed=True) is not None:
             if becomes_weights(node, loosely=True):
-                self.reads[node] = Read(node, "logits", right, None)
+                self.reads[node] = Read(node, "logits", right, None, node.args[0])
         elif places_of(right) is not None and becomes_weights(node):
             self.losses.setdefault(right.root, TURNED)
             self.culprits.setdefault(right.root, node)
         elif places_of(right) is not None:
-            self.reads[node] = Read(node, "mix", None, right)
+            self.reads[node] = Read(node, "mix", None, right, node.args[0])
+
+
+def _written(node: fx.Node) -> list[fx.Node]:
+    return [operand for operand in written_operands(node) if tensor_of(operand) is not None]
 
 
 def _leaves(node: fx.Node, dim: int) -> bool:
@@ -240,28 +280,3 @@ def _leaves(node: fx.Node, dim: int) -> bool:
         if user.op == "output" or (cut and any(further.op == "output" for further in user.users)):
             return True
     return False
-
-
-def _whole_tokens(node: fx.Node, view: View, views: dict[fx.Node, View]) -> bool:
-    """Whether a write replaces whole tokens by dense ones."""
-    name, cache = spelling(node), tensor_of(view.node)
-    if name not in _WRITERS:
-        return False
-    if name == "zero_":
-        return True
-    source = node.args[1] if name == "copy_" else node.args[-1]
-    value, shown = tensor_of(source), views.get(source)
-    if value is None or value.dim() == 0:
-        return False
-    if shown is not None and shown.root is view.root and (not shown.plain or memory_of(source) == memory_of(view.node)):
-        return False
-    if name == "index_copy_" and (len(node.args) != 4 or not isinstance(node.args[1], int)):
-        return False
-    if name == "index_copy_" and node.args[1] % cache.dim() == cache.dim() - 1:
-        return False
-    if name == "setitem":
-        items = index_items(node.args[1], cache.dim())
-        if items is None or None in items or not full(items[-1], cache.shape[-1]):
-            return False
-    # Where Dynamo has symbols for a second head_dim an assignment, which may broadcast, does not make them one.
-    return bool(value.shape[-1] == cache.shape[-1])

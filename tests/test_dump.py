@@ -8,7 +8,7 @@ import torch
 from test_mutations import SIZE, Layer, calls
 
 import tqcompile
-from tqcompile.dump import Dump, kernel_sources
+from tqcompile.dump import Dump, kernel_sources, texts_kept
 
 F = torch.nn.functional
 CODECS = {"keys": "turboquant:4", "values": "q8_0"}
@@ -118,3 +118,35 @@ def test_the_kernels_of_a_graph_are_those_of_its_codecs_and_readers(name, values
         (scores,) = re.findall(r"def read_scores.*?\n\n", sources[what], re.DOTALL)
         assert ("<= query" in scores) == (name == "causal")
         assert ("part != 0" in scores) == (name == "bool") and ("scores += part" in scores) == (name == "additive")
+
+
+def test_texts_of_a_graph_are_kept_where_somebody_asks_and_needs_no_folder():
+    def run():
+        torch._dynamo.reset()
+        with torch.no_grad():
+            torch.compile(Layer(), backend="turboquant", options={**CODECS, "inner": "eager"})(*next(calls()))
+        return tqcompile.report().graphs[-1]
+
+    assert run().texts is None
+    with texts_kept(), texts_kept():
+        texts = run().texts
+    assert run().texts is None
+    # The graph's code without comments and without what names the memory that is given back.
+    before, after = (
+        {line.split(" = ")[0].strip().split(":")[0] for line in text.splitlines() if " = " in line}
+        for text in (texts.before, texts.after)
+    )
+    assert "scaled_dot_product_attention(" in texts.before and "torch.ops.tqcompile.attend" in texts.after
+    assert texts.gone and texts.new and not texts.gone & texts.new and not texts.changed & (texts.gone | texts.new)
+    written = before & texts.gone
+    assert len(written) >= 3 and not written & after
+    assert {"append_turboquant_4_32", "append_step_turboquant_4_q8_0_32_32", "decode_q8_0_32"} <= texts.kernels.keys()
+    assert all(ast.parse(text).body for text in texts.kernels.values())
+
+
+def test_a_graph_that_the_passes_left_alone_has_equal_texts():
+    with texts_kept():
+        torch.compile(torch.sin, backend="turboquant", options={"inner": "eager"})(torch.ones(2))
+    (graph,) = tqcompile.report().graphs
+    assert graph.texts.before == graph.texts.after and not graph.texts.gone | graph.texts.new | graph.texts.changed
+    assert graph.texts.kernels == {} and graph.facts == ()

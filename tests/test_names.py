@@ -12,9 +12,10 @@ mappings = pytest.importorskip("transformers.models.auto.modeling_auto")
 
 # Words that architectures are named with and that code says for reasons of its own.
 ENGLISH = {
-    "anything", "clip", "code", "data", "dense", "depth", "edge", "fast", "filter", "fine", "global", "head", "large",
-    "local", "loop", "mask", "model", "module", "next", "open", "prompt", "registers", "seed", "small", "step", "table",
-    "text", "time", "tiny", "token", "with", "word", "wrapper", "image", "image_text", "video",
+    "align", "anything", "clip", "code", "data", "dense", "depth", "edge", "fast", "filter", "fine", "global",
+    "head", "image", "large", "local", "loop", "mask", "model", "module", "next", "note", "open", "prompt",
+    "registers", "seed", "small", "step", "table", "text", "time", "tiny", "token", "video", "with", "word",
+    "wrapper",
 }  # fmt: skip
 OF_THE_FIELD = {
     "beam": "beam search",

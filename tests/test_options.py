@@ -1,6 +1,7 @@
 """Options: what they default to, where they come from, and what a wrong one is told."""
 
 import dataclasses
+import os
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from test_mutations import LOSSLESS, Layer, calls
 
 import tqcompile
 from tqcompile import formats
-from tqcompile.options import ENVIRONMENT, INNERS, PASSES, Options, resolve
+from tqcompile.options import ENVIRONMENT, INNERS, PASSES, Options, as_defaults, resolve
 
 
 @pytest.fixture(autouse=True)
@@ -256,3 +257,35 @@ def test_inner_compilers(inner):
         with torch.no_grad():
             torch.testing.assert_close(compiled(*arguments), twin(*arguments))
     assert isinstance(model.k_cache, tqcompile.CompressedKV)
+
+
+@pytest.mark.parametrize(
+    ("before", "given", "keys", "values"),
+    [
+        (None, {"keys": "q8_0"}, "q8_0", "turboquant:3"),
+        ("keys=turboquant:2, values=turboquant:2", {"keys": "q8_0"}, "q8_0", "turboquant:2"),
+        ("keys=turboquant:2,preset=quality", {"preset": "small"}, "turboquant:4", "turboquant:2"),
+        ("preset=small", {"preset": "quality", "values": "identity"}, "q8_0", "identity"),
+        ("", {}, "turboquant:5", "turboquant:3"),
+    ],
+)
+def test_defaults_for_a_while_stand_over_the_environment_and_leave_it_as_it_was(
+    before, given, keys, values, monkeypatch
+):
+    monkeypatch.delenv(ENVIRONMENT, raising=False)
+    if before is not None:
+        monkeypatch.setenv(ENVIRONMENT, before)
+    with as_defaults(given):
+        assert (resolve().key_codec.name, resolve().value_codec.name) == (keys, values)
+        assert resolve({"keys": "turboquant:8"}).key_codec.name == "turboquant:8"
+    assert os.environ.get(ENVIRONMENT) == before
+    with pytest.raises(KeyError, match="mine"), as_defaults(given):
+        raise KeyError("mine")
+    assert os.environ.get(ENVIRONMENT) == before
+
+
+def test_a_default_that_is_wrong_is_named_at_once(monkeypatch):
+    monkeypatch.setenv(ENVIRONMENT, "values=q8_0")
+    with pytest.raises(ValueError, match="q8_1"), as_defaults({"keys": "q8_1"}):
+        raise AssertionError("nothing runs under it")
+    assert os.environ[ENVIRONMENT] == "values=q8_0"

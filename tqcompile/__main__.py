@@ -5,9 +5,10 @@ import sys
 from collections.abc import Sequence
 
 from tqcompile.bench import command as bench
+from tqcompile.explain import command as explain
 from tqcompile.sweep import command as sweep
 
-COMMANDS = (bench, sweep)
+COMMANDS = (bench, explain, sweep)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

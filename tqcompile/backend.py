@@ -13,7 +13,8 @@ from torch._dynamo.source import AttrSource, ConstantSource, LocalSource
 
 from tqcompile import cpu, ops
 from tqcompile import report as reports
-from tqcompile.dump import Dump
+from tqcompile.dump import Dump, texts
+from tqcompile.facts import facts
 from tqcompile.options import Options, resolve
 from tqcompile.passes.context import Context
 from tqcompile.passes.nodes import tensor_of
@@ -76,7 +77,7 @@ def _compile(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options
     context, copy = Context(options), _copy(gm)
     start = time.perf_counter()
     run(copy, context)
-    record = reports.record(_record(gm, context))
+    record = reports.record(_record(gm, copy, context))
     record.seconds = time.perf_counter() - start
     if not context.inputs and not any(site.kind == "create" for site in context.sites):
         return _inner(gm, example_inputs, options, mode)
@@ -218,7 +219,7 @@ def compile_rows(function: Callable, rows: Sequence[torch.Tensor]) -> Callable:
     return lambda *rows: compiled(list(rows))
 
 
-def _record(gm: fx.GraphModule, context: Context) -> reports.Graph:
+def _record(gm: fx.GraphModule, copy: fx.GraphModule, context: Context) -> reports.Graph:
     held = [(getattr(getattr(n, "_dynamo_source", None), "name", ""), real(n)) for n in _placeholders(gm)]
     # An input is a parameter by its type, and a buffer by where Dynamo found it.
     owners = tuple(
@@ -233,6 +234,8 @@ def _record(gm: fx.GraphModule, context: Context) -> reports.Graph:
         sites=context.sites,
         refusals=context.refusals,
         fallbacks=tuple(context.fallbacks),
+        facts=facts(gm, copy, context),
+        texts=texts(gm, copy, context.sites),
         counts=context.counts,
         reads=context.reads,
     )

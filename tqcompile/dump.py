@@ -1,6 +1,11 @@
-"""Files of option `dump`: the graphs, the source that Inductor generated, and the kernels that it calls on a GPU."""
+"""Files of option `dump`: the graphs, the source that Inductor generated, and the kernels that it calls on a GPU.
 
-from collections.abc import Iterable
+The same texts, without a file, are kept for those who ask for them with `texts_kept`.
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import fx
@@ -33,13 +38,62 @@ class Dump:
         return path
 
 
+@dataclass(frozen=True)
+class Texts:
+    """A graph before and after the passes, and by name the kernels that the rewritten one launches on a GPU.
+
+    `gone` are the names of nodes that the passes took out, `new` of those they put in, and `changed` of those whose
+    operator or operands they replaced.
+    """
+
+    before: str
+    after: str
+    gone: frozenset[str]
+    new: frozenset[str]
+    changed: frozenset[str]
+    kernels: dict[str, str]
+
+
+_keeping = 0
+
+
+@contextmanager
+def texts_kept() -> Iterator[None]:
+    """While this is open, the record of every graph that is compiled keeps its `Texts`."""
+    global _keeping
+    _keeping += 1
+    try:
+        yield
+    finally:
+        _keeping -= 1
+
+
+def texts(before: fx.GraphModule, after: fx.GraphModule, sites: Iterable[Site]) -> Texts | None:
+    """The texts of a graph, where somebody asked for them."""
+    if not _keeping:
+        return None
+    old, new = ({node.name: _call(node) for node in gm.graph.nodes} for gm in (before, after))
+    return Texts(
+        before.print_readable(print_output=False),
+        after.print_readable(print_output=False),
+        frozenset(old.keys() - new.keys()),
+        frozenset(new.keys() - old.keys()),
+        frozenset(name for name in old.keys() & new.keys() if old[name] != new[name]),
+        kernel_sources(after, sites),
+    )
+
+
+def _call(node: fx.Node) -> tuple[str, ...]:
+    return node.op, str(node.target), str(node.args), str(node.kwargs)
+
+
 def kernel_sources(after: fx.GraphModule, sites: Iterable[Site]) -> dict[str, str]:
     """The Triton modules that a rewritten graph launches on a GPU, by what they do; needs no GPU."""
     from tqcompile.kernels import append, attend, decoded, integer, step
 
     sources = {}
     written = [site for site in sites if site.kind in ("in_place", "append")]
-    for codec, width in {(site.codec, int(tensor_of(site.root).shape[-1])) for site in written}:
+    for codec, width in dict.fromkeys((site.codec, int(tensor_of(site.root).shape[-1])) for site in written):
         sources[f"append_{_plain(codec.name)}_{width}"] = append.source(codec, width)
     for node in after.graph.nodes:
         if node.target is ops.append_step:

@@ -3,7 +3,8 @@
 import difflib
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,30 @@ def resolve(given: Mapping[str, Any] | None = None, defaults: Options | None = N
     if "preset" in given:
         given = {"keys": None, "values": None, **given}
     return replace(defaults or _from_environment(), **given)
+
+
+@contextmanager
+def as_defaults(given: Mapping[str, str]) -> Iterator[None]:
+    """While this is open, TQCOMPILE_OPTIONS says `given` too: what a compile takes that does not say otherwise.
+
+    A given preset overrides both of its halves.
+
+    Raises:
+        ValueError: an unknown name or value.
+    """
+    before = os.environ.get(ENVIRONMENT)
+    replaced = {*given, "keys", "values"} if "preset" in given else set(given)
+    kept = [item for item in (before or "").split(",") if item.strip()]
+    kept = [item for item in kept if item.partition("=")[0].strip() not in replaced]
+    os.environ[ENVIRONMENT] = ",".join([*kept, *(f"{name}={value}" for name, value in given.items())])
+    try:
+        _from_environment()
+        yield
+    finally:
+        if before is None:
+            del os.environ[ENVIRONMENT]
+        else:
+            os.environ[ENVIRONMENT] = before
 
 
 def _check_names(given: Mapping[str, Any]) -> None:

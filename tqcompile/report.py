@@ -18,12 +18,14 @@ class Graph:
     sites: tuple = ()
     refusals: tuple = ()
     fallbacks: tuple = ()
+    facts: tuple = ()
     counts: dict[str, int] = field(default_factory=dict)
     reads: int = 0
     kinds: dict[str, int] = field(default_factory=dict)
     seconds: float = 0.0
     readers: dict[tuple[str, str, str], int] = field(default_factory=dict)
     dump: str | None = None
+    texts: object = None
     caches: weakref.WeakValueDictionary = field(default_factory=weakref.WeakValueDictionary)
     events: dict[str, str] = field(default_factory=dict)
 

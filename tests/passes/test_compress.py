@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from conversations import fake_quantised
 from graphs import operators, passed
 from test_sites import AT, Cache, K, Q, V, attend, write
 
+import tqcompile
 from tqcompile import formats
 from tqcompile.backend import readers
 
@@ -46,6 +48,9 @@ PRODUCTS = {
 }
 
 
+SCALES_AND_MASKS = ("softmax", "scale and mask", "dropout")
+
+
 @pytest.mark.parametrize("codec", formats.REGISTRY)
 def test_a_write_becomes_one_append_and_attention_one_attend(codec):
     after, context, before = passed(stepping(attend), Q, K, V, AT, keys=codec, values=codec)
@@ -71,10 +76,65 @@ def test_attention_is_read_off_the_planes(name):
 def test_whatever_lies_between_the_two_products_they_are_read_off_the_planes(name):
     read = lambda q, k, v: PRODUCTS[name](q @ k.mT) @ v  # noqa: E731
     after, context, before = passed(stepping(read), Q, K, V, AT)
-    assert context.reads == 2 and not context.fallbacks
     counted = operators(after)
-    assert counted["logits"] == 1 and counted["mix"] == 1 and not counted["matmul"]
-    assert counted["softmax"] == operators(before)["softmax"] == 1
+    assert not context.fallbacks and not counted["matmul"]
+    if name in SCALES_AND_MASKS:
+        assert counted["attend"] == context.reads == 1 and not counted["softmax"] and not counted["logits"]
+    else:
+        assert counted["logits"] == 1 and counted["mix"] == 1 and context.reads == 2
+        assert counted["softmax"] == operators(before)["softmax"] == 1
+
+
+SPELLED_OUT = {
+    "a scale behind a mask": lambda s, b: ((s / 2 + b) * 3).softmax(-1),
+    "two masks": lambda s, b: (b.relu() + (s * 0.5 + b.to(s.dtype)).float()).softmax(dim=-1),
+    "in place": lambda s, b: s.mul_(0.25).add_(b).softmax(-1),
+    "a mask for all heads": lambda s, b: F.softmax(s + b[:1, :1], dim=-1, dtype=torch.float32).to(s.dtype),
+    "a mask of one row": lambda s, b: F.dropout((s + b[0, 0, :1]).softmax(-1), p=0.3, training=False),
+}
+
+
+@pytest.mark.parametrize("name", SPELLED_OUT)
+@pytest.mark.parametrize("codecs", [("identity", "identity"), ("turboquant:4", "q8_0")], ids="/".join)
+def test_scales_and_masks_go_into_attention_as_they_stand(name, codecs):
+    weigh = SPELLED_OUT[name]
+    bias = torch.randn(2, 4, 3, 9)
+    model, twin = (stepping(lambda q, k, v: weigh(q @ k.mT, bias) @ v) for _ in range(2))
+    options = {"keys": codecs[0], "values": codecs[1], "inner": "eager"}
+    compiled = torch.compile(model, backend="turboquant", options=options)
+    with torch.no_grad():
+        stored = map(fake_quantised, (K, V), codecs)
+        torch.testing.assert_close(compiled(Q, K, V, AT), twin(Q, *stored, AT), rtol=1e-4, atol=1e-5)
+    assert sum(graph.reads for graph in tqcompile.report(model).graphs) == 1
+
+
+APART = {
+    "weights that are used": lambda q, k, v: (w := (q @ k.mT).softmax(-1)) @ v + w.sum(),
+    "scores that are used": lambda q, k, v: (s := q @ k.mT).softmax(-1) @ v + s.sum(),
+    "a mask of booleans": lambda q, k, v: (q @ k.mT + (k.sum(-1) > 0)[:, :, None]).softmax(-1) @ v,
+    "softmax along queries": lambda q, k, v: (q @ k.mT).softmax(-2) @ v,
+    "weights that are scaled": lambda q, k, v: ((q @ k.mT).softmax(-1) * 2) @ v,
+    "two softmaxes": lambda q, k, v: (q @ k.mT).softmax(-1).softmax(-1) @ v,
+    "dropout": lambda q, k, v: F.dropout((q @ k.mT).softmax(-1), p=0.5, training=True) @ v,
+    "a square": lambda q, k, v: ((s := q @ k.mT) * s).softmax(-1) @ v,
+}
+
+
+@pytest.mark.parametrize("name", APART)
+def test_what_a_scale_and_masks_do_not_say_stays_two_products(name):
+    after, _, _ = passed(stepping(APART[name]), Q, K, V, AT)
+    assert operators(after)["logits"] == operators(after)["mix"] == 1 and not operators(after)["attend"]
+
+
+def test_queries_that_are_overwritten_between_the_products_keep_them_apart():
+    def read(q, k, v):
+        q = q * 2
+        weights = (q @ k.mT).softmax(-1)
+        q.zero_()
+        return weights @ v + q
+
+    after, _, _ = passed(stepping(read), Q, K, V, AT)
+    assert operators(after)["logits"] == operators(after)["mix"] == 1
 
 
 READERS_NO_RULE_KNOWS = {
