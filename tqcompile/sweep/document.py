@@ -1,5 +1,6 @@
 """The page that is made from records: counts on top, a row an architecture, and every reason by its number."""
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,8 +16,11 @@ INTRODUCTION = """\
 # Architectures
 
 `python -m tqcompile sweep` makes a tiny random model of each architecture of the installed transformers package,
-compiles it with this backend, and compares what it says with the same model run eagerly. {versions}. Scenarios:
-{scenarios}.
+compiles it with this backend, and compares what it says with the same model run eagerly. A model that takes pictures is
+given text alone, unless its `forward` asks for pixels.
+
+{ran}
+
 
 Compiled by `{inner}`, dense and compressed. An error is the largest difference of a logit over the largest logit of
 that call. Lossless is the codec that stores the numbers themselves, against the untouched model (tolerance
@@ -47,11 +51,12 @@ def page(records: Sequence[Record]) -> str:
 
 
 def _introduction(records: Sequence[Record]) -> str:
-    versions = dict.fromkeys(", ".join(f"{name} {v}" for name, v in record["versions"].items()) for record in records)
-    ran = {name for record in records for name in record["scenarios"]}
+    versions = Counter(", ".join(f"{name} {v}" for name, v in record["versions"].items()) for record in records)
+    ran = Counter(name for record in records for name in record["scenarios"])
+    rows = [("versions", version, count) for version, count in versions.items()]
+    rows += [("scenario", scenario.name, ran[scenario.name]) for scenario in SCENARIOS if ran[scenario.name]]
     return INTRODUCTION.format(
-        versions="; ".join(versions),
-        scenarios=", ".join(scenario.name for scenario in SCENARIOS if scenario.name in ran),
+        ran=tabulate(rows, ("", "", "architectures"), "github"),
         inner=", ".join(dict.fromkeys(record["inner"] for record in records)),
         lossless=LOSSLESS_TOLERANCE,
         codec=CODEC_TOLERANCE,
