@@ -7,11 +7,12 @@ from tqcompile import ops, reference
 from tqcompile.layout import layout_of
 from tqcompile.passes import rewrite
 from tqcompile.passes.context import CacheInput, Context, Fallback, Output
+from tqcompile.passes.indices import index_items, kept_run
 from tqcompile.passes.nodes import memory_of, spelling, tensor_of
 from tqcompile.passes.places import places_of
 from tqcompile.passes.sites import Site, name_of, where
 from tqcompile.passes.survey import Read
-from tqcompile.passes.views import View, index_items, kept_run, shape_only, whole, written_value
+from tqcompile.passes.views import View, shape_only, whole, written_value
 from tqcompile.passes.writes import Writer
 
 
@@ -204,8 +205,7 @@ class _Rewriter(Writer):
         dense = {operand: self.rebuild(operand) for operand in node.all_input_nodes if self.view(operand)}
         node.args = fx.map_arg(node.args, lambda old: dense.get(old, old))
         node.kwargs = fx.map_arg(node.kwargs, lambda old: dense.get(old, old))
-        if not shape_only(node):
-            root = next(self.view(operand).root for operand in dense)
+        for root in dict.fromkeys(self.view(operand).root for operand in dense if not shape_only(node)):
             self.context.fallbacks.append(Fallback(name_of(root), spelling(node), where(node)))
         self.changed += 1
 

@@ -11,8 +11,9 @@ import torch
 from torch import fx
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from tqcompile.passes.indices import full, index_items
 from tqcompile.passes.nodes import example, memory_of, spelling, tensor_of, written_operands
-from tqcompile.passes.views import CARRIERS, full, index_items, shape_only
+from tqcompile.passes.views import CARRIERS, shape_only
 
 _INDEXED = {"index_copy_", "index_put_", "index_add_", "scatter_", "scatter_add_"}
 

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 
 from torch import fx
 
+from tqcompile.passes.indices import same_size
 from tqcompile.passes.nodes import memory_of, spelling, tensor_of, written_operands
-from tqcompile.passes.views import View, same_size
+from tqcompile.passes.views import View
 
 PRODUCTS = {"matmul", "linear", "scaled_dot_product_attention", "addmm", "addbmm"}
 _SUMS = {"add", "add_", "sub", "sub_", "iadd", "isub", "__add__", "__radd__", "__iadd__"}
@@ -66,7 +67,7 @@ def becomes_weights(product: fx.Node, loosely: bool = False) -> bool:
     return False
 
 
-def _are_weights(node: fx.Node) -> bool:
+def are_weights(node: fx.Node) -> bool:
     """Whether a softmax comes before a number, and no product between them."""
     reached = {node: None}
     for before in (queue := [node]):
@@ -96,7 +97,7 @@ def roles_of(views: Iterable[fx.Node]) -> set[str]:
                 }
             elif name == "matmul" and becomes_weights(user):
                 roles.add("keys")
-            elif name == "matmul" and user.args[1] is node and _are_weights(user.args[0]):
+            elif name == "matmul" and user.args[1] is node and are_weights(user.args[0]):
                 roles.add("values")
             elif node in user.args[1:] and written_operands(user):
                 # What is written elsewhere goes on from there.

@@ -16,16 +16,15 @@ from tqcompile.adopt import refusal
 from tqcompile.cache import CompressedKV
 from tqcompile.codec import Codec
 from tqcompile.layout import layout_of
+from tqcompile.passes.indices import kept_run
 from tqcompile.passes.nodes import spelling, tensor_of
 from tqcompile.passes.overlooked import Overlooked, overlooked
 from tqcompile.passes.places import PRODUCTS
 from tqcompile.passes.roles import codec_of, real, role_behind, role_beside, role_of
 from tqcompile.passes.survey import STATE, TURNED, Append, Read, Survey
-from tqcompile.passes.views import View, kept_run, written_value
+from tqcompile.passes.views import View, written_value
 
-REPEATED = "it is computed from a compressed one in a way that no rule follows, and codes of codes would drift"
-# The lines of models that made such a tensor.
-_repeated_at: set[str] = set()
+REPEATED = "it is computed from a tensor of its size in a way that no rule follows, and codes of codes would drift"
 
 # Caches that a graph writes and does not read: the next one that reads them knows what they are.
 _written_elsewhere = WeakTensorKeyDictionary()
@@ -180,17 +179,20 @@ def _decide_created(survey: Survey, made: list[fx.Node], context) -> tuple[list[
 
 
 def _repeats(root: fx.Node, held: Survey) -> str | None:
-    """Why a new tensor is a compressed one, changed in a way that no rule follows: step after step it would drift."""
-    reached, place = {root: None}, where(root)
+    """Why a new tensor is one that came in, changed in a way that no rule follows: step after step it would drift."""
+    reached, size = {root: None}, _sizes(root)
     for node in (queue := [root]):
-        if node in held.views and isinstance(real(held.views[node].root), CompressedKV):
-            # The next call gets it dense, and must not start all over.
-            _repeated_at.add(place)
+        if node.op == "placeholder" and node in held.views and _sizes(node) == size:
+            return REPEATED
         for operand in node.all_input_nodes if node not in held.reads and spelling(node) not in PRODUCTS else ():
             if operand not in reached and tensor_of(operand) is not None:
                 reached[operand] = None
                 queue.append(operand)
-    return REPEATED if place in _repeated_at else None
+    return None
+
+
+def _sizes(node: fx.Node) -> list[str]:
+    return [str(size) for size in tensor_of(node).shape]
 
 
 def _roots(survey: Survey) -> list[fx.Node]:

@@ -6,18 +6,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import fx
 
+from tqcompile.passes.indices import kept_run
 from tqcompile.passes.nodes import memory_of, spelling, tensor_of, written_operands
-from tqcompile.passes.places import becomes_weights, fits, places_of, roles_of
+from tqcompile.passes.places import are_weights, becomes_weights, fits, places_of, roles_of
 from tqcompile.passes.softmax import chain_behind
 from tqcompile.passes.tokens import whole_tokens
-from tqcompile.passes.views import (
-    View,
-    derived,
-    identity,
-    kept_run,
-    root_view,
-    shape_only,
-)
+from tqcompile.passes.views import View, derived, identity, root_view, shape_only
 
 TURNED = "its tokens lie along the last dimension, where codes have head_dim"
 STATE = "it is replaced by what is computed from it, as a recurrent state is"
@@ -264,7 +258,8 @@ class Survey:
         elif places_of(right) is not None and becomes_weights(node):
             self.losses.setdefault(right.root, TURNED)
             self.culprits.setdefault(right.root, node)
-        elif places_of(right) is not None:
+        elif places_of(right) is not None and (right.root.op == "placeholder" or are_weights(node.args[0])):
+            # What a graph makes and reads with anything but weights is the state of a recurrence.
             self.reads[node] = Read(node, "mix", None, right, node.args[0])
 
 

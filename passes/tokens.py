@@ -2,8 +2,9 @@
 
 from torch import fx
 
+from tqcompile.passes.indices import full, index_items
 from tqcompile.passes.nodes import memory_of, spelling, tensor_of
-from tqcompile.passes.views import View, full, index_items
+from tqcompile.passes.views import View
 
 _WRITERS = {"setitem", "index_copy_", "copy_", "zero_"}
 

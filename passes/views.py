@@ -6,11 +6,24 @@ from math import prod
 import torch
 from torch import fx
 
-from tqcompile.passes.nodes import example, spelling, tensor_of
+from tqcompile.passes.indices import full, index_items, same_size
+from tqcompile.passes.nodes import spelling, tensor_of
 
 Axis = tuple  # the plane dimensions that one dimension of a view is made of, "r" where a token is repeated
 
-_SHAPE_ONLY = {"size", "numel", "dim", "stride", "shape", "dtype", "device", "ndim", "is_contiguous", "nelement"}
+_SHAPE_ONLY = {
+    "size",
+    "numel",
+    "dim",
+    "stride",
+    "shape",
+    "dtype",
+    "device",
+    "ndim",
+    "is_contiguous",
+    "nelement",
+    "sym_size",
+}
 _CASTS = {"to", "type", "type_as", "float", "half", "bfloat16", "_to_copy"}
 _RETURN_SELF = {"index_copy_", "copy_", "zero_"}
 _COPIES = {"contiguous", "detach", "alias"}
@@ -94,48 +107,6 @@ def _same_tensor(node: fx.Node, parent: View) -> bool:
     return same and value.dtype == source.dtype and value.stride() == source.stride()
 
 
-def same_size(left, right) -> bool:
-    return left is right or str(left) == str(right)
-
-
-def index_items(index, rank: int) -> list | None:
-    """An index as one item a dimension (None items apart), or None where a boolean mask takes several at once."""
-    items = list(index) if isinstance(index, (tuple, list)) else [index]
-    for item in items:
-        tensor = tensor_of(item)
-        if isinstance(item, (list, bool)) or (tensor is not None and tensor.dtype == torch.bool):
-            return None
-    if any(item is Ellipsis for item in items):
-        at = next(place for place, item in enumerate(items) if item is Ellipsis)
-        missing = rank - sum(item is not None and item is not Ellipsis for item in items)
-        items[at : at + 1] = [slice(None)] * missing
-    return items + [slice(None)] * (rank - sum(item is not None for item in items))
-
-
-def kept_run(node: fx.Node) -> tuple[fx.Node, int, slice] | None:
-    """The tensor, dimension and numbers of an index that keeps one run of all that the tensor holds, or None."""
-    source = node.args[0] if spelling(node) == "getitem" else None
-    if tensor_of(source) is None or tensor_of(node) is None:
-        return None
-    rank = tensor_of(source).dim()
-    items = index_items(node.args[1], rank)
-    if items is None or len(items) != rank:
-        return None
-    cut = [(dim, item) for dim, item in enumerate(items) if not full(item)]
-    if len(cut) != 1 or not isinstance(cut[0][1], slice) or cut[0][0] == rank - 1:
-        return None
-    (dim, run), bounds = cut[0], (cut[0][1].start, cut[0][1].stop)
-    numbers = all(bound is None or type(bound) is int for bound in bounds)
-    return (source, dim, run) if numbers and run.step in (None, 1) else None
-
-
-def full(item, size=None) -> bool:
-    """Whether an index item takes a whole dimension as it is."""
-    if not isinstance(item, slice) or item.step not in (None, 1) or item.start not in (None, 0):
-        return False
-    return item.stop is None or (size is not None and same_size(example(item.stop), size))
-
-
 def _getitem(node: fx.Node, parent: View, value: torch.Tensor) -> View | None:
     source = tensor_of(parent.node)
     items = index_items(node.args[1], source.dim())
@@ -194,9 +165,12 @@ def _cast(node: fx.Node, parent: View, value: torch.Tensor) -> View | None:
     return _copy(node, parent, value)
 
 
-def _unsqueeze(node: fx.Node, parent: View, value: torch.Tensor) -> View:
+def _unsqueeze(node: fx.Node, parent: View, value: torch.Tensor) -> View | None:
+    dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
+    if type(dim) is not int:
+        return None
     axes = list(parent.axes)
-    axes.insert(node.args[1] % value.dim(), ())
+    axes.insert(dim % value.dim(), ())
     return _relabelled(node, parent, axes)
 
 
@@ -264,7 +238,7 @@ def _apart(labels: Axis, sizes: list, planes: torch.Size) -> list[Axis] | None:
 
 def _repeat(node: fx.Node, parent: View, value: torch.Tensor) -> View | None:
     """A dimension of size 1 is repeated; to tile any other would give heads in another order."""
-    times = node.args[1] if isinstance(node.args[1], (tuple, list)) else node.args[1:]
+    times = node.args[1:2] and (node.args[1] if isinstance(node.args[1], (tuple, list)) else node.args[1:])
     if len(times) != len(parent.axes) or any(n != 1 for n, axis in zip(times, parent.axes) if axis != ()):
         return None
     return _relabelled(node, parent, [axis or (() if n == 1 else ("r",)) for n, axis in zip(times, parent.axes)])

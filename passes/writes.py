@@ -8,10 +8,11 @@ from torch import fx
 from tqcompile.passes import rewrite
 from tqcompile.passes.context import Context
 from tqcompile.passes.editor import Editor
+from tqcompile.passes.indices import full, index_items, same_size
 from tqcompile.passes.nodes import memory_of, spelling, tensor_of, written_operands
 from tqcompile.passes.sites import Site
 from tqcompile.passes.survey import Join
-from tqcompile.passes.views import View, full, index_items, same_size
+from tqcompile.passes.views import View
 
 
 class Writer(Editor):

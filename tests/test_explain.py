@@ -213,12 +213,12 @@ def test_layers_of_a_kind_that_did_not_run_are_not_guessed(tmp_path):
     assert re.search(r"all 4 layers +8 ", text)
 
 
-def test_eager_attention_reads_keys_and_values_apart(tmp_path):
+def test_eager_attention_is_one_reader_of_codes(tmp_path):
     options = ("--preset", "quality", "--cache", "static", "--attention", "eager")
     status, text, _ = explain(folder(tmp_path, num_hidden_layers=1), *options)
     assert status == 0 and "eager attention" in text and "keys q8_0, values q8_0" in text
-    assert re.search(r"read +logits over codes +transformers/models/llama/modeling_llama.py:\d+", text)
-    assert re.search(r"read +mix over codes +transformers/models/llama/modeling_llama.py:\d+", text)
+    assert re.search(r"read +attend over codes +transformers/models/llama/modeling_llama.py:\d+", text)
+    assert "logits over codes" not in text and "mix over codes" not in text
 
 
 def test_a_model_that_stops_is_explained_until_then(tmp_path, monkeypatch):

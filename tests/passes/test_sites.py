@@ -4,6 +4,10 @@ import pytest
 import torch
 from graphs import passed
 
+from tqcompile.backend import _copy
+from tqcompile.options import Options
+from tqcompile.passes.context import Context
+from tqcompile.passes.pipeline import run
 from tqcompile.passes.sites import sites
 
 F = torch.nn.functional
@@ -60,11 +64,11 @@ def test_a_past_that_is_continued_and_returned_is_an_append():
 
 
 def test_keys_that_leave_the_graph_are_a_cache_that_it_creates():
-    def step(q, x):
-        k, v = x * 2, x * 3
+    def step(q, x, w):
+        k, v = x @ w, x @ w * 3
         return attend(q, k, v), k, v, x * 4
 
-    context = found(step, Q, K)
+    context = found(step, Q, K, torch.randn(8, 8))
     assert [(site.kind, site.role) for site in context.sites] == [("create", "keys"), ("create", "values")]
 
 
@@ -154,11 +158,11 @@ def test_a_window_that_slides_over_a_past_is_an_append(window):
 
 
 def test_a_window_that_is_made_in_the_graph_is_created_by_what_attention_reads():
-    def step(q, x):
-        k, v = x * 2, x * 3
+    def step(q, x, w):
+        k, v = x @ w, x @ w * 3
         return attend(q, k, v), k[:, :, -2:], v[:, :, -2:]
 
-    context = found(step, Q, K)
+    context = found(step, Q, K, torch.randn(8, 8))
     assert [(site.kind, site.role) for site in context.sites] == [("create", "keys"), ("create", "values")]
     assert all(site.root.meta["example_value"].shape[2] == 2 for site in context.sites)
 
@@ -201,3 +205,35 @@ def test_scores_that_leave_the_graph_are_read_by_the_next():
         return q @ kc.mT * 0.5
 
     assert [site.role for site in found(Cache(step), Q, K, V, AT).sites] == ["keys"]
+
+
+def test_a_tensor_that_is_computed_from_one_of_its_size_is_not_encoded_anew():
+    def step(q, cache, k, v, here):
+        cache = torch.where(here, k, cache)
+        return attend(q, cache, cache), cache
+
+    context = found(step, Q, K, K + 1, V, torch.rand(3, 1) < 0.5, strict=True)
+    assert not context.sites and "codes of codes" in context.refusals[0].reason
+
+
+def test_a_state_that_a_graph_makes_and_multiplies_with_is_no_cache():
+    def step(q, k, v):
+        state = k.mT @ v
+        return q @ state, state
+
+    context = found(step, Q, K, V)
+    assert not context.sites and not context.refusals
+
+
+def test_a_dimension_that_is_an_input_of_the_graph_is_no_trouble():
+    graphs = []
+
+    def backend(gm, example_inputs):
+        after, context = _copy(gm), Context(Options(preset="lossless"))
+        run(after, context)
+        graphs.append(context)
+        return gm.forward
+
+    with torch.no_grad():
+        torch.compile(lambda q, cos, dim: q * cos.unsqueeze(dim), backend=backend, dynamic=True)(Q, V[:, 0], 1)
+    assert len(graphs) == 1

@@ -1,0 +1,48 @@
+"""What an index takes of a tensor, item by item."""
+
+import torch
+from torch import fx
+
+from tqcompile.passes.nodes import example, spelling, tensor_of
+
+
+def same_size(left, right) -> bool:
+    return left is right or str(left) == str(right)
+
+
+def index_items(index, rank: int) -> list | None:
+    """An index as one item a dimension (None items apart), or None where a boolean mask takes several at once."""
+    items = list(index) if isinstance(index, (tuple, list)) else [index]
+    for item in items:
+        tensor = tensor_of(item)
+        if isinstance(item, (list, bool)) or (tensor is not None and tensor.dtype == torch.bool):
+            return None
+    if any(item is Ellipsis for item in items):
+        at = next(place for place, item in enumerate(items) if item is Ellipsis)
+        missing = rank - sum(item is not None and item is not Ellipsis for item in items)
+        items[at : at + 1] = [slice(None)] * missing
+    return items + [slice(None)] * (rank - sum(item is not None for item in items))
+
+
+def full(item, size=None) -> bool:
+    """Whether an index item takes a whole dimension as it is."""
+    if not isinstance(item, slice) or item.step not in (None, 1) or item.start not in (None, 0):
+        return False
+    return item.stop is None or (size is not None and same_size(example(item.stop), size))
+
+
+def kept_run(node: fx.Node) -> tuple[fx.Node, int, slice] | None:
+    """The tensor, dimension and numbers of an index that keeps one run of all that the tensor holds, or None."""
+    source = node.args[0] if spelling(node) == "getitem" else None
+    if tensor_of(source) is None or tensor_of(node) is None:
+        return None
+    rank = tensor_of(source).dim()
+    items = index_items(node.args[1], rank)
+    if items is None or len(items) != rank:
+        return None
+    cut = [(dim, item) for dim, item in enumerate(items) if not full(item)]
+    if len(cut) != 1 or not isinstance(cut[0][1], slice) or cut[0][0] == rank - 1:
+        return None
+    (dim, run), bounds = cut[0], (cut[0][1].start, cut[0][1].stop)
+    numbers = all(bound is None or type(bound) is int for bound in bounds)
+    return (source, dim, run) if numbers and run.step in (None, 1) else None
