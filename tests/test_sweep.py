@@ -261,6 +261,9 @@ def test_the_page_is_made_from_records(tmp_path):
         tmp_path / "page.md", [GOOD, HALF, DECODED, written("other", {"error": 0.0, "held": held(4, 4)}, "seq2seq-lm")]
     )
     page = (tmp_path / "page.md").read_text()
+    assert "not been examined" not in page and "1 architectures have not been examined yet" in document.page(
+        [GOOD], [Architecture("causal-lm", "later", "Later")]
+    )
     rows = {line.split("|")[1].strip(): line for line in page.splitlines() if line.startswith("|")}
     assert (
         "4 / 4" in rows["good"] and "2 / 4" in rows["half"] and "[1]" in rows["half"] and "decoded 2" in rows["decoded"]

@@ -80,7 +80,8 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
             bar.set_postfix_str(architecture.name)
             bar.update()
     found = records.of(chosen)
-    document.write(options.page, records.of(architectures()))
+    every = architectures()
+    document.write(options.page, records.of(every), [a for a in every if a.key not in records.found])
     print(document.summary(found))
     bad = [(record, problem) for record in found for problem in verdict.problems(record)]
     for record, problem in bad:

@@ -7,7 +7,7 @@ from pathlib import Path
 from tabulate import tabulate
 
 from tqcompile.sweep import verdict
-from tqcompile.sweep.build import FAMILIES
+from tqcompile.sweep.build import FAMILIES, Architecture
 from tqcompile.sweep.examine import CODEC_TOLERANCE, DENSE, LOSSLESS, LOSSLESS_TOLERANCE
 from tqcompile.sweep.scenarios import SCENARIOS
 from tqcompile.sweep.verdict import Record
@@ -34,19 +34,20 @@ caches. Numbers in brackets are reasons, listed below.
 """
 
 
-def write(path: Path, records: Sequence[Record]) -> None:
-    """Write the page of `records` to `path`."""
+def write(path: Path, records: Sequence[Record], without: Sequence[Architecture] = ()) -> None:
+    """Write the page of `records`, and of the architectures `without` one, to `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page(records))
+    path.write_text(page(records, without))
 
 
-def page(records: Sequence[Record]) -> str:
+def page(records: Sequence[Record], without: Sequence[Architecture] = ()) -> str:
     """The whole page, as Markdown."""
     if not records:
         return "# Architectures\n\nNo architecture has been examined.\n"
     reasons = _Reasons()
     tables = [_family(family, records, reasons) for family in FAMILIES]
-    parts = [_introduction(records), summary(records, "github"), LEGEND, *tables, _problems(records), str(reasons)]
+    parts = [_introduction(records), summary(records, "github"), LEGEND, _not_examined(without)]
+    parts += [*tables, _problems(records), str(reasons)]
     return "\n".join(part.rstrip() + "\n" for part in parts if part)
 
 
@@ -61,6 +62,11 @@ def _introduction(records: Sequence[Record]) -> str:
         lossless=LOSSLESS_TOLERANCE,
         codec=CODEC_TOLERANCE,
     )
+
+
+def _not_examined(without: Sequence[Architecture]) -> str:
+    names = ", ".join(architecture.key for architecture in without)
+    return f"{len(without)} architectures have not been examined yet, and count nowhere: {names}.\n" if without else ""
 
 
 def summary(records: Sequence[Record], style: str = "simple") -> str:
