@@ -9,6 +9,8 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
     StaticCache,
@@ -38,6 +40,7 @@ _MODELS = {
     "llama": (LlamaForCausalLM, LlamaConfig, _GROUPED),
     "qwen2, biases": (Qwen2ForCausalLM, Qwen2Config, _GROUPED),
     "gpt2, learned positions": (GPT2LMHeadModel, GPT2Config, _COMMON),
+    "mistral, window": (MistralForCausalLM, MistralConfig, {**_GROUPED, "sliding_window": WINDOW}),
     "gemma2, softcap and window": (
         Gemma2ForCausalLM,
         Gemma2Config,
