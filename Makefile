@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-slow test-gpu bench bench-cpu aot fmt clean
+.PHONY: help env demo test test-slow test-gpu bench bench-cpu sweep aot fmt clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
@@ -43,6 +43,9 @@ bench: env  ## time attention, append, prefill and steps: make bench ARGS="--bat
 
 bench-cpu: env  ## time decoding on a CPU
 	$(BIN)/python examples/bench_cpu.py $(ARGS)
+
+sweep: env  ## compile a tiny model of every architecture, and count: make sweep ARGS="--only REGEX"
+	$(BIN)/python -m tqcompile sweep $(ARGS)
 
 aot: env  ## compile the kernels of every codec with no GPU present, and list registers and spills
 	$(BIN)/python -m tqcompile.kernels.build $(ARGS)

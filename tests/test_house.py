@@ -25,6 +25,7 @@ FLOORS = (
     ("__init__",),
     ("bench",),
     ("explain",),
+    ("sweep",),
     ("__main__",),
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
@@ -45,7 +46,7 @@ KERNEL_LINES = 100
 def modules():
     """Every module of the package by its name inside it: `codec`, `passes.sites`."""
     files = {path.stem: path for path in (ROOT / "tqcompile").glob("*.py")}
-    for room in ("passes", "kernels", "tqcompile/bench", "tqcompile/explain"):
+    for room in ("passes", "kernels", "tqcompile/bench", "tqcompile/explain", "tqcompile/sweep"):
         files |= {f"{pathlib.Path(room).name}.{path.stem}": path for path in (ROOT / room).glob("*.py")}
     return dict(sorted(files.items()))
 

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 from tqcompile.bench import command as bench
 from tqcompile.explain import command as explain
+from tqcompile.sweep import command as sweep
 
-COMMANDS = (bench, explain)
+COMMANDS = (bench, explain, sweep)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

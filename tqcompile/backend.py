@@ -1,5 +1,6 @@
 """The entry point: Dynamo's graph in, a callable out. The only file that names Dynamo, AOTAutograd or Inductor."""
 
+import time
 import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -74,8 +75,10 @@ def _compile(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options
     if options.inner == "inductor":
         cpu.use_row_compiler(compile_rows)
     context, copy = Context(options), _copy(gm)
+    start = time.perf_counter()
     run(copy, context)
     record = reports.record(_record(gm, copy, context))
+    record.seconds = time.perf_counter() - start
     if not context.inputs and not any(site.kind == "create" for site in context.sites):
         return _inner(gm, example_inputs, options, mode)
     dump = Dump(options.dump, record.name) if options.dump is not None else None
@@ -87,10 +90,17 @@ def _compile(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options
     for site in context.sites:
         cache = tensor_of(site.root)
         ops.prepare(site.codec, int(cache.shape[-1]), cache.device)
+    record.kinds = read_kinds(copy)
     if any(tensor_of(site.root).device.type == "cuda" for site in context.sites):
         record.readers = readers(copy)
     compiled = _inner(copy, examples, options, mode, dump)
     return CompiledGraph(gm, compiled, context, record)
+
+
+def read_kinds(gm: fx.GraphModule) -> dict[str, int]:
+    """How many reads of codes a rewritten graph has of each operator: attend, or one of its two products."""
+    kinds = {ops.attend: "attend", ops.logits: "logits", ops.mix: "mix"}
+    return dict(Counter(kinds[node.target] for node in gm.graph.nodes if node.target in kinds))
 
 
 def readers(gm: fx.GraphModule) -> dict[tuple[str, str, str], int]:
@@ -105,6 +115,14 @@ def readers(gm: fx.GraphModule) -> dict[tuple[str, str, str], int]:
             name = "query x keys" if node.target is ops.logits else "weights x values"
             found[name, node.args[2], "decoded, a part of the heads at a time"] += 1
     return dict(found)
+
+
+def graph_breaks() -> dict[str, int]:
+    """Why Dynamo ended graphs early since the last call, and how often: what lies between them is not compiled."""
+    counted = torch._dynamo.utils.counters["graph_break"]
+    found = dict(counted)
+    counted.clear()
+    return found
 
 
 def _placeholders(gm: fx.GraphModule) -> list[fx.Node]:

@@ -21,6 +21,8 @@ class Graph:
     facts: tuple = ()
     counts: dict[str, int] = field(default_factory=dict)
     reads: int = 0
+    kinds: dict[str, int] = field(default_factory=dict)
+    seconds: float = 0.0
     readers: dict[tuple[str, str, str], int] = field(default_factory=dict)
     dump: str | None = None
     texts: object = None

@@ -1,0 +1,127 @@
+"""What a record says about its architecture: everything that the summary counts and the table shows."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from tqcompile.sweep.examine import DENSE, LOSSLESS, wrong
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something that is wrong: an exception that dense compilation does not have, or numbers beyond the tolerance."""
+
+    scenario: str
+    mode: str
+    what: str
+    where: str
+
+
+def made(record: Record) -> bool:
+    return bool(record.get("scenarios"))
+
+
+def results(record: Record, mode: str) -> Iterator[tuple[str, dict]]:
+    """The scenarios that ran in `mode`, and what came out."""
+    for name, scenario in record["scenarios"].items():
+        if mode in scenario.get("modes", {}):
+            yield name, scenario["modes"][mode]
+
+
+def codecs(record: Record) -> list[str]:
+    """The modes of a record that are names of codecs."""
+    found = {mode for scenario in record["scenarios"].values() for mode in scenario.get("modes", {})}
+    return sorted(found - {DENSE, LOSSLESS})
+
+
+def caches(record: Record, kind: str = "self", mode: str = LOSSLESS) -> tuple[int, int]:
+    """How many tensors of `kind` were compressed after each scenario, and how many there were: all scenarios together.
+
+    Where a scenario fell, the caches that the untouched model keeps count as dense.
+    """
+    compressed = total = 0
+    for name, result in results(record, mode):
+        row = result.get("held", record["scenarios"][name]["dense_held"]).get(kind, {"compressed": 0, "count": 0})
+        compressed, total = compressed + row["compressed"], total + row["count"]
+    return compressed, total
+
+
+def has_cache(record: Record) -> bool:
+    """Whether the untouched model keeps keys and values of its own tokens."""
+    return any("self" in scenario.get("dense_held", ()) for scenario in record["scenarios"].values())
+
+
+def all_compressed(record: Record) -> bool:
+    compressed, total = caches(record)
+    return compressed == total > 0
+
+
+def all_fused(record: Record) -> bool:
+    """Whether every read of codes is the one operator that attends over them."""
+    read = [result for _, result in results(record, LOSSLESS) if result.get("reads") or result.get("fallbacks")]
+    return bool(read) and all(set(result["reads"]) == {"attend"} and not result["fallbacks"] for result in read)
+
+
+def problems(record: Record) -> list[Problem]:
+    """What this package does to the architecture that dense compilation does not."""
+    found = []
+    if "died" in record:
+        found.append(Problem(record.get("stopped", ""), "", record["died"], ""))
+    for name, scenario in record["scenarios"].items():
+        modes = scenario.get("modes", {})
+        for mode, result in modes.items():
+            if mode == DENSE:
+                continue
+            if "exception" in result and "exception" not in modes.get(DENSE, {}):
+                found.append(Problem(name, mode, result["exception"], result["where"]))
+            elif wrong(mode, result) and not _same(result, modes.get(DENSE, {})):
+                found.append(Problem(name, mode, f"error {result['error']:.1e} in call {result['step']}", ""))
+            found += [Problem(name, mode, what, "") for what in _mistaken(result)]
+    return found
+
+
+def _same(result: dict, dense: dict) -> bool:
+    """Whether dense compilation is wrong by as much, in the same call: then it is not ours."""
+    close = math.isclose(result["error"], dense.get("error", 0.0), rel_tol=1e-3)
+    return wrong(DENSE, dense) and close and result["step"] == dense["step"]
+
+
+def _mistaken(result: dict) -> Iterator[str]:
+    """What the numbers of a lossless codec do not show."""
+    held = result.get("held", {})
+    if held.get("state", {}).get("compressed"):
+        yield "the state of a recurrence or a convolution is compressed as if it were a cache"
+    said = any(result.get(field) for field in ("refusals", "events", "breaks"))
+    if held.get("self", {}).get("dense") and not said:
+        yield f"left dense, and the report does not say why: {', '.join(held['self']['dense'])}"
+
+
+def worst(record: Record, mode: str) -> float | None:
+    """The largest error of `mode` in any scenario; None where it never ran to the end."""
+    errors = [result["error"] for _, result in results(record, mode) if "error" in result]
+    return max(errors, key=lambda error: math.inf if math.isnan(error) else error, default=None)
+
+
+def dense_fails(record: Record) -> list[str]:
+    """The scenarios that plain compilation, without this package, does not get through or gets wrong."""
+    return [name for name, result in results(record, DENSE) if "exception" in result or wrong(DENSE, result)]
+
+
+def reasons(record: Record, mode: str = LOSSLESS) -> Iterator[tuple[str, str]]:
+    """Why something of an architecture stays dense, is decoded for a reader or was not run: what, and where."""
+    for _, result in [*results(record, mode), *(pair for codec in codecs(record) for pair in results(record, codec))]:
+        yield from ((reason, where) for reason, where, *_ in result.get("refusals", ()))
+        yield from ((f"decoded in front of {operator}", where) for operator, where, _ in result.get("fallbacks", ()))
+        yield from ((f"a call ran dense: {event}", "") for event in result.get("events", ()))
+        if result.get("no_twin"):
+            yield f"not compared under a codec, its twin would hold dense: {', '.join(result['no_twin'])}", ""
+        if result.get("held", {}).get("self", {}).get("dense"):
+            yield from ((f"Dynamo breaks the graph: {broken}", "") for broken in result.get("breaks", ()))
+    for name, scenario in record["scenarios"].items():
+        if "not_run" in scenario:
+            yield f"{name} is not run: {scenario['not_run']}", scenario["where"]
+        elif "shortened" in scenario:
+            yield f"{name} is run without its calls of several tokens: {scenario['shortened']}", ""
