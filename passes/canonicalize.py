@@ -47,6 +47,9 @@ def _einsum(node: fx.Node) -> bool:
     if letters is None:
         return False
     first, second, result = letters
+    given = [dict(zip(part, map(str, tensor_of(x).shape))) for part, x in zip((first, second), operands)]
+    if any(given[0][letter] != given[1][letter] for letter in first if letter in second):
+        return False
     shared = [letter for letter in result if letter in first and letter in second]
     (inner,) = [letter for letter in first if letter not in result]
     rows = [letter for letter in first if letter not in second]
@@ -212,7 +215,9 @@ def _cat(node: fx.Node) -> bool:
         return False
     parts, dim = given["tensors"], given.get("dim", 0)
     order = _turn(parts[0]) if isinstance(parts, (tuple, list)) and parts else None
-    if order is None or None in map(tensor_of, parts) or any(tensor_of(part).dim() != len(order) for part in parts):
+    # Only of a past: what is turned comes out as a view, and where nothing is kept the model may count on a copy.
+    turned = order is not None and parts[0].args[0].op == "placeholder" and None not in map(tensor_of, parts)
+    if not turned or any(tensor_of(part).dim() != len(order) for part in parts):
         return _respell(node, torch.cat, (parts, dim))
     # A turned past that tokens are put behind: the past itself, and what is put behind it turned back.
     back = tuple(order.index(place) for place in range(len(order)))
@@ -233,6 +238,8 @@ def _scattered(node: fx.Node) -> bool:
     given = {**dict(zip(names, node.args)), **node.kwargs}
     source, dim = given.get("input"), given.get("dim", 0)
     if tensor_of(source) is None or not set(given) <= set(names) or given.get("accumulate") or type(dim) is not int:
+        return False
+    if spelling(node) == "index_copy" and (tensor_of(given["index"]) is None or tensor_of(given["index"]).dim() != 1):
         return False
     copy = _before(node, torch.clone, source)
     index: tuple = tuple([slice(None)] * (dim % tensor_of(source).dim()))

@@ -10,6 +10,8 @@ from tqcompile.passes.nodes import memory_of, spelling, tensor_of, written_opera
 from tqcompile.passes.views import View
 
 PRODUCTS = {"matmul", "linear", "scaled_dot_product_attention", "addmm", "addbmm"}
+# What makes one number of several tokens: behind it are no tokens of a cache any more.
+_MIXERS = {"sum", "mean", "cumsum", "lerp", "conv1d", "conv2d", "amax", "max", "pool", "avg_pool1d", "unfold"}
 _SUMS = {"add", "add_", "sub", "sub_", "iadd", "isub", "__add__", "__radd__", "__iadd__"}
 
 
@@ -40,12 +42,23 @@ def places_of(view: View, transposed: bool = False) -> Places | None:
     return Places(tuple(heads), tokens)
 
 
+def alike(key: View, value: View, transposed: bool = False) -> bool:
+    """Whether keys, or `transposed` ones, and values have the same sequences and heads, in the same order."""
+    sides = (key, places_of(key, transposed)), (value, places_of(value))
+    sizes = [[str(tensor_of(view.base).shape[dim]) for dim in places.heads] for view, places in sides]
+    return key.axes[0] == value.axes[0] and sizes[0] == sizes[1]
+
+
 def fits(query: fx.Node, cache: fx.Node, grouped: bool = False) -> bool:
     """Whether all that leads is of the same sizes; heads may be one, or fewer where they are `grouped`."""
     left, right = tensor_of(query), tensor_of(cache)
     if left is None or left.dim() != right.dim():
         return False
     pairs = list(zip(left.shape[:-2], right.shape[:-2]))
+    spread = [place for place, (a, b) in enumerate(pairs) if not same_size(a, b)]
+    # What is spread over several queries lies behind all heads: in front of them is another order.
+    if spread and not all(same_size(b, 1) or (grouped and len(pairs) == 2) for _, b in pairs[max(spread[0], 1) :]):
+        return False
     return all(same_size(a, b) or (place and (grouped or same_size(b, 1))) for place, (a, b) in enumerate(pairs))
 
 
@@ -103,7 +116,7 @@ def roles_of(views: Iterable[fx.Node]) -> set[str]:
                 # What is written elsewhere goes on from there.
                 owner = _owner(written_operands(user)[0])
                 onward += [owner] if owner.op != "placeholder" else []
-            elif tensor_of(user) is not None and not _leaves_cache(user, reached):
+            elif tensor_of(user) is not None and name not in _MIXERS and not _leaves_cache(user, reached):
                 onward.append(user)
         fresh = [each for each in dict.fromkeys(onward) if each not in reached]
         reached.update(dict.fromkeys(fresh))

@@ -29,7 +29,7 @@ def broadcast(source: torch.Tensor, plane: torch.Tensor) -> torch.Tensor:
 
 def wrapped(positions: torch.Tensor, length: int) -> torch.Tensor:
     """Positions as an assignment takes them, those below zero counted from the end."""
-    return torch.where(positions < 0, positions + length, positions)
+    return torch.where(positions < 0, positions + length, positions).long()
 
 
 def reach(mask: torch.Tensor) -> torch.Tensor:

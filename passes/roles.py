@@ -6,7 +6,7 @@ from torch import fx
 from tqcompile.cache import CompressedKV
 from tqcompile.codec import Codec
 from tqcompile.passes.nodes import tensor_of
-from tqcompile.passes.places import roles_of
+from tqcompile.passes.places import places_of, roles_of
 from tqcompile.passes.survey import Append, Survey
 
 
@@ -63,3 +63,24 @@ def role_behind(survey: Survey, root: fx.Node) -> str | None:
     """As what attention reads numbers that are computed from a cache: it is decoded in front of what computes."""
     roles = roles_of(node for node, view in survey.views.items() if view.root is root)
     return "both" if len(roles) > 1 else next(iter(roles), None)
+
+
+def along_tokens(survey: Survey, root: fx.Node, dim: int) -> bool:
+    """Whether every read of a past that grows has tokens along the dimension it grows in."""
+    for read in survey.reads.values():
+        for view, turned in ((read.key, read.kind == "logits"), (read.value, False)):
+            if view is not None and view.root is root:
+                places = places_of(view, turned)
+                if places is not None and dim not in places.tokens:
+                    return False
+    return True
+
+
+def paged(survey: Survey, root: fx.Node) -> bool:
+    """Whether attention reads two dimensions of a tensor as its tokens."""
+    for read in survey.reads.values():
+        for view, turned in ((read.key, read.kind == "logits"), (read.value, False)):
+            places = places_of(view, turned) if view is not None and view.root is root else None
+            if places is not None and len(places.tokens) > 1:
+                return True
+    return False

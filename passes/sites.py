@@ -20,7 +20,7 @@ from tqcompile.passes.indices import kept_run
 from tqcompile.passes.nodes import spelling, tensor_of
 from tqcompile.passes.overlooked import Overlooked, overlooked
 from tqcompile.passes.places import PRODUCTS
-from tqcompile.passes.roles import codec_of, real, role_behind, role_beside, role_of
+from tqcompile.passes.roles import along_tokens, codec_of, paged, real, role_behind, role_beside, role_of
 from tqcompile.passes.survey import STATE, TURNED, Append, Read, Survey
 from tqcompile.passes.views import View, written_value
 
@@ -128,6 +128,8 @@ def _decide(survey: Survey, outputs: list[fx.Node], context) -> tuple[list[Site]
         reason = survey.losses.get(root) or _obstacle(root, role, in_place, appended.get(root), context)
         if reason is None and any(_differentiable(read, root) for read in survey.reads.values()):
             reason = "gradients flow through it"
+        if reason is None and root in appended and not along_tokens(survey, root, appended[root].dim):
+            reason = "it grows along a dimension that attention does not read as tokens"
         if reason is None:
             kind = "in_place" if in_place else "append" if root in appended else "read"
             accepted[root] = Site(root, kind, role, codec_of(root, role, context), appended.get(root))
@@ -168,7 +170,8 @@ def _decide_created(survey: Survey, made: list[fx.Node], context) -> tuple[list[
     found, refused = [], []
     for root in made:
         role = role_of(survey, _whole(root), context)
-        if role is None:
+        # A map of features that attention pools is no cache: its places are two dimensions, or it is read as both.
+        if role is None or (role == "both" and tensor_of(root).dim() == 4 and paged(survey, _whole(root))):
             continue
         reason = _obstacle(root, role, False, None, context) or _repeats(root, context.survey)
         if reason is None:

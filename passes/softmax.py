@@ -70,7 +70,7 @@ def _behind(node: fx.Node) -> _Step | None:
         return _Step(*((right, float(left)) if _number(left) else (left, float(right))))
     if name in _QUOTIENTS and _number(right) and right:
         return _Step(left, 1 / float(right))
-    if name in _SUMS and None not in (tensor_of(left), tensor_of(right)):
+    if name in _SUMS and left is not right and None not in (tensor_of(left), tensor_of(right)):
         # The scores are the one that has all of the sizes, and if both have, the one that was computed of queries.
         scores, mask = (left, right) if _comes_from_product(left) else (right, left)
         fits = tensor_of(mask).dtype.is_floating_point and tensor_of(mask).dim() <= value.dim()

@@ -8,9 +8,9 @@ from torch import fx
 
 from tqcompile.passes.indices import kept_run
 from tqcompile.passes.nodes import memory_of, spelling, tensor_of, written_operands
-from tqcompile.passes.places import are_weights, becomes_weights, fits, places_of, roles_of
+from tqcompile.passes.places import alike, are_weights, becomes_weights, fits, places_of, roles_of
 from tqcompile.passes.softmax import chain_behind
-from tqcompile.passes.tokens import whole_tokens
+from tqcompile.passes.tokens import is_stored, kept_by, whole_tokens, written_tensors
 from tqcompile.passes.views import View, derived, identity, root_view, shape_only
 
 TURNED = "its tokens lie along the last dimension, where codes have head_dim"
@@ -126,13 +126,15 @@ class Survey:
         scores = {node: read for node, read in self.reads.items() if read.kind == "logits"}
         for node, read in list(self.reads.items()):
             chain = chain_behind(read.left, scores) if read.kind == "mix" else None
-            if chain is None or scores[chain.nodes[0]].key.axes[0] != read.value.axes[0]:
+            if chain is None:
                 continue
             first = scores[chain.nodes[0]]
             *leading, channel, tokens = first.key.axes
+            if not alike(first.key, read.value, transposed=True):
+                continue
             kept = {memory_of(each) for each in (first.left, first.key.node, *(mask for mask, _ in chain.masks))}
             between = [each for each in graph.nodes if self._order[first.node] < self._order[each] < self._order[node]]
-            if any(memory_of(operand) in kept for each in between for operand in _written(each)):
+            if any(memory_of(operand) in kept for each in between for operand in written_tensors(each)):
                 continue
             del self.reads[first.node]
             self.reads[node] = replace(
@@ -168,7 +170,10 @@ class Survey:
             self.losses.setdefault(root, f"{spelling(node)} writes it in a way that no rule follows")
             self.culprits.setdefault(root, node)
             return
-        if view.base is root and spelling(node) == "copy_" and self._reads(node.args[1], root):
+        name = spelling(node)
+        source = node.args[1 if name == "copy_" else -1] if name in ("copy_", "setitem") else None
+        whole = view.base is root and name == "copy_"
+        if source is not None and self._reads(source, root, through_attention=whole):
             self.losses.setdefault(root, STATE)
             self.culprits.setdefault(root, node)
             return
@@ -183,15 +188,18 @@ class Survey:
         if tensor_of(node) is not None:
             self.views[node] = replace(view, node=node, parent=target)
 
-    def _reads(self, node: fx.Node, root: fx.Node) -> bool:
-        """Whether a number is computed from what `root` held, and is not a copy of that."""
-        if self._from(node, root):
+    def _reads(self, node: fx.Node, root: fx.Node, through_attention: bool) -> bool:
+        """Whether a number is computed from what `root` held, and is not a copy of that or what attention makes of it.
+
+        To choose between the two, token by token, is no computation.
+        """
+        if not isinstance(node, fx.Node) or self._from(node, root) or spelling(node) == "where":
             return False
         reached = {node: None}
         for before in (queue := [node]):
             if self._from(before, root):
                 return True
-            for operand in before.all_input_nodes:
+            for operand in before.all_input_nodes if through_attention or before not in self.reads else ():
                 if operand not in reached:
                     reached[operand] = None
                     queue.append(operand)
@@ -219,12 +227,21 @@ class Survey:
                 self.culprits.setdefault(root, node)
             return
         shown = [part for part in parts if self._from(part, root)]
+        foreign = [part for part in parts if part not in shown]
+        if any(self._is_kept(part) for part in foreign) or not (kept_by(node) or all(map(is_stored, foreign))):
+            return
         kinds = {(tensor_of(part).dim(), tensor_of(part).dtype) for part in parts}
         part_rank = rank - (spelling(node) == "stack")
         if kinds != {(part_rank, tensor_of(root).dtype)} or not all(self.views[part].plain for part in shown):
             return
         self.joins[node] = Join(node, tuple(parts), dim % rank)
         self.views[node] = View(node, root, node, shown[0], identity(rank), True, node)
+
+    def _is_kept(self, node: fx.Node) -> bool:
+        """Whether a tensor is, or continues, a cache of its own."""
+        view, kept = self.views.get(node), {join.parts[0] for join in self.joins.values()}
+        kept |= {written.root for written in self.writes.values()}
+        return view is not None and (view.node is not view.root or view.root in kept)
 
     def _from(self, node: fx.Node, root: fx.Node) -> bool:
         return node in self.views and self.views[node].root is root
@@ -235,7 +252,7 @@ class Survey:
             return
         if node.kwargs["dropout_p"]:
             return
-        if places_of(key) is None or places_of(value) is None or key.axes[0] != value.axes[0]:
+        if places_of(key) is None or places_of(value) is None or not alike(key, value):
             return
         if not all(fits(node.args[0], side.node, node.kwargs["enable_gqa"]) for side in (key, value)):
             return
@@ -261,10 +278,6 @@ class Survey:
         elif places_of(right) is not None and (right.root.op == "placeholder" or are_weights(node.args[0])):
             # What a graph makes and reads with anything but weights is the state of a recurrence.
             self.reads[node] = Read(node, "mix", None, right, node.args[0])
-
-
-def _written(node: fx.Node) -> list[fx.Node]:
-    return [operand for operand in written_operands(node) if tensor_of(operand) is not None]
 
 
 def _leaves(node: fx.Node, dim: int) -> bool:

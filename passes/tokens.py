@@ -1,10 +1,10 @@
-"""Which writes put whole tokens into a cache."""
+"""Which writes put whole tokens into a cache, and what is kept of a tensor."""
 
 from torch import fx
 
 from tqcompile.passes.indices import full, index_items
-from tqcompile.passes.nodes import memory_of, spelling, tensor_of
-from tqcompile.passes.views import View
+from tqcompile.passes.nodes import memory_of, spelling, tensor_of, written_operands
+from tqcompile.passes.views import CARRIERS, View
 
 _WRITERS = {"setitem", "index_copy_", "copy_", "zero_"}
 
@@ -32,3 +32,25 @@ def whole_tokens(node: fx.Node, view: View, views: dict[fx.Node, View]) -> bool:
             return False
     # Where Dynamo has symbols for a second head_dim an assignment, which may broadcast, does not make them one.
     return bool(value.shape[-1] == cache.shape[-1])
+
+
+def is_stored(node: fx.Node) -> bool:
+    """Whether a tensor is what a node writes into another."""
+    return any(node in user.args[1:] and written_tensors(user) for user in node.users)
+
+
+def kept_by(join: fx.Node) -> bool:
+    """Whether a part of a tensor leaves the graph, or is written into another."""
+    reached = {join: None}
+    for node in (queue := [join]):
+        if any(user.op == "output" for user in node.users) or is_stored(node):
+            return True
+        fresh = [user for user in node.users if spelling(user) in CARRIERS and user not in reached]
+        reached.update(dict.fromkeys(fresh))
+        queue += fresh
+    return False
+
+
+def written_tensors(node: fx.Node) -> list[fx.Node]:
+    """The tensors that a node writes into."""
+    return [operand for operand in written_operands(node) if tensor_of(operand) is not None]

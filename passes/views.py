@@ -160,7 +160,8 @@ def _copy(node: fx.Node, parent: View, value: torch.Tensor) -> View:
 
 
 def _cast(node: fx.Node, parent: View, value: torch.Tensor) -> View | None:
-    if value.device != tensor_of(parent.node).device or not value.dtype.is_floating_point:
+    source = tensor_of(parent.node)
+    if value.device != source.device or not value.dtype.is_floating_point or value.dtype.itemsize < 2:
         return None
     return _copy(node, parent, value)
 
@@ -192,6 +193,8 @@ def _expand(node: fx.Node, parent: View, value: torch.Tensor) -> View | None:
 def _reshape(node: fx.Node, parent: View, value: torch.Tensor) -> View | None:
     """Dimensions that are merged, or taken apart into the plane dimensions that they were made of."""
     sizes = tensor_of(parent.base).shape
+    if value.dtype != tensor_of(parent.node).dtype:
+        return None
     old, new = list(zip(tensor_of(parent.node).shape, parent.axes)), list(value.shape)
     axes = []
     while old and new:

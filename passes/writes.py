@@ -28,13 +28,14 @@ class Writer(Editor):
 
     def append(self, node: fx.Node, site: Site) -> None:
         append = site.append
-        tokens = self.call(torch.ops.aten.sym_size.int, append.tokens, append.dim)
+        dense = self.dense(append.tokens)
+        tokens = self.call(torch.ops.aten.sym_size.int, dense, append.dim)
         region = []
         for plane in self.planes[site.root]:
             end = self.call(torch.ops.aten.sym_size.int, plane, append.dim)
             start = self.call(operator.sub, end, tokens)
             region.append(self.call(torch.narrow, plane, append.dim, start, tokens))
-        self.encode(region, append.tokens, None, site)
+        self.encode(region, dense, None, site)
         self.planes[node] = self.planes[site.root]
         self.changed += 1
 
@@ -124,6 +125,7 @@ class Writer(Editor):
         value = tensor_of(source)
         others = [dim for dim in range(cache.dim()) if dim not in indexed]
         lone = len(indexed) == 1 and tensor_of(items[indexed[0]]).dim() == 1 and value.dim() == cache.dim()
+        lone = lone and same_size(value.shape[indexed[0]], tensor_of(items[indexed[0]]).shape[0])
         if lone and all(full(items[d], cache.shape[d]) and same_size(value.shape[d], cache.shape[d]) for d in others):
             positions = self._wrapped(items[indexed[0]], planes[0], indexed[0], str(cache.shape[indexed[0]]))
             self._write_positions(planes, indexed[0], positions, source, site)

@@ -237,3 +237,27 @@ def test_a_dimension_that_is_an_input_of_the_graph_is_no_trouble():
     with torch.no_grad():
         torch.compile(lambda q, cos, dim: q * cos.unsqueeze(dim), backend=backend, dynamic=True)(Q, V[:, 0], 1)
     assert len(graphs) == 1
+
+
+def test_features_that_grow_along_heads_or_lie_on_a_map_are_no_caches():
+    def grown(skip, q, x):
+        h = torch.cat([skip, x], 1)
+        return attend(q, h, h), h
+
+    assert not found(grown, K, torch.randn(2, 8, 3, 8), K).sites
+    torch._dynamo.reset()
+
+    def pooled(image, w, q):
+        features = image.permute(0, 2, 3, 1) @ w
+        places = features.flatten(1, 2)
+        return attend(q, places, places), features
+
+    assert not found(pooled, torch.randn(2, 8, 4, 4), torch.randn(8, 8), torch.randn(2, 1, 8)).sites
+
+
+def test_a_state_that_is_written_by_parts_is_no_cache():
+    def step(kc, vc, q, k, v, at):
+        vc[:1] = vc[:1] * 0.9 + k.mT[:1, :, :, :1] @ v[:1, :, :1]
+        return (q @ vc[..., :8, :]).softmax(-1)
+
+    assert not found(Cache(step), Q, K, V, AT).sites
