@@ -5,7 +5,7 @@ from torch import fx
 
 from tqcompile.cache import CompressedKV
 from tqcompile.codec import Codec
-from tqcompile.passes.nodes import tensor_of
+from tqcompile.passes.nodes import spelling, tensor_of
 from tqcompile.passes.places import places_of, roles_of
 from tqcompile.passes.survey import Append, Survey
 
@@ -65,14 +65,16 @@ def role_behind(survey: Survey, root: fx.Node) -> str | None:
     return "both" if len(roles) > 1 else next(iter(roles), None)
 
 
-def along_tokens(survey: Survey, root: fx.Node, dim: int) -> bool:
-    """Whether every read of a past that grows has tokens along the dimension it grows in."""
+def along_tokens(survey: Survey, root: fx.Node) -> bool:
+    """Whether every read of what continues a tensor has tokens along the dimension that it grows in."""
     for read in survey.reads.values():
         for view, turned in ((read.key, read.kind == "logits"), (read.value, False)):
-            if view is not None and view.root is root:
-                places = places_of(view, turned)
-                if places is not None and dim not in places.tokens:
-                    return False
+            grown = survey.appends.get(view.base) or survey.joins.get(view.base) if view is not None else None
+            if grown is None or view.root is not root or spelling(grown.node) != "cat":
+                continue
+            places = places_of(view, turned)
+            if places is not None and grown.dim not in places.tokens:
+                return False
     return True
 
 

@@ -128,7 +128,7 @@ def _decide(survey: Survey, outputs: list[fx.Node], context) -> tuple[list[Site]
         reason = survey.losses.get(root) or _obstacle(root, role, in_place, appended.get(root), context)
         if reason is None and any(_differentiable(read, root) for read in survey.reads.values()):
             reason = "gradients flow through it"
-        if reason is None and root in appended and not along_tokens(survey, root, appended[root].dim):
+        if reason is None and not along_tokens(survey, root):
             reason = "it grows along a dimension that attention does not read as tokens"
         if reason is None:
             kind = "in_place" if in_place else "append" if root in appended else "read"

@@ -257,7 +257,9 @@ def test_features_that_grow_along_heads_or_lie_on_a_map_are_no_caches():
 
 def test_a_state_that_is_written_by_parts_is_no_cache():
     def step(kc, vc, q, k, v, at):
-        vc[:1] = vc[:1] * 0.9 + k.mT[:1, :, :, :1] @ v[:1, :, :1]
-        return (q @ vc[..., :8, :]).softmax(-1)
+        write(kc, k, at)
+        vc[:1] = vc[:1] * 0.9 + v[:1, :, :1]
+        return attend(q, kc, vc)
 
-    assert not found(Cache(step), Q, K, V, AT).sites
+    context = found(Cache(step), Q, K, V, AT)
+    assert [site.role for site in context.sites] == ["keys"] and "recurrent" in context.refusals[0].reason
