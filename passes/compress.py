@@ -170,7 +170,7 @@ class _Rewriter(Writer):
             key_basis,
             self.basis(values, result, dims[1]),
             read.causal,
-            read.scale,
+            dims[0] ** -0.5 if read.scale is None else read.scale,
             keys.codec.name,
             values.codec.name,
             *dims,

@@ -259,7 +259,7 @@ class Survey:
         if isinstance(node.kwargs["scale"], fx.Node):
             return
         mask, scale = node.kwargs["attn_mask"], node.kwargs["scale"]
-        scale = tensor_of(node.args[0]).shape[-1] ** -0.5 if scale is None else float(scale)
+        scale = None if scale is None else float(scale)
         masks = () if mask is None else ((mask, 1.0),)
         self.reads[node] = Read(node, "attend", key, value, node.args[0], scale, masks, bool(node.kwargs["is_causal"]))
 

@@ -17,7 +17,13 @@ ROOT = pathlib.Path(__file__).parent.parent
 # Rooms by the folder that holds them in the source tree; all are inside the package once it is installed.
 SHIPPED = {
     ".".join(["tqcompile", *path.relative_to(ROOT / home).with_suffix("").parts]): path.relative_to(ROOT / home)
-    for home, room in (("", "passes"), ("", "kernels"), ("tqcompile", "bench"), ("tqcompile", "explain"))
+    for home, room in (
+        ("", "passes"),
+        ("", "kernels"),
+        ("tqcompile", "bench"),
+        ("tqcompile", "explain"),
+        ("tqcompile", "sweep"),
+    )
     for path in (ROOT / home / room).rglob("*.py")
 }
 
