@@ -54,7 +54,8 @@ def _einsum(node: fx.Node) -> bool:
     (inner,) = [letter for letter in first if letter not in result]
     rows = [letter for letter in first if letter not in second]
     (column,) = [letter for letter in second if letter not in first]
-    sizes = {letter: _size(node, operands[0], place) for place, letter in enumerate(first)}
+    apart = [*(rows if len(rows) > 1 else ()), *(shared[1:] if len(shared) > 2 else ())]
+    sizes = {letter: _size(node, operands[0], first.index(letter)) for letter in apart}
     left = _ordered(node, operands[0], first, (*shared, *rows, inner))
     right = _ordered(node, operands[1], second, (*shared, inner, column))
     left = _before(node, torch.unsqueeze, left, -2) if not rows else left

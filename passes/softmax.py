@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from torch import fx
 
 from tqcompile.passes.nodes import example, spelling, tensor_of
-from tqcompile.passes.views import shape_only
 
 _CASTS = {"to", "type", "type_as", "float", "half", "bfloat16"}
 _PRODUCTS = {"mul", "mul_", "imul", "__mul__", "__rmul__"}
@@ -29,7 +28,7 @@ def chain_behind(weights: fx.Node, scores) -> Chain | None:
     """
     nodes, factor, masks, behind = [], 1.0, [], False
     node = weights
-    while isinstance(node, fx.Node) and sum(not shape_only(user) for user in node.users) == 1:
+    while isinstance(node, fx.Node) and len(node.users) == 1:
         nodes.append(node)
         if node in scores:
             return Chain(tuple(reversed(nodes)), factor, tuple(masks)) if behind else None
