@@ -195,7 +195,8 @@ def _reshape(node: fx.Node, parent: View, value: torch.Tensor) -> View | None:
     sizes = tensor_of(parent.base).shape
     if value.dtype != tensor_of(parent.node).dtype:
         return None
-    old, new = list(zip(tensor_of(parent.node).shape, parent.axes)), list(value.shape)
+    new = list(value.shape)
+    old = _without_new_axes(list(zip(tensor_of(parent.node).shape, parent.axes)), len(new))
     axes = []
     while old and new:
         left, right = [old.pop(0)], [new.pop(0)]
@@ -215,6 +216,17 @@ def _reshape(node: fx.Node, parent: View, value: torch.Tensor) -> View | None:
     if old or not all(same_size(size, 1) for size in new):
         return None if any(axis for _, axis in old) or new else _relabelled(node, parent, axes)
     return _relabelled(node, parent, axes + [()] * len(new))
+
+
+def _without_new_axes(dims: list[tuple], rank: int) -> list[tuple]:
+    """Sizes and axes with as few that were put in as a view of `rank` dimensions can have."""
+    surplus, kept = len(dims) - rank, []
+    for size, axis in dims:
+        if surplus > 0 and axis == ():
+            surplus -= 1
+        else:
+            kept.append((size, axis))
+    return kept
 
 
 def _divides(small, large) -> bool:
