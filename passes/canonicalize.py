@@ -217,7 +217,7 @@ def _cat(node: fx.Node) -> bool:
     parts, dim = given["tensors"], given.get("dim", 0)
     order = _turn(parts[0]) if isinstance(parts, (tuple, list)) and parts else None
     # Only of a past: what is turned comes out as a view, and where nothing is kept the model may count on a copy.
-    turned = order is not None and parts[0].args[0].op == "placeholder" and None not in map(tensor_of, parts)
+    turned = order is not None and _is_given(parts[0].args[0]) and None not in map(tensor_of, parts)
     if not turned or any(tensor_of(part).dim() != len(order) for part in parts):
         return _respell(node, torch.cat, (parts, dim))
     # A turned past that tokens are put behind: the past itself, and what is put behind it turned back.
@@ -225,6 +225,13 @@ def _cat(node: fx.Node) -> bool:
     straight = [part.args[0] if _turn(part) == order else _before(node, torch.permute, part, back) for part in parts]
     joined = _before(node, torch.cat, straight, order[dim % len(order)])
     return _respell(node, torch.permute, (joined, order))
+
+
+def _is_given(node: fx.Node) -> bool:
+    """Whether a node is an input of the graph, or a part of one."""
+    while spelling(node) in ("getitem", "select", "narrow"):
+        node = node.args[0]
+    return node.op == "placeholder"
 
 
 def _turn(node) -> tuple[int, ...] | None:

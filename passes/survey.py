@@ -10,7 +10,7 @@ from tqcompile.passes.indices import kept_run
 from tqcompile.passes.nodes import memory_of, spelling, tensor_of, written_operands
 from tqcompile.passes.places import alike, are_weights, becomes_weights, fits, places_of, roles_of
 from tqcompile.passes.softmax import chain_behind
-from tqcompile.passes.tokens import is_stored, kept_by, whole_tokens, written_tensors
+from tqcompile.passes.tokens import kept_by, whole_tokens, written_tensors
 from tqcompile.passes.views import View, derived, identity, root_view, shape_only
 
 TURNED = "its tokens lie along the last dimension, where codes have head_dim"
@@ -228,7 +228,7 @@ class Survey:
             return
         shown = [part for part in parts if self._from(part, root)]
         foreign = [part for part in parts if part not in shown]
-        if any(self._is_kept(part) for part in foreign) or not (kept_by(node) or all(map(is_stored, foreign))):
+        if any(self._is_kept(part) for part in foreign) or not (kept_by(node) or all(map(kept_by, foreign))):
             return
         kinds = {(tensor_of(part).dim(), tensor_of(part).dtype) for part in parts}
         part_rank = rank - (spelling(node) == "stack")
