@@ -45,7 +45,7 @@ def kept_by(join: fx.Node) -> bool:
     for node in (queue := [join]):
         if any(user.op == "output" for user in node.users) or is_stored(node):
             return True
-        fresh = [user for user in node.users if spelling(user) in CARRIERS and user not in reached]
+        fresh = [user for user in node.users if spelling(user) in {*CARRIERS, "cat", "stack"} and user not in reached]
         reached.update(dict.fromkeys(fresh))
         queue += fresh
     return False
