@@ -5,6 +5,7 @@ import operator
 import torch
 from torch import fx
 
+from tqcompile.passes.indices import index_items
 from tqcompile.passes.nodes import example, spelling, tensor_of
 
 _MATMULS = {"matmul", "bmm", "__matmul__"}
@@ -138,10 +139,7 @@ def _new_axes(node: fx.Node) -> bool:
     plain = all(item is None or item is Ellipsis or type(item) in (int, slice) for item in items)
     if None not in items or not plain or all(item in (None, Ellipsis, slice(None)) for item in items):
         return False
-    if Ellipsis in items:
-        at = items.index(Ellipsis)
-        missing = tensor_of(source).dim() - sum(item not in (None, Ellipsis) for item in items)
-        items[at : at + 1] = [slice(None)] * missing
+    items = index_items(index, tensor_of(source).dim())
     out = _before(node, operator.getitem, source, tuple(item for item in items if item is not None))
     kept = [item for item in items if type(item) is not int]
     *others, last = [place for place, item in enumerate(kept) if item is None]

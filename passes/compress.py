@@ -68,21 +68,22 @@ class _Rewriter(Writer):
         views = [view for view in map(self.view, node.all_input_nodes) if view is not None]
         if not views or node in self.absorbed:
             return
-        if node in self.survey.writes:
-            self.write(node, self.survey.writes[node])
-        elif node in self.survey.appends:
-            self.append(node, self.sites[views[0].root])
-        elif node in self.survey.joins:
-            self.join(self.survey.joins[node], self.sites[views[0].root])
+        own, written = self.view(node), self.survey.writes.get(node)
+        if written is not None and written.root in self.sites:
+            self.write(node, written)
+        elif own is not None and node in self.survey.appends:
+            self.append(node, self.sites[own.root])
+        elif own is not None and node in self.survey.joins:
+            self.join(self.survey.joins[node], self.sites[own.root])
         elif read is not None and self._rewrites(read):
             self._read(node, read)
-        elif node in self.survey.views:
-            self._move(node, self.survey.views[node])
+        elif own is not None:
+            self._move(node, own)
         else:
             self._fall_back(node)
 
     def _rewrites(self, read: Read) -> bool:
-        return all(view is None or view.root in self.sites for view in (read.key, read.value))
+        return all(view.root in self.sites for _, view, _ in read.sides)
 
     def _open(self, index: int, root: fx.Node) -> None:
         """Placeholders for the planes, in front of the cache's own."""
@@ -129,10 +130,10 @@ class _Rewriter(Writer):
         return planes if len(places.heads) == 2 else [self.call(torch.unsqueeze, plane, 1) for plane in planes]
 
     def _read(self, node: fx.Node, read: Read) -> None:
-        left, turned = self.dense(read.left), read.kind == "logits"
-        planes = [self._ordered(view, turned) for view in (read.key, read.value) if view is not None]
+        left, sides = self.dense(read.left), list(read.sides)
+        planes = [self._ordered(view, turned) for _, view, turned in sides]
         # Where the model folds sequences and heads, or takes them apart, the operators get [batch, heads, ...].
-        view = read.value or read.key
+        _, view, turned = sides[-1]
         folds = tensor_of(left).dim() != 4 or view.axes[0] != places_of(view, turned).heads[:1]
         final = (self._attend if read.kind == "attend" else self._product)(read, left, planes, folds)
         final = self.call(rewrite.as_queries, final, left) if folds else final

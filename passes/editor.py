@@ -65,17 +65,16 @@ class Editor:
     def encode(self, planes: list[fx.Node], source: fx.Node, positions: fx.Node | None, site: Site) -> None:
         source = self.dense(source)
         value = tensor_of(source)
-        basis, planes = self.basis(site, value, int(value.shape[-1])), list(planes)
+        planes = list(planes)
         if value.dim() == 3:
-            planes, source = [self.call(torch.unsqueeze, each, 0) for each in planes], self.unsqueezed(source)
+            planes = [self.call(torch.unsqueeze, plane, 0) for plane in planes]
+            source = self.call_like(torch.unsqueeze, source, 0)
         if value.dim() > 4:
             node = self.call(rewrite.encode_into, planes, self.rotated(source, site), positions, site.codec.name)
         else:
+            basis = self.basis(site, value, int(value.shape[-1]))
             node = self.call(ops.append, planes, source, positions, basis, site.codec.name)
         node.meta["example_value"] = None
-
-    def unsqueezed(self, source: fx.Node) -> fx.Node:
-        return self.call_like(torch.unsqueeze, source, 0)
 
     def rebuild(self, node: fx.Node) -> fx.Node:
         """The dense value of a view: its planes decoded, then the model's own relabelling on top."""

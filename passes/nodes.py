@@ -1,6 +1,7 @@
 """What a node of a graph calls, what it computes, and whose memory it writes."""
 
 import operator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import fx
@@ -30,6 +31,21 @@ def tensor_of(node) -> torch.Tensor | None:
     """The fake tensor of a node; None where it is anything else."""
     value = example(node) if isinstance(node, fx.Node) else None
     return value if isinstance(value, torch.Tensor) else None
+
+
+def sizes_of(node: fx.Node) -> list[str]:
+    """The sizes of a tensor as text: to compare symbols would make guards."""
+    return [str(size) for size in tensor_of(node).shape]
+
+
+def walk(starts: Iterable[fx.Node], onward: Callable[[fx.Node], Iterable[fx.Node]]) -> Iterator[fx.Node]:
+    """`starts` and all that `onward` leads to from them, each once, the near ones first."""
+    reached = dict.fromkeys(starts)
+    for node in (queue := list(reached)):
+        yield node
+        fresh = dict.fromkeys(each for each in onward(node) if each not in reached)
+        reached.update(fresh)
+        queue += fresh
 
 
 def memory_of(node: fx.Node) -> int:

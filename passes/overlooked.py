@@ -12,7 +12,7 @@ from torch import fx
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from tqcompile.passes.indices import full, index_items
-from tqcompile.passes.nodes import example, memory_of, spelling, tensor_of, written_operands
+from tqcompile.passes.nodes import example, memory_of, sizes_of, spelling, tensor_of, written_operands
 from tqcompile.passes.views import CARRIERS, shape_only
 
 _INDEXED = {"index_copy_", "index_put_", "index_add_", "scatter_", "scatter_add_"}
@@ -78,7 +78,7 @@ def _returned(node: fx.Node, cat: fx.Node | None) -> fx.Node | None:
     if cat is None:
         return None
     rank = tensor_of(cat).dim()
-    whole = node is cat or _sizes(node) == _sizes(cat)
+    whole = node is cat or sizes_of(node) == sizes_of(cat)
     return cat if whole or cat.args[1] % rank < rank - 1 else None
 
 
@@ -89,7 +89,7 @@ def _writes_tokens(write: fx.Node, target: fx.Node, root: fx.Node) -> bool:
     if spelling(write) in _INDEXED:
         return True
     if spelling(write) != "setitem":
-        return _sizes(target) not in (_sizes(root), _sizes(root)[1:])
+        return sizes_of(target) not in (sizes_of(root), sizes_of(root)[1:])
     items = index_items(write.args[1], tensor_of(target).dim())
     if items is None or None in items:
         return False
@@ -109,7 +109,3 @@ def _memories(node: fx.Node) -> set[int]:
         inner = (getattr(value, name) for name in value.__tensor_flatten__()[0])
         found |= {part.untyped_storage()._cdata for part in inner if isinstance(part, torch.Tensor)}
     return found
-
-
-def _sizes(node: fx.Node) -> list[str]:
-    return [str(size) for size in tensor_of(node).shape]

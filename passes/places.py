@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from tqcompile.passes.indices import same_size
-from tqcompile.passes.nodes import memory_of, spelling, tensor_of, written_operands
+from tqcompile.passes.nodes import memory_of, spelling, tensor_of, walk, written_operands
 from tqcompile.passes.views import View
 
 PRODUCTS = {"matmul", "linear", "scaled_dot_product_attention", "addmm", "addbmm"}
@@ -67,30 +67,27 @@ def becomes_weights(product: fx.Node, loosely: bool = False) -> bool:
 
     `loosely`: what another product takes as weights as it is, or what the graph returns, may be scores too.
     """
-    reached = {product: None}
-    for node in (queue := [product]):
-        for user in node.users:
-            name = spelling(user)
-            weighs = name == "matmul" and user.args[0] is node
-            if "softmax" in name or (loosely and (weighs or user.op == "output")):
-                return True
-            if user not in reached and name not in PRODUCTS and tensor_of(user) is not None:
-                reached[user] = None
-                queue.append(user)
-    return False
+    return any(_makes_weights(user, node, loosely) for node in walk([product], _unmultiplied) for user in node.users)
+
+
+def _makes_weights(user: fx.Node, node: fx.Node, loosely: bool) -> bool:
+    weighs = spelling(user) == "matmul" and user.args[0] is node
+    return "softmax" in spelling(user) or (loosely and (weighs or user.op == "output"))
+
+
+def _unmultiplied(node: fx.Node) -> list[fx.Node]:
+    return [user for user in node.users if spelling(user) not in PRODUCTS and tensor_of(user) is not None]
 
 
 def are_weights(node: fx.Node) -> bool:
     """Whether a softmax comes before a number, and no product between them."""
-    reached = {node: None}
-    for before in (queue := [node]):
-        if "softmax" in spelling(before):
-            return True
-        for operand in before.all_input_nodes if spelling(before) not in PRODUCTS else ():
-            if operand not in reached and tensor_of(operand) is not None:
-                reached[operand] = None
-                queue.append(operand)
-    return False
+    return any("softmax" in spelling(before) for before in walk([node], operands_of))
+
+
+def operands_of(node: fx.Node) -> list[fx.Node]:
+    """The tensors that a node computes from, unless it multiplies them."""
+    operands = node.all_input_nodes if spelling(node) not in PRODUCTS else ()
+    return [operand for operand in operands if tensor_of(operand) is not None]
 
 
 def roles_of(views: Iterable[fx.Node]) -> set[str]:

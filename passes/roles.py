@@ -5,9 +5,10 @@ from torch import fx
 
 from tqcompile.cache import CompressedKV
 from tqcompile.codec import Codec
-from tqcompile.passes.nodes import spelling, tensor_of
+from tqcompile.passes.nodes import sizes_of, spelling
 from tqcompile.passes.places import places_of, roles_of
 from tqcompile.passes.survey import Append, Survey
+from tqcompile.passes.views import View
 
 
 def real(node: fx.Node) -> torch.Tensor | None:
@@ -19,14 +20,20 @@ def real(node: fx.Node) -> torch.Tensor | None:
 
 def role_of(survey: Survey, root: fx.Node, context) -> str | None:
     """`keys` or `values`, as attention reads it; None where nothing does, `both` where it is read as both."""
-    roles = set()
-    for read in survey.reads.values():
-        roles |= {"keys"} if read.key is not None and read.key.root is root else set()
-        roles |= {"values"} if read.value is not None and read.value.root is root else set()
+    roles = {role for role, _, _ in _sides(survey, root)}
     if not roles:
         codec = held_codec(root)
         return None if codec is None else "keys" if codec is context.options.key_codec else "values"
-    return roles.pop() if len(roles) == 1 else "both"
+    return one_role(roles)
+
+
+def one_role(roles: set[str]) -> str | None:
+    return "both" if len(roles) > 1 else next(iter(roles), None)
+
+
+def _sides(survey: Survey, root: fx.Node) -> list[tuple[str, View, bool]]:
+    """What reads a cache, as `Read.sides` says it."""
+    return [side for read in survey.reads.values() for side in read.sides if side[1].root is root]
 
 
 def role_beside(survey: Survey, root: fx.Node, context) -> str | None:
@@ -41,7 +48,7 @@ def role_beside(survey: Survey, root: fx.Node, context) -> str | None:
 
 
 def _sizes_beside(append: Append) -> tuple:
-    return append.dim, *(str(size) for size in tensor_of(append.tokens).shape[:-1])
+    return append.dim, *sizes_of(append.tokens)[:-1]
 
 
 def held_codec(root: fx.Node) -> Codec | None:
@@ -61,28 +68,20 @@ def codec_of(root: fx.Node, role: str, context) -> Codec:
 
 def role_behind(survey: Survey, root: fx.Node) -> str | None:
     """As what attention reads numbers that are computed from a cache: it is decoded in front of what computes."""
-    roles = roles_of(node for node, view in survey.views.items() if view.root is root)
-    return "both" if len(roles) > 1 else next(iter(roles), None)
+    return one_role(roles_of(node for node, view in survey.views.items() if view.root is root))
 
 
 def along_tokens(survey: Survey, root: fx.Node) -> bool:
     """Whether every read of what continues a tensor has tokens along the dimension that it grows in."""
-    for read in survey.reads.values():
-        for view, turned in ((read.key, read.kind == "logits"), (read.value, False)):
-            grown = survey.appends.get(view.base) or survey.joins.get(view.base) if view is not None else None
-            if grown is None or view.root is not root or spelling(grown.node) != "cat":
-                continue
-            places = places_of(view, turned)
-            if places is not None and grown.dim not in places.tokens:
-                return False
+    for _, view, turned in _sides(survey, root):
+        grown = survey.appends.get(view.base) or survey.joins.get(view.base)
+        places = places_of(view, turned)
+        if grown is not None and spelling(grown.node) == "cat" and places and grown.dim not in places.tokens:
+            return False
     return True
 
 
 def paged(survey: Survey, root: fx.Node) -> bool:
     """Whether attention reads two dimensions of a tensor as its tokens."""
-    for read in survey.reads.values():
-        for view, turned in ((read.key, read.kind == "logits"), (read.value, False)):
-            places = places_of(view, turned) if view is not None and view.root is root else None
-            if places is not None and len(places.tokens) > 1:
-                return True
-    return False
+    read = [places_of(view, turned) for _, view, turned in _sides(survey, root)]
+    return any(places is not None and len(places.tokens) > 1 for places in read)

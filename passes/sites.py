@@ -17,9 +17,9 @@ from tqcompile.cache import CompressedKV
 from tqcompile.codec import Codec
 from tqcompile.layout import layout_of
 from tqcompile.passes.indices import kept_run
-from tqcompile.passes.nodes import spelling, tensor_of
+from tqcompile.passes.nodes import sizes_of, spelling, tensor_of, walk
 from tqcompile.passes.overlooked import Overlooked, overlooked
-from tqcompile.passes.places import PRODUCTS
+from tqcompile.passes.places import operands_of
 from tqcompile.passes.roles import along_tokens, codec_of, paged, real, role_behind, role_beside, role_of
 from tqcompile.passes.survey import STATE, TURNED, Append, Read, Survey
 from tqcompile.passes.views import View, written_value
@@ -170,7 +170,7 @@ def _decide_created(survey: Survey, made: list[fx.Node], context) -> tuple[list[
     found, refused = [], []
     for root in made:
         role = role_of(survey, _whole(root), context)
-        # A map of features that attention pools is no cache: its places are two dimensions, or it is read as both.
+        # A map of features that attention pools is no cache: it is both at once, and its places are two dimensions.
         if role is None or (role == "both" and tensor_of(root).dim() == 4 and paged(survey, _whole(root))):
             continue
         reason = _obstacle(root, role, False, None, context) or _repeats(root, context.survey)
@@ -183,19 +183,13 @@ def _decide_created(survey: Survey, made: list[fx.Node], context) -> tuple[list[
 
 def _repeats(root: fx.Node, held: Survey) -> str | None:
     """Why a new tensor is one that came in, changed in a way that no rule follows: step after step it would drift."""
-    reached, size = {root: None}, _sizes(root)
-    for node in (queue := [root]):
-        if node.op == "placeholder" and node in held.views and _sizes(node) == size:
-            return REPEATED
-        for operand in node.all_input_nodes if node not in held.reads and spelling(node) not in PRODUCTS else ():
-            if operand not in reached and tensor_of(operand) is not None:
-                reached[operand] = None
-                queue.append(operand)
-    return None
+    size = sizes_of(root)
 
+    def onward(node: fx.Node) -> list[fx.Node]:
+        return [] if node in held.reads else operands_of(node)
 
-def _sizes(node: fx.Node) -> list[str]:
-    return [str(size) for size in tensor_of(node).shape]
+    given = (node for node in walk([root], onward) if node.op == "placeholder" and node in held.views)
+    return REPEATED if any(sizes_of(node) == size for node in given) else None
 
 
 def _roots(survey: Survey) -> list[fx.Node]:
@@ -222,8 +216,7 @@ def _obstacle(root, role, in_place, append, context) -> str | None:
 
 
 def _differentiable(read: Read, root: fx.Node) -> bool:
-    reads = any(view is not None and view.root is root for view in (read.key, read.value))
-    return reads and tensor_of(read.node).requires_grad
+    return any(view.root is root for _, view, _ in read.sides) and tensor_of(read.node).requires_grad
 
 
 _REMEDIES = {

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from torch import fx
 
 from tqcompile.passes.nodes import example, spelling, tensor_of
+from tqcompile.passes.views import CASTS
 
-_CASTS = {"to", "type", "type_as", "float", "half", "bfloat16"}
 _PRODUCTS = {"mul", "mul_", "imul", "__mul__", "__rmul__"}
 _QUOTIENTS = {"div", "div_", "truediv", "itruediv", "__truediv__"}
 _SUMS = {"add", "add_", "iadd", "__add__", "__radd__"}
@@ -55,7 +55,7 @@ def _behind(node: fx.Node) -> _Step | None:
     if value is None or not node.args or not value.dtype.is_floating_point:
         return None
     source = node.args[0]
-    if name in _CASTS:
+    if name in CASTS:
         return _Step(source) if tensor_of(source) is not None else None
     if name == "dropout":
         return _Step(source) if _drops_nothing(node) else None
@@ -78,7 +78,7 @@ def _behind(node: fx.Node) -> _Step | None:
 
 
 def _comes_from_product(node: fx.Node) -> bool:
-    while spelling(node) in _CASTS | _PRODUCTS | _QUOTIENTS | _SUMS:
+    while spelling(node) in CASTS | _PRODUCTS | _QUOTIENTS | _SUMS:
         node = next((operand for operand in node.all_input_nodes if tensor_of(operand) is not None), None)
         if node is None:
             return False

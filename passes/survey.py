@@ -1,16 +1,16 @@
 """One walk over a graph: every view of every possible cache, how each is written, and how attention reads it."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
 from torch import fx
 
 from tqcompile.passes.indices import kept_run
-from tqcompile.passes.nodes import memory_of, spelling, tensor_of, written_operands
+from tqcompile.passes.nodes import memory_of, spelling, tensor_of, walk, written_operands
 from tqcompile.passes.places import alike, are_weights, becomes_weights, fits, places_of, roles_of
 from tqcompile.passes.softmax import chain_behind
-from tqcompile.passes.tokens import kept_by, whole_tokens, written_tensors
+from tqcompile.passes.tokens import kept_by, source_of, whole_tokens, written_tensors
 from tqcompile.passes.views import View, derived, identity, root_view, shape_only
 
 TURNED = "its tokens lie along the last dimension, where codes have head_dim"
@@ -52,6 +52,14 @@ class Read:
     masks: tuple[tuple[fx.Node, float], ...] = ()
     causal: bool = False
     absorbed: tuple[fx.Node, ...] = ()
+
+    @property
+    def sides(self) -> Iterator[tuple[str, View, bool]]:
+        """What it reads: the role, the view, and whether that is transposed."""
+        if self.key is not None:
+            yield "keys", self.key, self.kind == "logits"
+        if self.value is not None:
+            yield "values", self.value, False
 
 
 class Survey:
@@ -106,24 +114,20 @@ class Survey:
 
     def _settle_appends(self) -> None:
         """A past can grow in place where one tensor continues it and nothing else reads or writes it."""
+        written = {view.owner for view in self.writes.values()}
         for node, join in list(self.joins.items()):
             root, *others = join.parts
-            if (
-                spelling(node) != "cat"
-                or len(others) != 1
-                or root is not self.views[node].root
-                or self._from(others[0], root)
-            ):
+            one = spelling(node) == "cat" and len(others) == 1 and not self._from(others[0], root)
+            if not one or root is not self.views[node].root:
                 continue
             alone = all(user is node or shape_only(user) for user in root.users)
-            written = {view.owner for view in self.writes.values()}
             if alone and _leaves(node, join.dim) and written.isdisjoint((root, node)):
                 self.appends[node] = Append(node, others[0], join.dim)
                 del self.joins[node]
 
     def _pair_products(self, graph: fx.Graph) -> None:
         """Two products with a softmax between are attention, where nothing is overwritten in the meantime."""
-        scores = {node: read for node, read in self.reads.items() if read.kind == "logits"}
+        nodes, scores = list(graph.nodes), {node: read for node, read in self.reads.items() if read.kind == "logits"}
         for node, read in list(self.reads.items()):
             chain = chain_behind(read.left, scores) if read.kind == "mix" else None
             if chain is None:
@@ -133,7 +137,7 @@ class Survey:
             if not alike(first.key, read.value, transposed=True):
                 continue
             kept = {memory_of(each) for each in (first.left, first.key.node, *(mask for mask, _ in chain.masks))}
-            between = [each for each in graph.nodes if self._order[first.node] < self._order[each] < self._order[node]]
+            between = nodes[self._order[first.node] + 1 : self._order[node]]
             if any(memory_of(operand) in kept for each in between for operand in written_tensors(each)):
                 continue
             del self.reads[first.node]
@@ -170,10 +174,9 @@ class Survey:
             self.losses.setdefault(root, f"{spelling(node)} writes it in a way that no rule follows")
             self.culprits.setdefault(root, node)
             return
-        name = spelling(node)
-        source = node.args[1 if name == "copy_" else -1] if name in ("copy_", "setitem") else None
-        whole = view.base is root and name == "copy_"
-        if source is not None and self._reads(source, root, through_attention=whole):
+        source = source_of(node) if spelling(node) in ("copy_", "setitem") else None
+        whole = view.base is root and spelling(node) == "copy_"
+        if isinstance(source, fx.Node) and self._feeds(root, source, through_attention=whole):
             self.losses.setdefault(root, STATE)
             self.culprits.setdefault(root, node)
             return
@@ -188,22 +191,21 @@ class Survey:
         if tensor_of(node) is not None:
             self.views[node] = replace(view, node=node, parent=target)
 
-    def _reads(self, node: fx.Node, root: fx.Node, through_attention: bool) -> bool:
-        """Whether a number is computed from what `root` held, and is not a copy of that or what attention makes of it.
+    def _feeds(self, root: fx.Node, number: fx.Node, through_attention: bool) -> bool:
+        """Whether `number` is computed from what `root` held, and is no copy of that nor what attention makes of it.
 
         To choose between the two, token by token, is no computation.
         """
-        if not isinstance(node, fx.Node) or self._from(node, root) or spelling(node) == "where":
+        if self._from(number, root) or spelling(number) == "where":
             return False
-        reached = {node: None}
-        for before in (queue := [node]):
-            if self._from(before, root):
-                return True
-            for operand in before.all_input_nodes if through_attention or before not in self.reads else ():
-                if operand not in reached:
-                    reached[operand] = None
-                    queue.append(operand)
-        return False
+        last = self._order[number]
+
+        def onward(node: fx.Node) -> list[fx.Node]:
+            users = (user for user in node.users if self._order[user] <= last)
+            return [user for user in users if through_attention or user not in self.reads]
+
+        shown = [node for node, view in self.views.items() if view.root is root]
+        return any(node is number for node in walk(shown, onward))
 
     def _outlives(self, view: View, write: fx.Node) -> bool:
         """Whether `view` is a copy the planes cannot tell from the cache, and is used after `write` changed that."""

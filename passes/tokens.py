@@ -3,10 +3,11 @@
 from torch import fx
 
 from tqcompile.passes.indices import full, index_items
-from tqcompile.passes.nodes import memory_of, spelling, tensor_of, written_operands
+from tqcompile.passes.nodes import memory_of, spelling, tensor_of, walk, written_operands
 from tqcompile.passes.views import CARRIERS, View
 
 _WRITERS = {"setitem", "index_copy_", "copy_", "zero_"}
+_HAND_ON = {*CARRIERS, "cat", "stack"}
 
 
 def whole_tokens(node: fx.Node, view: View, views: dict[fx.Node, View]) -> bool:
@@ -14,9 +15,9 @@ def whole_tokens(node: fx.Node, view: View, views: dict[fx.Node, View]) -> bool:
     name, cache = spelling(node), tensor_of(view.node)
     if name not in _WRITERS:
         return False
-    if name == "zero_":
+    source = source_of(node)
+    if source is None:
         return True
-    source = node.args[1] if name == "copy_" else node.args[-1]
     value, shown = tensor_of(source), views.get(source)
     if value is None or value.dim() == 0:
         return False
@@ -34,21 +35,21 @@ def whole_tokens(node: fx.Node, view: View, views: dict[fx.Node, View]) -> bool:
     return bool(value.shape[-1] == cache.shape[-1])
 
 
-def is_stored(node: fx.Node) -> bool:
-    """Whether a tensor is what a node writes into another."""
-    return any(node in user.args[1:] and written_tensors(user) for user in node.users)
-
-
-def kept_by(join: fx.Node) -> bool:
+def kept_by(tensor: fx.Node) -> bool:
     """Whether a part of a tensor leaves the graph, or is written into another."""
-    reached = {join: None}
-    for node in (queue := [join]):
-        if any(user.op == "output" for user in node.users) or is_stored(node):
-            return True
-        fresh = [user for user in node.users if spelling(user) in {*CARRIERS, "cat", "stack"} and user not in reached]
-        reached.update(dict.fromkeys(fresh))
-        queue += fresh
-    return False
+    shown = walk([tensor], lambda node: [user for user in node.users if spelling(user) in _HAND_ON])
+    return any(user.op == "output" or _stores(user, node) for node in shown for user in node.users)
+
+
+def _stores(write: fx.Node, node: fx.Node) -> bool:
+    return node in write.args[1:] and bool(written_tensors(write))
+
+
+def source_of(write: fx.Node) -> fx.Node | None:
+    """What a write to a cache puts there; None where it clears."""
+    if spelling(write) == "zero_":
+        return None
+    return write.args[1] if spelling(write) == "copy_" else write.args[-1]
 
 
 def written_tensors(node: fx.Node) -> list[fx.Node]:

@@ -7,7 +7,7 @@ import torch
 from torch import fx
 
 from tqcompile.passes.indices import full, index_items, same_size
-from tqcompile.passes.nodes import spelling, tensor_of
+from tqcompile.passes.nodes import memory_of, spelling, tensor_of
 
 Axis = tuple  # the plane dimensions that one dimension of a view is made of, "r" where a token is repeated
 
@@ -24,7 +24,7 @@ _SHAPE_ONLY = {
     "nelement",
     "sym_size",
 }
-_CASTS = {"to", "type", "type_as", "float", "half", "bfloat16", "_to_copy"}
+CASTS = {"to", "type", "type_as", "float", "half", "bfloat16", "_to_copy"}
 _RETURN_SELF = {"index_copy_", "copy_", "zero_"}
 _COPIES = {"contiguous", "detach", "alias"}
 
@@ -103,7 +103,7 @@ def _relabelled(node: fx.Node, parent: View, axes) -> View:
 def _same_tensor(node: fx.Node, parent: View) -> bool:
     """Whether a copy or cast had nothing to do, and hands back the tensor that it was given."""
     value, source = tensor_of(node), tensor_of(parent.node)
-    same = value.untyped_storage()._cdata == source.untyped_storage()._cdata
+    same = memory_of(node) == memory_of(parent.node)
     return same and value.dtype == source.dtype and value.stride() == source.stride()
 
 
@@ -276,7 +276,7 @@ _RULES = {
     "clone": _clone,
     "roll": _roll,
     **dict.fromkeys(_COPIES, _copy),
-    **dict.fromkeys(_CASTS, _cast),
+    **dict.fromkeys(CASTS, _cast),
     "unsqueeze": _unsqueeze,
     "expand": _expand,
     **dict.fromkeys(("reshape", "view", "flatten", "unflatten"), _reshape),

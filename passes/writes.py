@@ -12,6 +12,7 @@ from tqcompile.passes.indices import full, index_items, same_size
 from tqcompile.passes.nodes import memory_of, spelling, tensor_of, written_operands
 from tqcompile.passes.sites import Site
 from tqcompile.passes.survey import Join
+from tqcompile.passes.tokens import source_of
 from tqcompile.passes.views import View
 
 
@@ -58,18 +59,18 @@ class Writer(Editor):
         return [self.call(operator.getitem, planes, place) for place in range(len(site.codec.planes))]
 
     def write(self, node: fx.Node, view: View) -> None:
-        site, name = self.sites[view.root], spelling(node)
-        planes = list(self.planes[view.base])
+        site, name, source = self.sites[view.root], spelling(node), source_of(node)
+        planes, shown = list(self.planes[view.base]), self.view(source)
         self.changed += 1
-        shown = None if name == "zero_" else self.view(node.args[1 if name == "copy_" else -1])
+        if source is None:
+            for plane in planes:
+                self.graph.call_method("zero_", (plane,))
+            return
         if shown is not None and shown.root is view.root:
             self._write_codes(node, planes, self.planes[shown.base], view)
             return
-        source = None if name == "zero_" else self._as_stored(node.args[-1 if name != "copy_" else 1], view)
-        if name == "zero_":
-            for plane in planes:
-                self.graph.call_method("zero_", (plane,))
-        elif name == "index_copy_":
+        source = self._as_stored(source, view)
+        if name == "index_copy_":
             self._write_positions(planes, node.args[1] % len(view.axes), node.args[2], source, site)
         elif name == "copy_":
             self._write_region(planes, source, site)
@@ -78,13 +79,12 @@ class Writer(Editor):
 
     def _write_codes(self, node: fx.Node, planes: list[fx.Node], source: tuple[fx.Node, ...], view: View) -> None:
         """A write of tokens that are copies of the cache's own: the same operator on their codes."""
+        place = () if spelling(node) == "copy_" else node.args[1:-1]
+        if spelling(node) == "setitem":
+            place = (rewrite.plane_index(index_items(node.args[1], len(view.axes))),)
         for plane, codes in zip(planes, source):
-            moved = self.graph.node_copy(node, lambda old, plane=plane: plane if old is node.args[0] else old)
-            moved.args = (plane, *moved.args[1:-1], codes) if spelling(node) != "copy_" else (plane, codes)
-            if spelling(node) == "setitem":
-                items = index_items(node.args[1], len(view.axes))
-                moved.args = (plane, rewrite.plane_index(items), codes)
-            moved.meta = {"stack_trace": node.stack_trace}
+            moved = self.graph.node_copy(node)
+            moved.args, moved.meta = (plane, *place, codes), {"stack_trace": node.stack_trace}
 
     def _as_stored(self, source: fx.Node, view: View) -> fx.Node:
         """`source` in the dtype of the cache: an assignment casts before it stores."""

@@ -273,3 +273,25 @@ def test_planes_that_lie_otherwise_are_looked_at_again():
                 model.k_cache.planes = tuple(p.transpose(1, 2).contiguous().transpose(1, 2) for p in planes)
             torch.testing.assert_close(step(*arguments), twin(*arguments))
     assert all(plane.is_contiguous() for plane in model.k_cache.planes)
+
+
+BESIDE = {
+    "put behind it": lambda other, keys: torch.cat([other, keys], 2),
+    "copied into it": lambda other, keys: other.mul_(2).copy_(keys),
+    "written into it by positions": lambda other, keys: other.mul_(2).index_copy_(2, torch.arange(LENGTH), keys),
+}
+
+
+@pytest.mark.parametrize("name", BESIDE)
+def test_a_compressed_cache_that_goes_into_a_tensor_that_is_none_is_decoded(name):
+    """Attention reads the cache; the other tensor stays as it is, dense."""
+
+    def step(q, other, keys):
+        return torch.nn.functional.scaled_dot_product_attention(q, keys, keys), BESIDE[name](other, keys)
+
+    other, q = numbers(LENGTH, seed=2), numbers(1, seed=3)
+    keys, twin = CompressedKV.encode(numbers(LENGTH, seed=1), formats.codec("q8_0")), other.clone()
+    with torch.no_grad():
+        ours, theirs = compiled(step, ("q8_0", "q8_0"))(q, other, keys), step(q, twin, keys.decode())
+    for mine, expected in zip((*ours, other), (*theirs, twin)):
+        torch.testing.assert_close(mine * 1, expected)

@@ -10,10 +10,10 @@ import torch
 from torch import fx
 
 from tqcompile.cache import CompressedKV
-from tqcompile.passes.canonicalize import spelling, tensor_of
 from tqcompile.passes.context import Context
+from tqcompile.passes.nodes import spelling, tensor_of
 from tqcompile.passes.places import places_of
-from tqcompile.passes.roles import real
+from tqcompile.passes.roles import one_role, real
 from tqcompile.passes.sites import Refusal, Site, name_of, where
 from tqcompile.passes.survey import Read, Survey
 
@@ -101,11 +101,11 @@ def _refused(refusal: Refusal, node: fx.Node | None, survey: Survey | None, cont
     held, decoded = real(root), root in context.decoded_inputs
     codec = held.codec.name if isinstance(held, CompressedKV) else None
     reads = list(_reads(root, survey))
-    roles = {role for read in reads for role in _roles(read, root)}
+    roles = {role for read in reads for role, view, _ in read.sides if view.root is root}
     return CacheFacts(
         refusal.name,
         "decoded" if decoded else "dense",
-        "both" if len(roles) > 1 else next(iter(roles), None),
+        one_role(roles),
         codec,
         *_tensor(root),
         *_sizes(root, survey),
@@ -143,13 +143,7 @@ def _reads(root: fx.Node, survey: Survey) -> Iterator[Read]:
 
 
 def _roots(read: Read) -> list[fx.Node]:
-    return [view.root for view in (read.key, read.value) if view is not None]
-
-
-def _roles(read: Read, root: fx.Node) -> Iterator[str]:
-    for role, view in (("keys", read.key), ("values", read.value)):
-        if view is not None and view.root is root:
-            yield role
+    return [view.root for _, view, _ in read.sides]
 
 
 def _read(read: Read, over: str) -> Place:
@@ -162,8 +156,8 @@ def _sizes(root: fx.Node, survey: Survey) -> tuple[int | None, int | None, bool]
     A cache may keep its dimensions in any order; nothing else says which is which.
     """
     for read in _reads(root, survey):
-        view = read.key if read.key is not None and read.key.root is root else read.value
-        places = places_of(view, read.kind == "logits")
+        view, turned = next((view, turned) for _, view, turned in read.sides if view.root is root)
+        places = places_of(view, turned)
         if places is not None:
             shape = tensor_of(view.base).shape
             sizes = [size if isinstance(size, int) else None for size in (shape[places.heads[-1]], shape[-1])]
