@@ -126,6 +126,11 @@ def test_what_a_scale_and_masks_do_not_say_stays_two_products(name):
     assert operators(after)["logits"] == operators(after)["mix"] == 1 and not operators(after)["attend"]
 
 
+def test_keys_and_values_of_different_heads_are_not_one_attention():
+    after, _, _ = passed(stepping(lambda q, k, v: (q @ k[:, :1].mT).softmax(-1) @ v), Q, K, V, AT)
+    assert operators(after)["logits"] == operators(after)["mix"] == 1 and not operators(after)["attend"]
+
+
 def test_queries_that_are_overwritten_between_the_products_keep_them_apart():
     def read(q, k, v):
         q = q * 2

@@ -215,7 +215,7 @@ def test_keys_and_values_of_different_heads_are_two_products_or_decoded():
     """One head of keys and four of values, each right beside queries of four."""
     compare(lambda q, k, v, mask: (q @ k[:, :1].mT).softmax(-1) @ v, LOSSLESS)
     torch._dynamo.reset()
-    compare(lambda q, k, v, mask: sdpa(q, k[:, :1].expand(-1, 4, -1, -1), v) + sdpa(q, k, v), LOSSLESS, decoded=True)
+    compare(lambda q, k, v, mask: sdpa(q, k[:, :1].repeat_interleave(4, 1), v) + sdpa(q, k, v), LOSSLESS, decoded=True)
 
 
 def test_queries_apart_in_front_of_the_heads_are_not_taken_for_groups_behind_them():
