@@ -141,11 +141,11 @@ def table_of(lookup: Lookup, head_dim: int, dtype: torch.dtype, device: torch.de
     return torch.tensor(numbers, dtype=dtype, device=device)
 
 
-def reader_of(mask: torch.Tensor | None, causal: bool) -> Reader:
-    """The reader that a mask and `causal` ask for."""
+def reader_of(mask: torch.Tensor | None, causal: bool, score_mod: str = "") -> Reader:
+    """The reader that a score function, a mask and `causal` ask for."""
     if mask is None:
-        return Reader("none", causal)
-    return Reader("bool" if mask.dtype == torch.bool else "additive", causal)
+        return Reader("none", causal, score_mod)
+    return Reader("bool" if mask.dtype == torch.bool else "additive", causal, score_mod)
 
 
 def attend(
@@ -162,6 +162,8 @@ def attend(
     reach: torch.Tensor | None = None,
     basis: torch.Tensor | None = None,
     dtype: torch.dtype = torch.float32,
+    score_mod: str = "",
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`reference.attend`, on a GPU, or in Triton's interpreter where the tensors are on a CPU.
 
@@ -190,10 +192,10 @@ def attend(
     shape = (batch, query_heads, queries, head_dims[1])
     if not batch * kv_heads * rows * length:
         return q.new_zeros(shape, dtype=dtype)
-    reader, codecs = reader_of(mask, causal), (key_codec, value_codec)
+    reader, codecs = reader_of(mask, causal, score_mod), (key_codec, value_codec)
     if rows > tune.MOST_ROWS and q.device.type == "cuda":
         tables = [table_of(codec.codes, dim, q.dtype, q.device) for codec, dim in zip(codecs, head_dims)]
-        out = decoded.attend(q, keys, values, mask, causal, scale, codecs, head_dims, tables, folder)
+        out = decoded.attend(q, keys, values, mask, causal, scale, codecs, head_dims, tables, folder, score_mod, sinks)
         return rotate_back(out, basis, dtype)
     if mask is not None:
         mask = mask.broadcast_to(batch, query_heads, queries, length)
@@ -206,7 +208,8 @@ def attend(
     else:
         built = module(*codecs, head_dims, reader, folder, q.device.type == "cpu")
         left = launch(built, q, (key_codes, key_scale), (value_codes, value_scale), mask, reach, scale, codecs, place)
-    return combine(left, place, folder, basis, dtype).view(shape)
+    sinks = None if sinks is None else sinks.float().expand(batch, query_heads, queries, 1).contiguous()
+    return combine(left, place, folder, basis, dtype, sinks).view(shape)
 
 
 def launch(built: ModuleType, q, keys, values, mask, reach, scale: float, codecs, place) -> tuple[torch.Tensor, ...]:

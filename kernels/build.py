@@ -28,7 +28,13 @@ from tqcompile.layout import layout_of
 
 CAPABILITIES = (80, 90)
 HEAD_DIMS = (64, 128)
-READERS = (Reader("none"), Reader("bool"), Reader("additive"), Reader("none", True))
+READERS = (
+    Reader("none"),
+    Reader("bool"),
+    Reader("additive"),
+    Reader("none", True),
+    Reader("additive", score_mod="tanh(score) * 50.0"),
+)
 POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.uint8: "*u8"}
 ALIGNED = re.compile(r".*_(b|h|s|t)$")
 

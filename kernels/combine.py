@@ -34,6 +34,7 @@ def attend_combine(
     parts,
     peaks,
     totals,
+    sinks,
     basis,
     out,
     rows,
@@ -42,6 +43,7 @@ def attend_combine(
     BLOCK_S: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_J: tl.constexpr,
+    SINKS: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     head = (tl.program_id(0) // rows).to(tl.int64)
@@ -56,6 +58,10 @@ def attend_combine(
         gdc_wait()
     peak = float("-inf")
     total = 0.0
+    if SINKS:
+        # One more token: its logit, whose exponential is one of the sum already, and no value.
+        peak = tl.load(sinks + tl.program_id(0))
+        total = 1.0
     mixed = tl.full([BLOCK_V], 0.0, tl.float32)
     for start in range(0, splits, BLOCK_S):
         s = start + tl.arange(0, BLOCK_S)
@@ -94,22 +100,25 @@ def combine(
     folder: str | None,
     basis: torch.Tensor | None = None,
     dtype: torch.dtype = torch.float32,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The softmax over all splits of what `parts` holds, [heads, rows, value_dim] in `dtype`, rotated back by `basis`.
+
+    `sinks`, float32, contiguous, has a logit for each row that adds to the sum and has no value.
 
     Few rows are rotated in the kernel, with products in float32; many by a matrix product in the dtype of `basis`.
     """
     heads, rows, value_dim = place
     if basis is not None and heads * rows > tune.TURNED_ROWS:
-        return rotate_back(combine(left, place, folder), basis, dtype)
+        return rotate_back(combine(left, place, folder, sinks=sinks), basis, dtype)
     out = left[0].new_empty(place, dtype=dtype)
     built = combine_module(folder, out.device.type == "cpu")
     splits = left[0].shape[1]
     block_splits, block_dims, block_turned = tune.combine_blocks(splits, value_dim, basis is not None)
     early = tune.overlaps(out.device)
     built.attend_combine[(heads * rows, triton.cdiv(value_dim, block_dims))](
-        *(*left, left[0] if basis is None else basis, out, rows, splits),
-        *(value_dim, block_splits, block_dims, block_turned, early),
+        *(*left, left[0] if sinks is None else sinks, left[0] if basis is None else basis, out, rows, splits),
+        *(value_dim, block_splits, block_dims, block_turned, sinks is not None, early),
         num_warps=8 if block_splits * block_dims > 8192 else 4,
         **({"launch_pdl": True} if early else {}),
     )

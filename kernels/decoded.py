@@ -3,6 +3,7 @@
 Where hundreds of rows share a token, its product with them costs more than reading it in full precision does.
 """
 
+import math
 from collections.abc import Iterator
 from functools import cache
 from types import ModuleType
@@ -15,7 +16,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqcompile.codec import Codec
 from tqcompile.kernels import emit, tune
 from tqcompile.kernels.combine import maximum_of
-from tqcompile.reference import Planes, split
+from tqcompile.reference import Planes, softmax, split
+from tqcompile.scores import apply as scores_of
 
 # Printed by `emit`; the names stand here so that the skeleton can be read, and checked, as ordinary Python.
 token_scalars = token_numbers = None
@@ -96,10 +98,13 @@ def attend(
     head_dims: tuple[int, int],
     look_ups: tuple[torch.Tensor, torch.Tensor],
     folder: str | None = None,
+    score_mod: str = "",
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`reference.attend` [B, Hq, T, Dv] in q's dtype, by the dense attention of PyTorch over decoded heads.
 
-    `mask` broadcasts to [B, Hq, T, S]; `look_ups` are the numbers of the codebooks.
+    `mask` broadcasts to [B, Hq, T, S]; `look_ups` are the numbers of the codebooks. Where there is a `score_mod`, or
+    are `sinks`, scores are spelled out, for a bounded number of queries at a time.
     """
     batch, query_heads, queries, _ = q.shape
     kv_heads, length = keys[0].shape[1:3]
@@ -115,8 +120,30 @@ def attend(
             for codec, planes, table, dim in zip(codecs, (keys, values), look_ups, head_dims)
         ]
         part = None if mask is None else mask[rows, asked]
-        out[rows, asked] = dense(q[rows, asked], *decoded, part, causal, scale)
+        if score_mod or sinks is not None:
+            logit = None if sinks is None else sinks.expand(batch, query_heads, queries, 1)[rows, asked]
+            out[rows, asked] = spelled_out(q[rows, asked], *decoded, part, causal, scale, score_mod, logit)
+        else:
+            out[rows, asked] = dense(q[rows, asked], *decoded, part, causal, scale)
     return out
+
+
+def spelled_out(q, k, v, mask, causal: bool, scale: float, score_mod: str, sinks: torch.Tensor | None) -> torch.Tensor:
+    """Attention whose scores lie in memory, in float32: those of a few queries at a time."""
+    batch, heads, queries, _ = q.shape
+    length, out = k.shape[2], []
+    most = max(1, DECODED_BYTES // max(1, batch * heads * length * 4))
+    for start in range(0, queries, most):
+        run = slice(start, start + most)
+        rows = (q[:, :, run] * scale).reshape(batch, k.shape[1], -1, q.shape[3])
+        scores = scores_of(score_mod, (rows @ k.mT).float().view(batch, heads, -1, length))
+        if causal:
+            query = torch.arange(queries, device=q.device)[run, None]
+            scores = scores.masked_fill(torch.arange(length, device=q.device) > query, -math.inf)
+        part = [None if tensor is None else tensor[:, :, run] for tensor in (mask, sinks)]
+        weights = softmax(scores, part[0], False, sinks=part[1]).to(v.dtype)
+        out.append((weights.view(batch, v.shape[1], -1, length) @ v).view(batch, heads, -1, v.shape[3]))
+    return torch.cat(out, 2)
 
 
 def _in_dtype(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

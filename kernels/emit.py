@@ -21,6 +21,7 @@ import torch
 import triton
 from torch._inductor.runtime.cache_dir_utils import cache_dir
 
+from tqcompile import scores
 from tqcompile.codec import Codec
 from tqcompile.kernels.address import DEVICE_TYPE, code_lines, expression, power_of_two
 from tqcompile.layout import COORDINATE, layout_of
@@ -37,12 +38,14 @@ import triton.language as tl
 
 @dataclass(frozen=True)
 class Reader:
-    """How attention reads scores: the kind of mask that is added or selects, and top-left causality."""
+    """How attention reads scores: a text of `scores`, the kind of mask that follows, and top-left causality."""
 
     mask: Literal["none", "bool", "additive"] = "none"
     causal: bool = False
+    score_mod: str = ""
 
     def __post_init__(self):
+        scores.check(self.score_mod)
         if self.mask not in ("none", "bool", "additive"):
             raise ValueError(f"mask={self.mask!r}; allowed are 'none', 'bool' and 'additive'")
 
@@ -115,6 +118,8 @@ def score_helper(reader: Reader) -> str:
     `query` and `token` are places in the sequence, both less the tile's first token.
     """
     lines = ["@triton.jit", "def read_scores(scores, mask, mask_row, mask_stride, query, token, inside):"]
+    if reader.score_mod:
+        lines += [f"    scores = {scores.in_kernel(reader.score_mod, 'tl', 'scores')}"]
     if reader.causal:
         lines += ['    scores = tl.where(token[None, :] <= query[:, None], scores, float("-inf"))']
     if reader.mask != "none":

@@ -9,7 +9,7 @@ from types import ModuleType
 
 import torch
 
-from tqcompile import tables
+from tqcompile import scores, tables
 from tqcompile.codec import Codec
 from tqcompile.kernels import blocks, emit, fragment, operands, ptx, tune
 from tqcompile.kernels.address import DEVICE_TYPE, power_of_two
@@ -134,6 +134,8 @@ def _call(block: ptx.Block, inputs: str) -> list[str]:
 def score_helper(reader: Reader) -> str:
     """`read_scores`: what the reader does to scores [T, R]; places count from the tile's first token."""
     lines = [_signature("read_scores(scores, mask, address, query, token, last)")]
+    if reader.score_mod:
+        lines += [f"    scores = {scores.in_kernel(reader.score_mod, 'gl', 'scores')}"]
     if reader.causal:
         lines += ['    scores = gl.where(token <= query, scores, float("-inf"))']
     if reader.mask != "none":

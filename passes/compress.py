@@ -8,9 +8,10 @@ from tqcompile.layout import layout_of
 from tqcompile.passes import rewrite
 from tqcompile.passes.context import CacheInput, Context, Fallback, Output
 from tqcompile.passes.indices import index_items, kept_run
-from tqcompile.passes.nodes import memory_of, spelling, tensor_of
+from tqcompile.passes.nodes import example, memory_of, spelling, tensor_of
 from tqcompile.passes.places import places_of
 from tqcompile.passes.sites import Site, name_of, where
+from tqcompile.passes.softmax import Mask
 from tqcompile.passes.survey import Read
 from tqcompile.passes.views import View, shape_only, whole, written_value
 from tqcompile.passes.writes import Writer
@@ -136,7 +137,11 @@ class _Rewriter(Writer):
         _, view, turned = sides[-1]
         folds = tensor_of(left).dim() != 4 or view.axes[0] != places_of(view, turned).heads[:1]
         final = (self._attend if read.kind == "attend" else self._product)(read, left, planes, folds)
-        final = self.call(rewrite.as_queries, final, left) if folds else final
+        ranks = tensor_of(left).dim(), tensor_of(node).dim()
+        if folds and ranks[0] == ranks[1]:
+            final = self.call(rewrite.as_queries, final, left)
+        elif ranks == (4, 3):
+            final = self.call(torch.flatten, final, 0, 1)
         final.meta = dict(node.meta)
         node.replace_all_uses_with(final)
         self.replaced[node] = final
@@ -158,10 +163,10 @@ class _Rewriter(Writer):
         keys, values = self.sites[read.key.root], self.sites[read.value.root]
         dims = [int(tensor_of(view.base).shape[-1]) for view in (read.key, read.value)]
         result, key_basis = tensor_of(read.node), self.basis(keys, tensor_of(query), dims[0])
-        mask = self._mask(read)
+        folding = (query, planes[0][0]) if folds else None
+        mask = self._mask(read, folding)
         reach = None if folds or mask is None else self._reach(mask)
-        if folds and mask is not None:
-            mask = self.call(rewrite.mask_by_head, mask, query, planes[0][0])
+        sinks = None if read.sinks is None else self._numbers(read.sinks, folding, tokens=False)
         return self.call(
             ops.attend,
             self.call(rewrite.by_head, query, planes[0][0]) if folds else query,
@@ -172,25 +177,36 @@ class _Rewriter(Writer):
             self.basis(values, result, dims[1]),
             read.causal,
             dims[0] ** -0.5 if read.scale is None else read.scale,
+            read.score_mod,
+            sinks,
             keys.codec.name,
             values.codec.name,
             *dims,
             result.dtype,
         )
 
-    def _mask(self, read: Read) -> fx.Node | None:
+    def _mask(self, read: Read, folding: tuple[fx.Node, fx.Node] | None) -> fx.Node | None:
         """The masks of a read as one."""
         total = None
-        for mask, factor in read.masks:
-            mask = self.dense(mask)
-            mask = mask if factor == 1 else self.call_like(torch.mul, mask, factor)
-            total = mask if total is None else self._sum(total, mask)
+        for mask in read.masks:
+            numbers = None if mask.node is None else self._numbers(mask, folding)
+            if total is None and (mask.kind, mask.number) == ("add", 1):
+                total = numbers
+                continue
+            operands = total, numbers, mask.kind, mask.number
+            total = self.call(rewrite.masked, *operands)
+            total.meta["example_value"] = rewrite.masked(*map(example, operands))
         return total
 
-    def _sum(self, left: fx.Node, right: fx.Node) -> fx.Node:
-        total = self.call(torch.add, left, right)
-        total.meta["example_value"] = tensor_of(left) + tensor_of(right)
-        return total
+    def _numbers(self, mask: Mask, folding: tuple[fx.Node, fx.Node] | None, tokens: bool = True) -> fx.Node:
+        """The tensor of a mask, [batch, heads, ...] where the queries and a plane in `folding` are to be folded."""
+        numbers = self.dense(mask.node)
+        if folding is None:
+            return numbers
+        value = tensor_of(numbers).new_empty(())
+        numbers = self.call(rewrite.mask_by_head, numbers, *folding, mask.heads, tokens)
+        numbers.meta["example_value"] = value
+        return numbers
 
     def _reach(self, mask: fx.Node) -> fx.Node | None:
         """Which tokens `mask` lets anyone see: computed once for all layers that share a mask."""

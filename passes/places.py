@@ -43,10 +43,16 @@ def places_of(view: View, transposed: bool = False) -> Places | None:
 
 
 def alike(key: View, value: View, transposed: bool = False) -> bool:
-    """Whether keys, or `transposed` ones, and values have the same sequences and heads, in the same order."""
+    """Whether keys, or `transposed` ones, and values have the same sequences and heads, in the same order.
+
+    Products may have both in one dimension and apart.
+    """
     sides = (key, places_of(key, transposed)), (value, places_of(value))
     sizes = [[str(tensor_of(view.base).shape[dim]) for dim in places.heads] for view, places in sides]
-    return key.axes[0] == value.axes[0] and sizes[0] == sizes[1]
+    folds = [len(view.axes) for view, _ in sides]
+    first = [places.heads[0] for _, places in sides]
+    same = key.axes[0] == value.axes[0] or (sorted(folds) == [3, 4] and first[0] == first[1] and len(sizes[0]) == 2)
+    return same and sizes[0] == sizes[1]
 
 
 def fits(query: fx.Node, cache: fx.Node, grouped: bool = False) -> bool:

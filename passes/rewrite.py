@@ -53,9 +53,28 @@ def by_head(queries: torch.Tensor, plane: torch.Tensor) -> torch.Tensor:
     return queries.reshape(plane.shape[0], -1, *queries.shape[-2:])
 
 
-def mask_by_head(mask: torch.Tensor, queries: torch.Tensor, plane: torch.Tensor) -> torch.Tensor:
-    """A mask of such queries over the tokens of a plane, as [batch, heads, T, S]."""
-    return by_head(mask.expand(*queries.shape[:-1], plane.shape[2]), plane)
+def mask_by_head(
+    mask: torch.Tensor, queries: torch.Tensor, plane: torch.Tensor, heads: int | None, tokens: bool
+) -> torch.Tensor:
+    """A mask of such queries, or of them in so many `heads`, over the tokens of a plane as [batch, heads, T, S].
+
+    Without `tokens` it has one number for all of them: [batch, heads, T, 1].
+    """
+    leading = queries.shape[:-2] if heads is None else (queries.shape[0] // heads, heads)
+    return by_head(mask.expand(*leading, queries.shape[-2], plane.shape[2] if tokens else 1), plane)
+
+
+def masked(total: torch.Tensor | None, mask: torch.Tensor | None, kind: str, number: float) -> torch.Tensor:
+    """The mask that is added to scores after one more step, of a `kind` of `softmax.Mask`."""
+    if kind == "floor":
+        return total.clamp(min=number)
+    if kind == "add":
+        mask = mask if number == 1 else mask * number
+        return mask if total is None else total + mask
+    hidden = mask if kind == "fill" else ~mask
+    total = torch.zeros_like(hidden, dtype=torch.float32) if total is None else total.float()
+    total, hidden = torch.broadcast_tensors(total, hidden)
+    return total.masked_fill(hidden, number)
 
 
 def as_queries(result: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,7 @@ from torch import fx
 from tqcompile.passes.indices import kept_run
 from tqcompile.passes.nodes import memory_of, spelling, tensor_of, walk, written_operands
 from tqcompile.passes.places import alike, are_weights, becomes_weights, fits, places_of, roles_of
-from tqcompile.passes.softmax import chain_behind
+from tqcompile.passes.softmax import Mask, chain_behind
 from tqcompile.passes.tokens import kept_by, source_of, whole_tokens, written_tensors
 from tqcompile.passes.views import View, derived, identity, root_view, shape_only
 
@@ -39,8 +39,8 @@ class Join:
 class Read:
     """Attention, or one of its two products, over views of caches: kind is `attend`, `logits` or `mix`.
 
-    `left` are the queries, or the weights of a `mix`. Attention is softmax(left keys * scale + masks) values, where a
-    mask comes with its factor, and bool ones alone; `absorbed` are the nodes of a product that it is spelled out with.
+    `left` are the queries, or the weights of a `mix`. Attention is softmax(score_mod(left keys * scale) + masks)
+    values, with the logits of `sinks` in the softmax; `absorbed` are the nodes that it is spelled out with.
     """
 
     node: fx.Node
@@ -49,7 +49,9 @@ class Read:
     value: View | None
     left: fx.Node
     scale: float | None = None
-    masks: tuple[tuple[fx.Node, float], ...] = ()
+    score_mod: str = ""
+    masks: tuple[Mask, ...] = ()
+    sinks: Mask | None = None
     causal: bool = False
     absorbed: tuple[fx.Node, ...] = ()
 
@@ -129,14 +131,15 @@ class Survey:
         """Two products with a softmax between are attention, where nothing is overwritten in the meantime."""
         nodes, scores = list(graph.nodes), {node: read for node, read in self.reads.items() if read.kind == "logits"}
         for node, read in list(self.reads.items()):
-            chain = chain_behind(read.left, scores) if read.kind == "mix" else None
+            chain = chain_behind(node, scores) if read.kind == "mix" else None
             if chain is None:
                 continue
             first = scores[chain.nodes[0]]
             *leading, channel, tokens = first.key.axes
             if not alike(first.key, read.value, transposed=True):
                 continue
-            kept = {memory_of(each) for each in (first.left, first.key.node, *(mask for mask, _ in chain.masks))}
+            given = (each.node for each in (*chain.masks, chain.sinks) if each is not None and each.node is not None)
+            kept = {memory_of(each) for each in (first.left, first.key.node, *given)}
             between = nodes[self._order[first.node] + 1 : self._order[node]]
             if any(memory_of(operand) in kept for each in between for operand in written_tensors(each)):
                 continue
@@ -147,7 +150,9 @@ class Survey:
                 key=replace(first.key, axes=(*leading, tokens, channel)),
                 left=first.left,
                 scale=chain.scale,
+                score_mod=chain.score_mod,
                 masks=chain.masks,
+                sinks=chain.sinks,
                 absorbed=chain.nodes,
             )
 
@@ -262,8 +267,8 @@ class Survey:
             return
         mask, scale = node.kwargs["attn_mask"], node.kwargs["scale"]
         scale = None if scale is None else float(scale)
-        masks = () if mask is None else ((mask, 1.0),)
-        self.reads[node] = Read(node, "attend", key, value, node.args[0], scale, masks, bool(node.kwargs["is_causal"]))
+        masks, causal = () if mask is None else (Mask("add", mask),), bool(node.kwargs["is_causal"])
+        self.reads[node] = Read(node, "attend", key, value, node.args[0], scale, masks=masks, causal=causal)
 
     def _product(self, node: fx.Node) -> None:
         right = self.views.get(node.args[1])

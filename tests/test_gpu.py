@@ -2,13 +2,15 @@
 
 import pytest
 import torch
+from conversations import fake_quantised
 from models import EMBED, MODELS, Shape
 from test_cache_shapes import CALLS, assert_compressed, talk
 
 import tqcompile
-from tqcompile import formats
+from tqcompile import CompressedKV, formats
 from tqcompile.kernels import integer
 
+F = torch.nn.functional
 pytestmark = pytest.mark.gpu
 
 
@@ -76,3 +78,46 @@ def test_reduce_overhead_says_what_the_default_mode_says_on_int8_units():
             x, place = torch.randn(2, 1, EMBED, dtype=torch.bfloat16), torch.tensor([position])
             torch.testing.assert_close(graphed(x, place).clone(), plain(x, place), rtol=0, atol=1e-2)
     assert torch._dynamo.utils.counters["inductor"]["cudagraph_skips"] == 0
+
+
+WINDOW = 40
+
+
+def slide(q, k, v, past):
+    """A window that is cut off a growing past: its first token lies anywhere in a buffer."""
+    if past is not None:
+        k, v = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)
+    return F.scaled_dot_product_attention(q, k, v), (k[:, :, -WINDOW:], v[:, :, -WINDOW:])
+
+
+@pytest.mark.parametrize("codecs", [("turboquant:4", "turboquant:3"), ("q8_0", "q8_0")], ids="/".join)
+def test_a_window_slides_over_kernels(codecs):
+    torch.manual_seed(0)
+    call = torch.compile(slide, backend=tqcompile.turboquant(keys=codecs[0], values=codecs[1]))
+    ours = twin = None
+    with torch.no_grad():
+        for tokens in (WINDOW, *[1] * 60):
+            q, k, v = (torch.randn(2, heads, tokens, 64) for heads in (2, 2, 2))
+            stored = (k, v) if twin is None else tuple(map(fake_quantised, (k, v), codecs))
+            first, (out, ours) = twin is None, call(q, k, v, ours)
+            expected, twin = slide(q, *stored, twin)
+            twin = tuple(map(fake_quantised, twin, codecs)) if first else twin
+            assert (out - expected).norm() < 2e-3 * expected.norm()
+    assert all(isinstance(cache, CompressedKV) and cache.shape[2] == WINDOW for cache in ours)
+
+
+def test_keys_of_one_head_beside_values_of_four_are_right():
+    """No kernel takes both: it would count the heads of one for those of the other."""
+
+    def step(q, k, v, at, keys, values):
+        keys[:, :, at], values[:, :, at] = k, v
+        return F.scaled_dot_product_attention(q, keys[:, :1].repeat_interleave(4, 1), values)
+
+    torch.manual_seed(0)
+    held, twin = ([torch.zeros(2, 4, 16, 64) for _ in range(2)] for _ in range(2))
+    call = torch.compile(step, backend=tqcompile.turboquant(preset="lossless"))
+    with torch.no_grad():
+        for place in range(4):
+            at, (q, k, v) = torch.tensor([place]), (torch.randn(2, 4, 1, 64) for _ in range(3))
+            torch.testing.assert_close(call(q, k, v, at, *held), step(q, k, v, at, *twin), rtol=1e-4, atol=1e-5)
+    assert all(isinstance(cache, CompressedKV) for cache in held)

@@ -12,7 +12,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 # From the ground up. A module imports from lower floors only; modules of one room may know each other.
 FLOORS = (
-    ("codec",),
+    ("codec", "scores"),
     ("tables", "layout"),
     ("formats", "reference"),
     ("options",),

@@ -12,16 +12,18 @@ from tqcompile.formats import PRESETS, codec
 # --- attend
 
 
-def dense(q, k, v, mask=None, causal=False, scale=1.0):
+def dense(q, k, v, mask=None, causal=False, scale=1.0, change=lambda scores: scores, sinks=None):
     """Attention in float64, with zeros for a query that sees nothing."""
     groups = q.shape[1] // k.shape[1]
     k, v = (x.double().repeat_interleave(groups, 1) for x in (k, v))
-    scores = q.double() @ k.transpose(-1, -2) * scale
+    scores = change(q.double() @ k.transpose(-1, -2) * scale)
     if causal:
         scores = scores.masked_fill(~torch.ones(scores.shape[-2:], dtype=torch.bool).tril(), -math.inf)
     if mask is not None:
         scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask.double()
-    return torch.nan_to_num(scores.softmax(-1), 0.0) @ v
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.double().expand(*scores.shape[:-1], 1)], -1)
+    return torch.nan_to_num(scores.softmax(-1), 0.0)[..., : k.shape[2]] @ v
 
 
 class Case:
@@ -42,9 +44,9 @@ class Case:
         operands = (self.q, self.keys, self.values, mask, causal, self.scale, *self.codecs, self.dims)
         return reference.attend(*operands, **more)
 
-    def truth(self, mask=None, causal=False):
+    def truth(self, mask=None, causal=False, **more):
         k, v = (reference.decode(*each) for each in zip(self.codecs, (self.keys, self.values), self.dims))
-        return dense(self.q, k, v, mask, causal, self.scale)
+        return dense(self.q, k, v, mask, causal, self.scale, **more)
 
     def check(self, mask=None, causal=False):
         out = self.attend(mask, causal)
@@ -85,6 +87,28 @@ def test_keys_and_values_may_differ_in_head_dim_and_codec(dims, path):
 @pytest.mark.parametrize("name", ["identity", "q8_0", "turboquant:4"])
 def test_a_half_precision_query_loses_nothing_to_the_scale(name, dtype, path):
     Case((name, name), dims=(80, 80), dtype=dtype, shape=(1, 4, 2, 2, 70)).check()
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+def test_scores_are_capped_before_masks_and_sinks_join_the_softmax(causal, masked, path):
+    case = Case(shape=(2, 4, 2, 3, 70))
+    mask = normal(2, 1, 3, 70, seed=5) if masked else None
+    for sinks in (None, normal(2, 4, 3, 1, seed=6), normal(1, 4, 1, 1, seed=7) * 20):
+        out = case.attend(mask, causal, score_mod="tanh(score / 0.3) * 0.3", sinks=sinks)
+        truth = case.truth(mask, causal, change=lambda scores: torch.tanh(scores / 0.3) * 0.3, sinks=sinks)
+        torch.testing.assert_close(out.double(), truth, rtol=1e-4, atol=2e-6)
+
+
+def test_a_query_that_sees_nothing_but_its_sink_gets_zeros(path):
+    case = Case(shape=(1, 4, 2, 3, 130))
+    keep = torch.ones(3, 130, dtype=torch.bool)
+    keep[1] = False
+    for logit in (0.0, -math.inf):
+        sinks = torch.full((1, 4, 1, 1), logit)
+        out = case.attend(keep, sinks=sinks)
+        assert torch.equal(out[:, :, 1], torch.zeros(1, 4, 64))
+        torch.testing.assert_close(out.double(), case.truth(keep, sinks=sinks), rtol=1e-4, atol=2e-6)
 
 
 BROADCASTS = [(), (1,), (2, 4), (2, 1), (1, 4), (1, 1)]

@@ -38,13 +38,16 @@ def use_row_compiler(compile_rows: Callable | None) -> None:
     _compile_rows = compile_rows
 
 
-def attend(q, keys, values, mask, causal, scale, key_codec, value_codec, head_dims) -> torch.Tensor:
+def attend(
+    q, keys, values, mask, causal, scale, key_codec, value_codec, head_dims, score_mod="", sinks=None
+) -> torch.Tensor:
     """`reference.attend`, compiled for single queries."""
     if not (_compiles(key_codec, q, keys) and _compiles(value_codec, q, values)):
-        codecs = key_codec, value_codec
-        return reference.attend(q, keys, values, mask, causal, scale, *codecs, head_dims, decode_rows)
+        how = mask, causal, scale, key_codec, value_codec, head_dims, score_mod, sinks
+        return reference.attend(q, keys, values, *how, decode_rows)
     scores = logits(q.float() * scale, keys, key_codec, head_dims[0])
-    return mix(reference.softmax(scores, mask, causal), values, value_codec, head_dims[1])
+    weights = reference.softmax(scores, mask, causal, score_mod, sinks)
+    return mix(weights, values, value_codec, head_dims[1])
 
 
 def logits(q: torch.Tensor, keys: Tensors, codec: Codec, head_dim: int) -> torch.Tensor:

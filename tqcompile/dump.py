@@ -103,9 +103,9 @@ def kernel_sources(after: fx.GraphModule, sites: Iterable[Site]) -> dict[str, st
             sources[what] = step.source(formats.codec(keys), formats.codec(values), dims)
         if node.target is not ops.attend:
             continue
-        mask, _, _, _, causal, _, keys, values, *head_dims, _ = node.args[3:]
-        reader = attend.reader_of(tensor_of(mask), causal)
-        said = "_causal" * causal + f"_{reader.mask}_mask"
+        mask, _, _, _, causal, _, score_mod, _, keys, values, *head_dims, _ = node.args[3:]
+        reader = attend.reader_of(tensor_of(mask), causal, score_mod)
+        said = "_causal" * causal + f"_{reader.mask}_mask" + "_score_mod" * bool(score_mod)
         what = f"attend_{_plain(keys)}_{_plain(values)}_{head_dims[0]}_{head_dims[1]}{said}"
         codecs = formats.codec(keys), formats.codec(values)
         sources[what] = attend.source(*codecs, tuple(head_dims), reader)

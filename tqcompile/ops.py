@@ -21,8 +21,8 @@ _library.define(
 )
 _library.define(
     "attend(Tensor q, Tensor[] keys, Tensor[] values, Tensor? mask, Tensor? reach, Tensor? key_basis, "
-    "Tensor? value_basis, bool causal, float scale, str key_codec, str value_codec, int key_dim, int value_dim, "
-    "ScalarType dtype) -> Tensor"
+    "Tensor? value_basis, bool causal, float scale, str score_mod, Tensor? sinks, str key_codec, str value_codec, "
+    "int key_dim, int value_dim, ScalarType dtype) -> Tensor"
 )
 _library.define("logits(Tensor q, Tensor[] keys, str codec, int head_dim) -> Tensor")
 _library.define("mix(Tensor weights, Tensor[] values, str codec, int head_dim) -> Tensor")
@@ -83,12 +83,12 @@ def _append_step_cuda(keys, values, k, v, q, positions, key_basis, value_basis, 
 
 
 def _attend_cpu(q, keys, values, mask, reach, key_basis, value_basis, causal, scale, *others):
-    key_codec, value_codec, key_dim, value_dim, dtype = others
-    codecs, dims = (formats.codec(key_codec), formats.codec(value_codec)), (key_dim, value_dim)
+    score_mod, sinks, key_codec, value_codec, *dims, dtype = others
+    codecs = formats.codec(key_codec), formats.codec(value_codec)
     q = reference.rotate(q, key_basis)
     if reach is not None and reach.numel() and not causal:
         keys, values, mask = _within(reach, keys, values, mask)
-    out = cpu.attend(q, keys, values, mask, causal, scale, *codecs, dims)
+    out = cpu.attend(q, keys, values, mask, causal, scale, *codecs, tuple(dims), score_mod, sinks)
     return reference.rotate_back(out, value_basis, dtype).contiguous()
 
 
@@ -102,13 +102,12 @@ def _within(reach: torch.Tensor, keys: Tensors, values: Tensors, mask: torch.Ten
 def _attend_cuda(q, keys, values, mask, reach, key_basis, value_basis, causal, scale, *others):
     from tqcompile.kernels import attend as kernel
 
-    key_codec, value_codec, key_dim, value_dim, dtype = others
-    codecs, dims = (formats.codec(key_codec), formats.codec(value_codec)), (key_dim, value_dim)
+    score_mod, sinks, key_codec, value_codec, *dims, dtype = others
+    codecs = formats.codec(key_codec), formats.codec(value_codec)
+    options = {"reach": reach, "basis": value_basis, "dtype": dtype, "score_mod": score_mod, "sinks": sinks}
     with torch.cuda.device(q.device):
         q = reference.rotate(q, key_basis)
-        return kernel.attend(
-            q, keys, values, mask, causal, scale, *codecs, dims, reach=reach, basis=value_basis, dtype=dtype
-        )
+        return kernel.attend(q, keys, values, mask, causal, scale, *codecs, tuple(dims), **options)
 
 
 def _logits(q: torch.Tensor, keys: Tensors, codec: str, head_dim: int) -> torch.Tensor:

@@ -13,6 +13,7 @@ import torch
 from tqcompile import tables
 from tqcompile.codec import Codec, Lookup
 from tqcompile.layout import PlaneLayout, layout_of
+from tqcompile.scores import apply as scores_of
 
 Planes = Sequence[torch.Tensor]
 RowDecoder = Callable[[Codec, Planes, int], torch.Tensor]
@@ -175,42 +176,56 @@ def attend(
     key_codec: Codec,
     value_codec: Codec,
     head_dims: tuple[int, int],
+    score_mod: str = "",
+    sinks: torch.Tensor | None = None,
     row_decoder: RowDecoder = decode,
 ) -> torch.Tensor:
     """Attention over compressed keys and values, which are decoded one block of tokens at a time.
 
-    q [B, Hq, T, D] in the key basis; planes [B, Hkv, S, width]; mask broadcasts to [B, Hq, T, S], bool (True
-    keeps) or additive; `causal` keeps key s for query t where s <= t, as SDPA does. Returns [B, Hq, T, Dv] in the
-    value basis, float32. A query that may see nothing gets zeros.
+    q [B, Hq, T, D] in the key basis; planes [B, Hkv, S, width]; `score_mod` is a text of `scores`; mask broadcasts to
+    [B, Hq, T, S], bool (True keeps) or additive; `causal` keeps key s for query t where s <= t, as SDPA does; `sinks`
+    [B, Hq, T, 1] are logits of one more token each, whose value is zero. Returns [B, Hq, T, Dv] in the value basis,
+    float32. A query that may see nothing gets zeros.
     """
     batch, heads, queries, _ = q.shape
     length = keys[0].shape[2]
     if batch * heads * queries * length <= 2 * BLOCK_ELEMENTS:
         scores = logits(q.float() * scale, keys, key_codec, head_dims[0], row_decoder)
-        weights = softmax(scores, mask, causal)
+        weights = softmax(scores, mask, causal, score_mod, sinks)
         return mix(weights, values, value_codec, head_dims[1], row_decoder)
-    return _attend_online(q, keys, values, mask, causal, scale, key_codec, value_codec, head_dims, row_decoder)
+    others = key_codec, value_codec, head_dims, score_mod, sinks, row_decoder
+    return _attend_online(q, keys, values, mask, causal, scale, *others)
 
 
-def softmax(scores: torch.Tensor, mask: torch.Tensor | None, causal: bool) -> torch.Tensor:
+def softmax(
+    scores: torch.Tensor, mask: torch.Tensor | None, causal: bool, score_mod: str = "", sinks=None
+) -> torch.Tensor:
     """Softmax of scores [B, Hq, T, S] over the keys a query may see, with zeros where it may see none of them."""
-    if mask is None and not causal:
-        return scores.softmax(-1)
-    scores = masked(scores, mask, causal, scores.shape, 0, scores.shape[-1])
-    return torch.where((scores == -math.inf).all(-1, keepdim=True), 0.0, scores.softmax(-1))
+    scores = masked(scores_of(score_mod, scores), mask, causal, scores.shape, 0, scores.shape[-1])
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.float().expand(*scores.shape[:-1], 1)], -1)
+    weights = scores.softmax(-1)
+    if mask is not None or causal or sinks is not None:
+        weights = torch.where((scores == -math.inf).all(-1, keepdim=True), 0.0, weights)
+    return weights if sinks is None else weights[..., :-1]
 
 
-def _attend_online(q, keys, values, mask, causal, scale, key_codec, value_codec, head_dims, row_decoder):
+def _attend_online(
+    q, keys, values, mask, causal, scale, key_codec, value_codec, head_dims, score_mod, sinks, row_decoder
+):
     """`attend` where the scores of all keys would not fit in cache: a running softmax over blocks of keys."""
     batch, query_heads, queries, _ = q.shape
     kv_heads, length = keys[0].shape[1], keys[0].shape[2]
     rows = (q.float() * scale).reshape(batch, kv_heads, -1, q.shape[-1])
     peak = rows.new_full((*rows.shape[:3], 1), -math.inf)
     total = torch.zeros_like(peak)
+    if sinks is not None:
+        peak = sinks.float().expand(batch, query_heads, queries, 1).reshape(peak.shape)
+        total = torch.ones_like(peak)
     out = rows.new_zeros(*rows.shape[:3], head_dims[1])
     for start, stop in _blocks(keys, max(head_dims)):
         key = row_decoder(key_codec, [plane[:, :, start:stop] for plane in keys], head_dims[0])
-        scores = rows @ key.float().transpose(-1, -2)
+        scores = scores_of(score_mod, rows @ key.float().transpose(-1, -2))
         scores = masked(scores, mask, causal, (batch, query_heads, queries, length), start, stop)
         new_peak = torch.maximum(peak, scores.amax(-1, keepdim=True))
         pivot = torch.where(new_peak == -math.inf, 0.0, new_peak)

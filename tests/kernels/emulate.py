@@ -195,6 +195,7 @@ def language(place):
         where=lambda mask, x, y: Tile(torch.where(mask.x, plain(x), plain(y))),
         abs=lambda x: Tile(x.x.abs()),
         exp2=lambda x: Tile(x.x.exp2()),
+        exp=lambda x: Tile(x.x.exp()),
         max=lambda x, axis: reduced(x, axis, maximum),
         sum=lambda x, axis: Tile(x.x.sum(axis, dtype=x.x.dtype)),
         reduce=reduced,

@@ -71,6 +71,18 @@ def test_every_reader_sees_what_the_reference_sees(device, mask, causal):
     close(*both(*case, mask_of(mask, (2, 6, 4, 70), device), causal, codecs, (64, 64)), torch.float32)
 
 
+@pytest.mark.parametrize("mask", ["none", "bool", "float32"])
+@pytest.mark.parametrize("codecs", [("turboquant:4", "turboquant:4"), ("turboquant:8", "identity")], ids="/".join)
+def test_a_cap_and_sinks_are_those_of_the_reference(device, codecs, mask):
+    torch.manual_seed(12)
+    q, keys, values = random_case(device, torch.float32, codecs, queries=4)
+    sinks = torch.randn(2, 6, 4, 1, device=device) * 4
+    how = (mask_of(mask, (2, 6, 4, 70), device), mask == "none", 1.5, *map(formats.codec, codecs), (64, 64))
+    for options in ({"sinks": sinks}, {"score_mod": "tanh(score / 3.0) * 3.0"}, {"sinks": sinks[:1, :, :1]}):
+        out = attend.attend(q, keys, values, *how, **options)
+        close(out, reference.attend(q, keys, values, *how, **options), torch.float32)
+
+
 @pytest.mark.parametrize("shape", [(70,), (4, 70), (1, 1, 1, 70), (2, 1, 4, 1), (1, 6, 1, 70), (2, 1, 4, 70)])
 def test_a_mask_broadcasts_over_any_dimension(device, shape):
     torch.manual_seed(3)

@@ -33,15 +33,15 @@ def test_every_codec_is_decoded_as_the_reference_does(device, name, head_dim):
     torch.testing.assert_close(numbers, reference.decode(codec, planes, head_dim), rtol=3e-6, atol=1e-6)
 
 
-def run(device, q, keys, values, mask, causal, codecs, dims):
+def run(device, q, keys, values, mask, causal, codecs, dims, score_mod="", sinks=None):
     """Attention of many rows: on a GPU as `attend.attend` chooses it, which must choose it."""
     if device == "cpu":
         numbers = [look_up(codec, dim, q.dtype, device) for codec, dim in zip(codecs, dims)]
-        return decoded.attend(q, keys, values, mask, causal, 0.1, codecs, dims, numbers)
+        return decoded.attend(q, keys, values, mask, causal, 0.1, codecs, dims, numbers, None, score_mod, sinks)
     calls, inner = [], decoded.attend
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(decoded, "attend", lambda *a: calls.append(1) or inner(*a))
-        out = attend.attend(q, keys, values, mask, causal, 0.1, *codecs, dims)
+        out = attend.attend(q, keys, values, mask, causal, 0.1, *codecs, dims, score_mod=score_mod, sinks=sinks)
     assert calls
     return out
 
@@ -58,6 +58,22 @@ def test_any_part_of_the_heads_at_a_time_attends_like_the_reference(device, kind
     mask = {"bool": keep, "additive": torch.where(keep, 0.5, -torch.inf)}.get(kind)
     out = run(device, q, keys, values, mask, kind == "causal", codecs, dims)
     close(out.float(), reference.attend(q, keys, values, mask, kind == "causal", 0.1, *codecs, dims), torch.float32)
+
+
+@pytest.mark.parametrize("at_once", [1, 3, 100])
+@pytest.mark.parametrize("kind", ["none", "bool", "additive", "causal"])
+def test_a_cap_and_sinks_of_a_few_queries_at_a_time_are_those_of_the_reference(device, kind, at_once, monkeypatch):
+    torch.manual_seed(8)
+    monkeypatch.setattr(decoded, "DECODED_BYTES", at_once * 70 * 6 * 4)
+    codecs, dims = (formats.codec("turboquant:4"), formats.codec("q8_0")), (64, 32)
+    keys, values = (compressed(codec, torch.randn(3, 2, 70, dim, device=device)) for codec, dim in zip(codecs, dims))
+    q, sinks = torch.randn(3, 6, 50, 64, device=device), torch.randn(1, 6, 50, 1, device=device) * 3
+    keep = torch.rand(3, 1, 50, 70, device=device) < 0.7
+    mask = {"bool": keep, "additive": torch.where(keep, 0.5, -torch.inf)}.get(kind)
+    how = {"score_mod": "tanh(score) * 2.0", "sinks": sinks}
+    out = run(device, q, keys, values, mask, kind == "causal", codecs, dims, **how)
+    expected = reference.attend(q, keys, values, mask, kind == "causal", 0.1, *codecs, dims, **how)
+    close(out.float(), expected, torch.float32)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

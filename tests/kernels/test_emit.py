@@ -53,6 +53,7 @@ def test_the_helpers_of_every_codec_are_the_golden_ones(name):
 
 def test_the_helpers_of_every_reader_are_the_golden_ones():
     readers = [emit.Reader(mask, causal) for mask in ("none", "bool", "additive") for causal in (False, True)]
+    readers += [emit.Reader("additive", False, "tanh(score / 50.0) * 50.0")]
     compare(
         "kernels_readers.txt", "\n\n\n".join(f"# {reader}\n{emit.score_helper(reader)}" for reader in readers) + "\n"
     )

@@ -57,6 +57,17 @@ def test_masks_and_strides(kind):
     attends_like_the_reference(q, keys, values, mask, kind == "causal", ("q8_0", "q8_0"), (64, 64))
 
 
+@pytest.mark.parametrize("name", ["turboquant:4", "q8_0"])
+def test_a_cap_and_sinks(name):
+    torch.manual_seed(7)
+    codec = formats.codec(name)
+    keys, values = (compressed(codec, torch.randn(1, 2, 77, 64)) for _ in range(2))
+    q, sinks = torch.randn(1, 4, 2, 64), torch.randn(1, 4, 2, 1) * 4
+    arguments = (q, keys, values, None, True, 1.5, codec, codec, (64, 64))
+    options = {"score_mod": "tanh(score / 3.0) * 3.0", "sinks": sinks}
+    close(attend.attend(*arguments, **options), reference.attend(*arguments, **options), q.dtype)
+
+
 @pytest.mark.parametrize("name", ["turboquant:3", "q8_0"])
 @pytest.mark.parametrize("spans", SPANS, ids=str)
 def test_what_a_mask_hides_from_all_is_not_read(name, spans):

@@ -43,12 +43,12 @@ PRODUCTS = {
     "masked_fill": lambda s: F.softmax((s * 0.3).masked_fill(~MASK, -1e9), dim=-1, dtype=torch.float32).to(s.dtype),
     "dropout": lambda s: F.dropout(s.softmax(-1), 0.0, False),
     "softcap": lambda s: (torch.tanh(s / 30) * 30).softmax(-1),
-    "sink": lambda s: torch.cat([s, s[..., :1] * 0], -1).softmax(-1)[..., :-1],
+    "square": lambda s: (s * s).softmax(-1),
     "double": lambda s: s.softmax(-1, dtype=torch.float64).type_as(s),
 }
 
 
-SCALES_AND_MASKS = ("softmax", "scale and mask", "dropout")
+APART_BECAUSE = {"square": "a product of scores with themselves is no function of one"}
 
 
 @pytest.mark.parametrize("codec", formats.REGISTRY)
@@ -78,11 +78,20 @@ def test_whatever_lies_between_the_two_products_they_are_read_off_the_planes(nam
     after, context, before = passed(stepping(read), Q, K, V, AT)
     counted = operators(after)
     assert not context.fallbacks and not counted["matmul"]
-    if name in SCALES_AND_MASKS:
+    if name not in APART_BECAUSE:
         assert counted["attend"] == context.reads == 1 and not counted["softmax"] and not counted["logits"]
     else:
         assert counted["logits"] == 1 and counted["mix"] == 1 and context.reads == 2
         assert counted["softmax"] == operators(before)["softmax"] == 1
+
+
+LEAST = torch.finfo(torch.float32).min
+
+
+def less_its_maximum(logits):
+    """How models keep a softmax in half precision, and the weight of the last logit dropped."""
+    logits = logits - logits.max(dim=-1, keepdim=True).values
+    return F.softmax(logits, dim=-1, dtype=logits.dtype)[..., :-1]
 
 
 SPELLED_OUT = {
@@ -90,6 +99,20 @@ SPELLED_OUT = {
     "two masks": lambda s, b: (b.relu() + (s * 0.5 + b.to(s.dtype)).float()).softmax(dim=-1),
     "in place": lambda s, b: s.mul_(0.25).add_(b).softmax(-1),
     "a mask for all heads": lambda s, b: F.softmax(s + b[:1, :1], dim=-1, dtype=torch.float32).to(s.dtype),
+    "a cap": lambda s, b: (torch.tanh(s * 0.5 / 3.0) * 3.0 + b).softmax(-1),
+    "a cap in place": lambda s, b: s.div_(3.0).tanh().mul(3.0).softmax(-1),
+    "a cap and a clamp": lambda s, b: (s.sigmoid().mul(-4).clamp(max=-1.5) + b).softmax(-1),
+    "one more logit": lambda s, b: torch.cat([s * 0.5 + b, b[..., :1] * 2], -1).softmax(-1)[..., :-1],
+    "one more logit, less the maximum": lambda s, b: less_its_maximum(torch.cat([s, b[:, :, :, :1]], dim=-1)),
+    "less the maximum": lambda s, b: (s - s.amax(-1, keepdim=True)).softmax(-1),
+    "filled": lambda s, b: (s + b).masked_fill(b[:1, :1] > 1, -1e9).softmax(-1),
+    "filled and then added to": lambda s, b: (torch.where(b > -1, s, LEAST) + b).softmax(-1),
+    "chosen instead": lambda s, b: torch.where(b > 1, torch.tensor(LEAST), s).softmax(-1),
+    "nothing below the least": lambda s, b: torch.max(
+        s + b.masked_fill(b > 1, -torch.inf), torch.tensor(LEAST)
+    ).softmax(-1),
+    "no score at all": lambda s, b: s.masked_fill(torch.ones(3, 1, dtype=torch.bool), LEAST).softmax(-1),
+    "a fold and back": lambda s, b: (s.view(8, 3, 9) * 0.5).view(2, 4, 3, 9).add(b).softmax(-1),
     "a mask of one row": lambda s, b: F.dropout((s + b[0, 0, :1]).softmax(-1), p=0.3, training=False),
 }
 
@@ -108,6 +131,49 @@ def test_scales_and_masks_go_into_attention_as_they_stand(name, codecs):
     assert sum(graph.reads for graph in tqcompile.report(model).graphs) == 1
 
 
+FOLDED = {
+    "both in one dimension": lambda s, b: s.add(b.flatten(0, 1)).softmax(-1),
+    "apart for a mask": lambda s, b: (s.view(2, 4, 3, 9) + b[:, :1]).view(8, 3, 9).softmax(-1),
+    "two masks, one each": lambda s, b: ((s + b.flatten(0, 1)).view(2, 4, 3, 9) + b[0]).softmax(-1).flatten(0, 1),
+    "a logit of each head": lambda s, b: (
+        torch.cat([s.unflatten(0, (2, 4)), b[:, :, :1, :1].expand(2, 4, 3, 1)], -1).softmax(-1)[..., :-1].flatten(0, 1)
+    ),
+    "values apart": lambda s, b: (s.unflatten(0, (2, 4)) + b).softmax(-1),
+}
+
+
+@pytest.mark.parametrize("name", FOLDED)
+def test_sequences_and_heads_in_one_dimension_are_the_same_attention(name):
+    bias = torch.randn(2, 4, 3, 9)
+
+    def read(q, k, v):
+        weights = FOLDED[name](q.flatten(0, 1) @ k.flatten(0, 1).mT, bias)
+        return weights @ (v if weights.dim() == 4 else v.flatten(0, 1))
+
+    model, twin = stepping(read), stepping(read)
+    with torch.no_grad():
+        out = torch.compile(model, backend=tqcompile.turboquant(preset="lossless", inner="eager"))(Q, K, V, AT)
+        torch.testing.assert_close(out, twin(Q, K, V, AT), rtol=1e-4, atol=1e-5)
+    (graph,) = tqcompile.report(model).graphs
+    assert graph.reads == 1
+
+
+def test_a_row_of_nothing_but_the_least_of_a_half_sees_all_alike():
+    halves = [x.half() for x in (Q, K, V)]
+    hidden = torch.zeros(3, 9, dtype=torch.bool)
+    hidden[1] = True
+
+    def read(q, k, v):
+        return (q @ k.mT).masked_fill(hidden, torch.finfo(q.dtype).min).softmax(-1) @ v
+
+    model, twin = stepping(read).half(), stepping(read).half()
+    with torch.no_grad():
+        out = torch.compile(model, backend=tqcompile.turboquant(preset="lossless", inner="eager"))(*halves, AT)
+        torch.testing.assert_close(out, twin(*halves, AT), rtol=2e-3, atol=1e-3)
+    (graph,) = tqcompile.report(model).graphs
+    assert graph.reads == 1
+
+
 APART = {
     "weights that are used": lambda q, k, v: (w := (q @ k.mT).softmax(-1)) @ v + w.sum(),
     "scores that are used": lambda q, k, v: (s := q @ k.mT).softmax(-1) @ v + s.sum(),
@@ -116,6 +182,12 @@ APART = {
     "weights that are scaled": lambda q, k, v: ((q @ k.mT).softmax(-1) * 2) @ v,
     "two softmaxes": lambda q, k, v: (q @ k.mT).softmax(-1).softmax(-1) @ v,
     "dropout": lambda q, k, v: F.dropout((q @ k.mT).softmax(-1), p=0.5, training=True) @ v,
+    "a fill that scores come near": lambda q, k, v: (q @ k.mT).masked_fill(q[..., :1] > 0, -3.0).softmax(-1) @ v,
+    "a cap behind a mask": lambda q, k, v: (q @ k.mT + q[..., :1]).tanh().softmax(-1) @ v,
+    "a logit less": lambda q, k, v: (q @ k.mT).softmax(-1)[..., :-1] @ v[:, :, 1:],
+    "two logits more": lambda q, k, v: torch.cat([q @ k.mT, q[..., :2]], -1).softmax(-1)[..., :-2] @ v,
+    "a first logit": lambda q, k, v: torch.cat([q[..., :1], q @ k.mT], -1).softmax(-1)[..., 1:] @ v,
+    "less another maximum": lambda q, k, v: ((s := q @ k.mT) - s.amax(-2, keepdim=True)).softmax(-1) @ v,
     "a square": lambda q, k, v: ((s := q @ k.mT) * s).softmax(-1) @ v,
 }
 
@@ -211,6 +283,6 @@ def test_what_reads_codes_on_a_gpu_is_named(codec, kernel):
     step = stepping(attend).step
     after, _, _ = passed(Wide(step), *wide, AT, keys=codec, values=codec)
     assert readers(after) == {("attention", f"{codec} / {codec}", kernel): 1}
-    product = stepping(lambda q, k, v: PRODUCTS["softcap"](q @ k.mT) @ v).step
+    product = stepping(lambda q, k, v: PRODUCTS["square"](q @ k.mT) @ v).step
     after, _, _ = passed(Wide(product), *wide, AT, keys=codec, values="q8_0")
     assert [key[:2] for key in readers(after)] == [("query x keys", codec), ("weights x values", "q8_0")]
