@@ -61,6 +61,11 @@ def test_masks_and_several_queries_are_measured(mask, queries, capsys):
     assert (f"{mask} mask" in shown) == (mask != "none") and (f"{queries} queries" in shown) == (queries > 1)
 
 
+def test_caps_and_sinks_are_measured(capsys):
+    assert bench(*SHAPE, *FAST, *PAIR, "--tasks", "attend", "--softcap", "30", "--sinks") == 0
+    assert "softcap 30, sinks" in capsys.readouterr().out
+
+
 @pytest.fixture
 def kept(tmp_path):
     file = tmp_path / "rows.json"

@@ -38,13 +38,14 @@ def corners(shape: Shape) -> Iterator[tuple[slice, slice, slice]]:
         yield slice(row, row + 1), slice(head, head + 1), slice(head * group, (head + 1) * group)
 
 
-def attention(what: str, out, q, keys, values, mask, codecs: tuple[Codec, Codec], shape: Shape) -> None:
+def attention(what: str, out, q, keys, values, mask, sinks, codecs: tuple[Codec, Codec], shape: Shape) -> None:
     """Check out [B, Hq, 1, D] of attention over planes of keys and values."""
     for row, head, queries in corners(shape):
         planes = [[plane[row, head] for plane in side] for side in (keys, values)]
         seen = mask if mask is None else mask[row]
         dims = (shape.head_dim, shape.head_dim)
-        expected = reference.attend(q[row, queries], *planes, seen, False, shape.head_dim**-0.5, *codecs, dims)
+        how = seen, False, shape.head_dim**-0.5, *codecs, dims, shape.score_mod
+        expected = reference.attend(q[row, queries], *planes, *how, None if sinks is None else sinks[row, queries])
         require(what, out[row, queries], expected)
 
 

@@ -40,6 +40,8 @@ def add(commands) -> None:
     shape.add_argument("--layers", type=whole, metavar="N", help="layers of a step (default 32, on a CPU 2)")
     shape.add_argument("--queries", type=whole, metavar="N", help="queries of each head in attention (default 1)")
     shape.add_argument("--mask", choices=MASKS, help="mask of compressed attention (default none)")
+    shape.add_argument("--softcap", type=float, metavar="C", help="cap scores at C (default 0: they are not)")
+    shape.add_argument("--sinks", action="store_true", help="give each head one more logit")
     shape.add_argument("--model", metavar="NAME", help="read the shape from a Hugging Face configuration instead")
     shape.add_argument(
         "--dtype", choices=DTYPES, help="of queries and dense caches (default bfloat16, on a CPU float32)"

@@ -28,13 +28,14 @@ def attend(case: Case, dtype: torch.dtype, device: torch.device) -> tuple[Sample
     mask, scale = mask_of(shape, dtype, device), shape.head_dim**-0.5
 
     reach = None if mask is None else rewrite.reach(mask)
+    sinks = torch.randn(shape.batch, shape.heads, shape.queries, 1, device=device) if shape.sinks else None
+    how = None, None, False, scale, shape.score_mod, sinks, *names, shape.head_dim, shape.head_dim, torch.float32
 
     def step(i: int) -> torch.Tensor:
-        dims = shape.head_dim, shape.head_dim
-        return ops.attend(q, *caches[i], mask, reach, None, None, False, scale, *names, *dims, torch.float32)
+        return ops.attend(q, *caches[i], mask, reach, *how)
 
     codecs = tuple(map(formats.codec, names))
-    check.attention(f"attention over {case.pair} of {shape}", step(0), q, *caches[0], mask, codecs, shape)
+    check.attention(f"attention over {case.pair} of {shape}", step(0), q, *caches[0], mask, sinks, codecs, shape)
     return clock.measure(step, len(caches), device), size, size
 
 

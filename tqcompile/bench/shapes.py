@@ -13,7 +13,8 @@ DTYPES = ("bfloat16", "float16", "float32")
 class Shape:
     """One step: sequences, tokens in the cache of each, heads, the mask that attention is given, queries of each.
 
-    A `half` mask is bool and shows the first half of the cache, which is what a half full static cache has.
+    A `half` mask is bool and shows the first half of the cache, which is what a half full static cache has. Scores are
+    capped at `softcap` (0: they are not), and with `sinks` each head has one more logit.
     """
 
     batch: int
@@ -23,11 +24,15 @@ class Shape:
     head_dim: int = 128
     mask: str = "none"
     queries: int = 1
+    softcap: float = 0.0
+    sinks: bool = False
 
     def __post_init__(self):
         for name in ("batch", "context", "heads", "kv_heads", "head_dim", "queries"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)!r}; give a whole number of 1 or more")
+        if not 0 <= self.softcap < float("inf"):
+            raise ValueError(f"softcap={self.softcap!r}; give a positive number, or 0 for none")
         if self.heads % self.kv_heads:
             raise ValueError(
                 f"heads={self.heads} is no multiple of kv_heads={self.kv_heads}; each KV head serves as many"
@@ -35,10 +40,16 @@ class Shape:
         if self.mask not in MASKS:
             raise ValueError(f"mask={self.mask!r} is unknown; allowed are {', '.join(MASKS)}")
 
+    @property
+    def score_mod(self) -> str:
+        """What is done to scores, as a text of `scores`."""
+        return f"tanh(score / {self.softcap}) * {self.softcap}" if self.softcap else ""
+
     def __str__(self):
         tokens = f"{self.context // 1024}K" if self.context % 1024 == 0 else str(self.context)
         heads = f"{self.heads}/{self.kv_heads} heads, {self.head_dim} dims"
         asked = f", {self.queries} queries" * (self.queries > 1)
+        asked += f", softcap {self.softcap:g}" * (self.softcap > 0) + ", sinks" * self.sinks
         return f"B{self.batch} x {tokens}, {heads}" + asked + f", {self.mask} mask" * (self.mask != "none")
 
 
@@ -84,6 +95,7 @@ VARIANTS = (
     *(Shape(8, 32768, head_dim=dim) for dim in (64, 96, 256)),
     *(Shape(8, 32768, heads=8 * group) for group in (1, 7, 8)),
     *(Shape(8, 32768, mask=mask) for mask in ("bool", "additive")),
+    *(Shape(8, 32768, softcap=50.0), Shape(8, 32768, sinks=True)),
     Shape(8, 32747),
 )
 OTHERS = tuple(
