@@ -1,6 +1,7 @@
 """One spelling for each operator the later passes look for."""
 
 import operator
+from contextlib import nullcontext
 
 import torch
 from torch import fx
@@ -56,19 +57,19 @@ def _einsum(node: fx.Node) -> bool:
     rows = [letter for letter in first if letter not in second]
     (column,) = [letter for letter in second if letter not in first]
     apart = [*(rows if len(rows) > 1 else ()), *(shared[1:] if len(shared) > 2 else ())]
-    sizes = {letter: _size(node, operands[0], first.index(letter)) for letter in apart}
+    sizes = {letter: size_of(node, operands[0], first.index(letter)) for letter in apart}
     left = _ordered(node, operands[0], first, (*shared, *rows, inner))
     right = _ordered(node, operands[1], second, (*shared, inner, column))
-    left = _before(node, torch.unsqueeze, left, -2) if not rows else left
-    left = _before(node, torch.flatten, left, len(shared), -2) if len(rows) > 1 else left
+    left = before(node, torch.unsqueeze, left, -2) if not rows else left
+    left = before(node, torch.flatten, left, len(shared), -2) if len(rows) > 1 else left
     if len(shared) > 2:
-        left, right = (_before(node, torch.flatten, side, 1, len(shared) - 1) for side in (left, right))
-    out = _before(node, torch.matmul, left, right)
+        left, right = (before(node, torch.flatten, side, 1, len(shared) - 1) for side in (left, right))
+    out = before(node, torch.matmul, left, right)
     if len(rows) > 1:
-        out = _before(node, torch.unflatten, out, -2, tuple(sizes[letter] for letter in rows))
-    out = out if rows else _before(node, torch.squeeze, out, -2)
+        out = before(node, torch.unflatten, out, -2, tuple(sizes[letter] for letter in rows))
+    out = out if rows else before(node, torch.squeeze, out, -2)
     if len(shared) > 2:
-        out = _before(node, torch.unflatten, out, 1, tuple(sizes[letter] for letter in shared[1:]))
+        out = before(node, torch.unflatten, out, 1, tuple(sizes[letter] for letter in shared[1:]))
     made = [*shared, *rows, column]
     if made != list(result):
         return _respell(node, torch.permute, (out, tuple(made.index(letter) for letter in result)))
@@ -91,7 +92,8 @@ def _letters(equation, operands: list) -> tuple[str, str, str] | None:
     return (first, second, result) if kept and len(inner) == len(columns) == 1 and shared else None
 
 
-def _size(node: fx.Node, tensor: fx.Node, dim: int):
+def size_of(node: fx.Node, tensor: fx.Node, dim: int):
+    """A size of a tensor, as a number or as the node of a symbol, in front of `node`."""
     size = tensor_of(tensor).shape[dim]
     if isinstance(size, int):
         return size
@@ -103,14 +105,17 @@ def _size(node: fx.Node, tensor: fx.Node, dim: int):
 
 def _ordered(node: fx.Node, tensor: fx.Node, letters: str, wanted: tuple[str, ...]) -> fx.Node:
     order = tuple(letters.index(letter) for letter in wanted)
-    return tensor if order == tuple(range(len(order))) else _before(node, torch.permute, tensor, order)
+    return tensor if order == tuple(range(len(order))) else before(node, torch.permute, tensor, order)
 
 
-def _before(node: fx.Node, target, *args) -> fx.Node:
+def before(node: fx.Node, target, *args, **kwargs) -> fx.Node:
     """A call in front of `node`, with the value that it has."""
     with node.graph.inserting_before(node):
-        made = node.graph.call_function(target, args)
-    made.meta = {**node.meta, "example_value": target(*fx.map_arg(args, example))}
+        made = node.graph.call_function(target, args, kwargs)
+    modes = (getattr(tensor_of(operand), "fake_mode", None) for operand in made.all_input_nodes)
+    with next((mode for mode in modes if mode is not None), nullcontext()):
+        value = target(*fx.map_arg(args, example), **fx.map_arg(kwargs, example))
+    made.meta = {**node.meta, "example_value": value}
     return made
 
 
@@ -120,11 +125,11 @@ def _added_product(node: fx.Node) -> bool:
     beta, alpha = given.pop("beta", 1), given.pop("alpha", 1)
     if set(given) != {"input", "batch1", "batch2"} or not all(isinstance(x, (int, float)) for x in (beta, alpha)):
         return False
-    product = _before(node, torch.matmul, given["batch1"], given["batch2"])
-    product = product if alpha == 1 else _before(node, torch.mul, product, alpha)
+    product = before(node, torch.matmul, given["batch1"], given["batch2"])
+    product = product if alpha == 1 else before(node, torch.mul, product, alpha)
     if beta == 0:
         return _respell(node, torch.clone, (product,))
-    bias = given["input"] if beta == 1 else _before(node, torch.mul, given["input"], beta)
+    bias = given["input"] if beta == 1 else before(node, torch.mul, given["input"], beta)
     return _respell(node, torch.add, (product, bias))
 
 
@@ -140,11 +145,11 @@ def _new_axes(node: fx.Node) -> bool:
     if None not in items or not plain or all(item in (None, Ellipsis, slice(None)) for item in items):
         return False
     items = index_items(index, tensor_of(source).dim())
-    out = _before(node, operator.getitem, source, tuple(item for item in items if item is not None))
+    out = before(node, operator.getitem, source, tuple(item for item in items if item is not None))
     kept = [item for item in items if type(item) is not int]
     *others, last = [place for place, item in enumerate(kept) if item is None]
     for place in others:
-        out = _before(node, torch.unsqueeze, out, place)
+        out = before(node, torch.unsqueeze, out, place)
     return _respell(node, torch.unsqueeze, (out, last))
 
 
@@ -220,8 +225,8 @@ def _cat(node: fx.Node) -> bool:
         return _respell(node, torch.cat, (parts, dim))
     # A turned past that tokens are put behind: the past itself, and what is put behind it turned back.
     back = tuple(order.index(place) for place in range(len(order)))
-    straight = [part.args[0] if _turn(part) == order else _before(node, torch.permute, part, back) for part in parts]
-    joined = _before(node, torch.cat, straight, order[dim % len(order)])
+    straight = [part.args[0] if _turn(part) == order else before(node, torch.permute, part, back) for part in parts]
+    joined = before(node, torch.cat, straight, order[dim % len(order)])
     return _respell(node, torch.permute, (joined, order))
 
 
@@ -247,7 +252,7 @@ def _scattered(node: fx.Node) -> bool:
         return False
     if spelling(node) == "index_copy" and (tensor_of(given["index"]) is None or tensor_of(given["index"]).dim() != 1):
         return False
-    copy = _before(node, torch.clone, source)
+    copy = before(node, torch.clone, source)
     index: tuple = tuple([slice(None)] * (dim % tensor_of(source).dim()))
     if spelling(node) == "slice_scatter":
         index = (*index, slice(given.get("start"), given.get("end"), given.get("step", 1)))

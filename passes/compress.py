@@ -10,9 +10,9 @@ from tqcompile.passes.context import CacheInput, Context, Fallback, Output
 from tqcompile.passes.indices import index_items, kept_run
 from tqcompile.passes.nodes import example, memory_of, spelling, tensor_of
 from tqcompile.passes.places import places_of
+from tqcompile.passes.records import Read
 from tqcompile.passes.sites import Site, name_of, where
 from tqcompile.passes.softmax import Mask
-from tqcompile.passes.survey import Read
 from tqcompile.passes.views import View, shape_only, whole, written_value
 from tqcompile.passes.writes import Writer
 
@@ -67,7 +67,8 @@ class _Rewriter(Writer):
     def _visit(self, node: fx.Node) -> None:
         read = self.survey.reads.get(node)
         views = [view for view in map(self.view, node.all_input_nodes) if view is not None]
-        if not views or node in self.absorbed:
+        rewritten = read is not None and self._rewrites(read)
+        if not (views or rewritten) or node in self.absorbed:
             return
         own, written = self.view(node), self.survey.writes.get(node)
         if written is not None and written.root in self.sites:
@@ -76,7 +77,7 @@ class _Rewriter(Writer):
             self.append(node, self.sites[own.root])
         elif own is not None and node in self.survey.joins:
             self.join(self.survey.joins[node], self.sites[own.root])
-        elif read is not None and self._rewrites(read):
+        elif rewritten:
             self._read(node, read)
         elif own is not None:
             self._move(node, own)

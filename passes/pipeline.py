@@ -5,11 +5,13 @@ from torch import fx
 from tqcompile.passes.canonicalize import canonicalize
 from tqcompile.passes.compress import compress
 from tqcompile.passes.context import Context
+from tqcompile.passes.flex import flex
 from tqcompile.passes.fuse import fuse
 from tqcompile.passes.sites import sites
 from tqcompile.passes.verify import verify
 
 PIPELINE = (
+    flex,
     canonicalize,
     sites,
     compress,

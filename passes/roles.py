@@ -7,7 +7,8 @@ from tqcompile.cache import CompressedKV
 from tqcompile.codec import Codec
 from tqcompile.passes.nodes import sizes_of, spelling
 from tqcompile.passes.places import places_of, roles_of
-from tqcompile.passes.survey import Append, Survey
+from tqcompile.passes.records import Append
+from tqcompile.passes.survey import Survey
 from tqcompile.passes.views import View
 
 

@@ -20,8 +20,9 @@ from tqcompile.passes.indices import kept_run
 from tqcompile.passes.nodes import sizes_of, spelling, tensor_of, walk
 from tqcompile.passes.overlooked import Overlooked, overlooked
 from tqcompile.passes.places import operands_of
+from tqcompile.passes.records import Append, Read
 from tqcompile.passes.roles import along_tokens, codec_of, paged, real, role_behind, role_beside, role_of
-from tqcompile.passes.survey import STATE, TURNED, Append, Read, Survey
+from tqcompile.passes.survey import STATE, TURNED, Survey
 from tqcompile.passes.views import View, written_value
 
 REPEATED = "it is computed from a tensor of its size in a way that no rule follows, and codes of codes would drift"

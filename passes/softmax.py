@@ -226,14 +226,15 @@ def _mask_step(node: fx.Node, name: str, source, value: torch.Tensor) -> _Step |
         if _number(second) is not None:
             return _filled(first, hidden, second, "keep", value)
         return _filled(second, hidden, first, "fill", value) if _number(first) is not None else None
-    if name not in _SUMS or len(node.args) != 2 or node.kwargs or None in map(tensor_of, node.args):
+    if name not in _SUMS | _DIFFERENCES or len(node.args) != 2 or node.kwargs or None in map(tensor_of, node.args):
         return None
     left, right = node.args
     # The scores are the one that has all of the sizes, and if both have, the one that was computed of queries.
-    source, mask = (left, right) if _comes_from_product(left) else (right, left)
+    source, mask = (left, right) if name in _DIFFERENCES or _comes_from_product(left) else (right, left)
     fits = left is not right and tensor_of(mask).dtype.is_floating_point and tensor_of(mask).dim() <= value.dim()
     same = str(tensor_of(source).shape) == str(value.shape)
-    return _Step(source, "mask", mask=Mask("add", mask)) if fits and same else None
+    number = -1.0 if name in _DIFFERENCES else 1.0
+    return _Step(source, "mask", mask=Mask("add", mask, number)) if fits and same else None
 
 
 def _filled(source, hidden, number, kind: str, value: torch.Tensor) -> _Step | None:

@@ -1,67 +1,22 @@
 """One walk over a graph: every view of every possible cache, how each is written, and how attention reads it."""
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import replace
 
 import torch
 from torch import fx
 
+from tqcompile.passes.flex import TWIN, erased
 from tqcompile.passes.indices import kept_run
 from tqcompile.passes.nodes import memory_of, spelling, tensor_of, walk, written_operands
 from tqcompile.passes.places import alike, are_weights, becomes_weights, fits, places_of, roles_of
+from tqcompile.passes.records import Append, Join, Read
 from tqcompile.passes.softmax import Mask, chain_behind
 from tqcompile.passes.tokens import kept_by, source_of, whole_tokens, written_tensors
 from tqcompile.passes.views import View, derived, identity, root_view, shape_only
 
 TURNED = "its tokens lie along the last dimension, where codes have head_dim"
 STATE = "it is replaced by what is computed from it, as a recurrent state is"
-
-
-@dataclass(frozen=True)
-class Append:
-    """`node = cat([cache, tokens], dim)`, which leaves the graph, whole or cut to its last tokens."""
-
-    node: fx.Node
-    tokens: fx.Node
-    dim: int
-
-
-@dataclass(frozen=True)
-class Join:
-    """`node = cat(parts, dim)`, or `stack`: planes of those of the parts that show one cache, the others encoded."""
-
-    node: fx.Node
-    parts: tuple[fx.Node, ...]
-    dim: int
-
-
-@dataclass(frozen=True)
-class Read:
-    """Attention, or one of its two products, over views of caches: kind is `attend`, `logits` or `mix`.
-
-    `left` are the queries, or the weights of a `mix`. Attention is softmax(score_mod(left keys * scale) + masks)
-    values, with the logits of `sinks` in the softmax; `absorbed` are the nodes that it is spelled out with.
-    """
-
-    node: fx.Node
-    kind: str
-    key: View | None
-    value: View | None
-    left: fx.Node
-    scale: float | None = None
-    score_mod: str = ""
-    masks: tuple[Mask, ...] = ()
-    sinks: Mask | None = None
-    causal: bool = False
-    absorbed: tuple[fx.Node, ...] = ()
-
-    @property
-    def sides(self) -> Iterator[tuple[str, View, bool]]:
-        """What it reads: the role, the view, and whether that is transposed."""
-        if self.key is not None:
-            yield "keys", self.key, self.kind == "logits"
-        if self.value is not None:
-            yield "values", self.value, False
 
 
 class Survey:
@@ -88,6 +43,7 @@ class Survey:
                 self._visit(node)
         self._settle_appends()
         self._pair_products(graph)
+        self._settle_twins(graph)
         self._cross_check()
 
     def _visit(self, node: fx.Node) -> None:
@@ -155,6 +111,18 @@ class Survey:
                 sinks=chain.sinks,
                 absorbed=chain.nodes,
             )
+
+    def _settle_twins(self, graph: fx.Graph) -> None:
+        """Attention that was spelled out beside a call is that call, or else it was in vain."""
+        for node in [node for node in graph.nodes if TWIN in node.meta]:
+            twin, call = node.meta.pop(TWIN), node.args[0]
+            read = self.reads.get(twin)
+            if read is not None and read.kind == "attend":
+                self.reads[node] = replace(read, node=node, absorbed=(*read.absorbed, twin, call))
+                del self.reads[twin]
+            else:
+                for unused in erased(twin):
+                    self.reads.pop(unused, None), self.views.pop(unused, None)
 
     def _cross_check(self) -> None:
         """What no single node shows: mutations that were not recognised."""

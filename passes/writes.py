@@ -10,8 +10,8 @@ from tqcompile.passes.context import Context
 from tqcompile.passes.editor import Editor
 from tqcompile.passes.indices import full, index_items, same_size
 from tqcompile.passes.nodes import memory_of, spelling, tensor_of, written_operands
+from tqcompile.passes.records import Join
 from tqcompile.passes.sites import Site
-from tqcompile.passes.survey import Join
 from tqcompile.passes.tokens import source_of
 from tqcompile.passes.views import View
 

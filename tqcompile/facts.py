@@ -13,9 +13,10 @@ from tqcompile.cache import CompressedKV
 from tqcompile.passes.context import Context
 from tqcompile.passes.nodes import spelling, tensor_of
 from tqcompile.passes.places import places_of
+from tqcompile.passes.records import Read
 from tqcompile.passes.roles import one_role, real
 from tqcompile.passes.sites import Refusal, Site, name_of, where
-from tqcompile.passes.survey import Read, Survey
+from tqcompile.passes.survey import Survey
 
 
 @dataclass(frozen=True)
