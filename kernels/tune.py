@@ -64,17 +64,19 @@ class Setting:
                 raise ValueError(f"{field.name}={value!r}; allowed are {choices}")
 
 
-# What a search times, beside what is done without one.
-INTEGER_SETTINGS = tuple(
-    Setting(*tile, *share)
-    for tile in ((4, 64), (4, 32), (8, 64), (8, 32))
-    for share in ((8, 255), (16, 255), (12, 168), (16, 128))
-)
-LOGITS_SETTINGS = tuple(
-    Setting(*tile, *share)
-    for tile in ((4, 128), (4, 64), (4, 32), (8, 64), (8, 32))
-    for share in ((8, 255), (12, 168), (16, 128), (20, 96))
-)
+# What a search times: tiles of rows and tokens, by programs and registers.
+SETTINGS = {
+    "attend": tuple(
+        Setting(*tile, *share)
+        for tile in ((4, 64), (4, 32), (8, 64), (8, 32))
+        for share in ((8, 255), (16, 255), (12, 168), (16, 128))
+    ),
+    "logits": tuple(
+        Setting(*tile, *share)
+        for tile in ((4, 128), (4, 64), (4, 32), (8, 64), (8, 32))
+        for share in ((8, 255), (12, 168), (16, 128), (20, 96))
+    ),
+}
 
 
 def extent(head_dim: int) -> int:

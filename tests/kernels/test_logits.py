@@ -56,7 +56,7 @@ def test_strided_queries_and_planes_are_read_where_they_lie(device, name, dtype)
     equals_the_reference(q, [plane[:, :, 3:] for plane in growing], name)
 
 
-@pytest.mark.parametrize("tile", sorted({(s.block_rows, s.block_tokens) for s in tune.LOGITS_SETTINGS}))
+@pytest.mark.parametrize("tile", sorted({(s.block_rows, s.block_tokens) for s in tune.SETTINGS["logits"]}))
 @pytest.mark.parametrize("span", [2, 5])
 @pytest.mark.parametrize("name", ["turboquant:4", "q8_0"])
 def test_any_setting_gives_the_same_bits(device, name, span, tile, monkeypatch):
