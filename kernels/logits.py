@@ -79,7 +79,7 @@ def logits_fragments(
         at = at[0] + step * KEY_S, at[1] + step * KEY_SCALE_S
         following = load_key_tile(at, None, T, SCORES, KEY_S, KEY_SCALE_S)
         scores = scores_of(tile, asked, unit, table, T, R, MMA)
-        gl.store(address, scores.to(out.dtype.element_ty), mask=real)
+        gl.store(address, scores.to(out.dtype.element_ty), mask=real & (token < T))
         tile = following
         address += T
     count -= full * T

@@ -9,7 +9,7 @@ import torch
 
 from tqcompile import formats, ops
 from tqcompile.__main__ import main
-from tqcompile.bench import check, clock, request
+from tqcompile.bench import check, clock, compressed, request
 from tqcompile.bench.rows import read
 from tqcompile.bench.shapes import LONG, MASKS, TASKS, Case, Shape, suite
 
@@ -162,6 +162,12 @@ def test_a_model_is_measured_from_its_configuration_alone(tmp_path, capsys):
     assert attention.case.shape == step.case.shape == Shape(1, 40, 4, 2, 16)
     assert step.case.layers == 2 and "Hugging Face" in step.rival
     assert "2 layers" in capsys.readouterr().out
+
+
+def test_scores_are_moved_beside_the_keys():
+    case = Case("logits", Shape(2, 40, 4, 2, 32), "turboquant:4", "q8_0", "float32")
+    _, size, moved = compressed.logits(case, torch.float32, torch.device("cpu"))
+    assert size == 2 * 2 * 40 * (16 + 2) and moved == size + 2 * 4 * 40 * 4
 
 
 def test_the_suite_measures_every_codec_and_no_row_twice():

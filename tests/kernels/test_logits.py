@@ -12,6 +12,7 @@ from tqcompile import formats, ops, reference
 from tqcompile.kernels import decoded, logits, tune
 
 NAMES = ["q8_0", *(f"turboquant:{bits}" for bits in (2, 3, 4, 5))]
+ON_A_GPU = pytest.mark.parametrize("device", [pytest.param("cuda", marks=pytest.mark.gpu)], indirect=True)
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
@@ -41,7 +42,7 @@ def equals_the_reference(q, keys, name):
 def test_every_codec_scores_like_the_reference_around_the_edges_of_tiles(device, name, head_dim):
     torch.manual_seed(0)
     groups, lengths = (1, 4, 7, 8), (1, 31, 32, 33, 63, 64, 65, 127, 128, 129, 1000)
-    cases = itertools.product(groups, lengths) if device == "cuda" else [(1, 63), (4, 65), (7, 33), (8, 128)]
+    cases = itertools.product(groups, lengths) if device == "cuda" else [(1, 65), (4, 63), (7, 129), (8, 32)]
     for group, length in cases:
         keys = compressed(formats.codec(name), torch.randn(2, 3, length, head_dim, device=device))
         equals_the_reference(torch.randn(2, 3 * group, 1, head_dim, device=device), keys, name)
@@ -116,31 +117,27 @@ def test_codecs_without_a_side_are_not_taken():
     assert logits.side_of(formats.codec("turboquant:4"), 512) is None
 
 
-@pytest.mark.gpu
+@ON_A_GPU
 @pytest.mark.parametrize(
     ("name", "queries", "own"),
     [("turboquant:4", 32, True), ("turboquant:4", 33, False), ("turboquant:8", 1, False), ("identity", 1, False)],
 )
-def test_what_is_not_taken_is_decoded(name, queries, own, monkeypatch):
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
+def test_what_is_not_taken_is_decoded(device, name, queries, own, monkeypatch):
     torch.manual_seed(6)
     calls, inner = [], decoded.logits
     monkeypatch.setattr(decoded, "logits", lambda *a: calls.append(1) or inner(*a))
-    keys = compressed(formats.codec(name), torch.randn(1, 2, 200, 64, device="cuda"))
-    q = torch.randn(1, 8, queries, 64, device="cuda")
+    keys = compressed(formats.codec(name), torch.randn(1, 2, 200, 64, device=device))
+    q = torch.randn(1, 8, queries, 64, device=device)
     out = ops.logits(q, keys, name, 64)
     assert bool(calls) != own
     close(out, reference.logits(q, keys, formats.codec(name), 64), torch.float32)
 
 
-@pytest.mark.gpu
-def test_a_captured_launch_is_replayed():
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
+@ON_A_GPU
+def test_a_captured_launch_is_replayed(device):
     torch.manual_seed(7)
-    keys = compressed(formats.codec("turboquant:3"), torch.randn(1, 2, 200, 64, device="cuda"))
-    q = torch.randn(1, 8, 1, 64, device="cuda")
+    keys = compressed(formats.codec("turboquant:3"), torch.randn(1, 2, 200, 64, device=device))
+    q = torch.randn(1, 8, 1, 64, device=device)
     ops.logits(q, keys, "turboquant:3", 64)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
