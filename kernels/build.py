@@ -22,7 +22,7 @@ from triton.experimental.gluon._runtime import GluonASTSource
 
 from tqcompile.codec import Codec
 from tqcompile.formats import REGISTRY
-from tqcompile.kernels import append, attend, integer, step, tune
+from tqcompile.kernels import append, attend, integer, logits, step, tune
 from tqcompile.kernels.emit import Reader
 from tqcompile.layout import layout_of
 
@@ -41,13 +41,17 @@ ALIGNED = re.compile(r".*_(b|h|s|t)$")
 
 @dataclass(frozen=True)
 class Usage:
-    """What one compiled kernel takes: registers a thread, bytes of spills a thread, bytes of shared memory."""
+    """What one compiled kernel takes: registers a thread, bytes of spills a thread, bytes of shared memory.
+
+    `instructions` are those of its loop for each number of a tile that a thread has, where somebody counted those.
+    """
 
     kernel: str
     capability: int
     registers: int
     spills: int
     shared: int
+    instructions: float | None = None
 
 
 def mixed_pairs(registry: dict[str, Codec]) -> list[tuple[Codec, Codec]]:
@@ -103,7 +107,25 @@ def integer_usage(pair: tuple[Codec, Codec], head_dim: int, reader: Reader, rows
     label = (
         f"int8 attend {pair[0].name} {pair[1].name} d{head_dim} {reader.mask}{' causal' * reader.causal} {rows} rows"
     )
-    return compiled(label, kernel, pointers, constants, types, 1, plan.registers, capability, GluonASTSource)
+    numbers = plan.block_tokens * 2 * head_dim / 32
+    return compiled(label, kernel, pointers, constants, types, 1, plan.registers, capability, GluonASTSource, numbers)
+
+
+def logits_usage(codec: Codec, head_dim: int, dtype: torch.dtype, rows: int, capability: int) -> Usage:
+    """Compile `logits_fragments` for contiguous planes and queries of `dtype`."""
+    side = logits.side_of(codec, head_dim)
+    plan = logits.plan_of(side, rows, 8, 4096, torch.device("cpu"))
+    layout = layout_of(codec, head_dim, torch.float32, "cuda")
+    strides = {"KEY_S": codec.codes, "KEY_SCALE_S": codec.scale}
+    constants = {
+        **{name: layout.plane(look_up.plane.name).width for name, look_up in strides.items()},
+        **{"q_d": 1, "T": plan.block_tokens, "R": plan.block_rows, "num_warps": 1},
+    }
+    pointers = {"q": dtype, "codes": torch.uint8, "scale": torch.float16}
+    label = f"int8 logits {codec.name} d{head_dim} {str(dtype)[6:]} {rows} rows"
+    kernel, types = logits.module(side, None).logits_fragments, {"words": "*i32", "unit": "fp32"}
+    numbers = plan.block_tokens * head_dim / 32
+    return compiled(label, kernel, pointers, constants, types, 1, plan.registers, capability, GluonASTSource, numbers)
 
 
 def append_usage(codec: Codec, head_dim: int, dtype: torch.dtype, tokens: int, capability: int) -> Usage:
@@ -136,8 +158,8 @@ def step_usage(pair: tuple[Codec, Codec], head_dim: int, dtype: torch.dtype, cap
     return compiled(label, kernel, pointers, constants, types, 4, tune.APPEND_REGISTERS, capability)
 
 
-def compiled(label, kernel, pointers, constants, types, warps, limit, capability, make=ASTSource) -> Usage:
-    """Compile for a capability and read the usage that the assembler reports."""
+def compiled(label, kernel, pointers, constants, types, warps, limit, capability, make=ASTSource, numbers=0) -> Usage:
+    """Compile for a capability and read the usage that the assembler reports; `numbers` a thread has of a tile."""
     names = list(kernel.arg_names)
     signature = {}
     for name in names:
@@ -153,18 +175,36 @@ def compiled(label, kernel, pointers, constants, types, warps, limit, capability
     options = {"num_warps": warps, "num_stages": 1, "maxnreg": limit}
     binary = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     registers, spills = resources(binary.asm["cubin"])
-    return Usage(label, capability, registers, spills, binary.metadata.shared)
+    each = loop_length(binary.asm["cubin"]) / numbers if numbers else None
+    return Usage(label, capability, registers, spills, binary.metadata.shared, each)
 
 
 def resources(cubin: bytes) -> tuple[int, int]:
     """Registers and bytes of local memory a thread of a cubin takes."""
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    text = _said_of(cubin, "cuobjdump", "-res-usage")
+    found = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
+    return found["REG"], found["STACK"] + found["LOCAL"]
+
+
+def loop_length(cubin: bytes) -> int:
+    """Instructions of the longest loop of a cubin; 0 where it has none."""
+    labels, count, longest = {}, 0, 0
+    for line in _said_of(cubin, "nvdisasm", "-c").splitlines():
+        if label := re.match(r"\s*(\.L_x_\d+):", line):
+            labels[label[1]] = count
+        elif re.search(r"/\*[0-9a-f]{4,}\*/", line):
+            count += 1
+            target = re.search(r"BRA.*`\((\.L_x_\d+)\)", line)
+            longest = max(longest, count - labels.get(target[1], count) if target else 0)
+    return longest
+
+
+def _said_of(cubin: bytes, tool: str, option: str) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    found = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
-    return found["REG"], found["STACK"] + found["LOCAL"]
+        command = [Path(triton.__file__).parent / "backends/nvidia/bin" / tool, option, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def every_usage() -> Iterator[Usage]:
@@ -186,6 +226,10 @@ def every_usage() -> Iterator[Usage]:
                 ):
                     yield attend_usage((codec, codec), head_dim, READERS[0], dtype, rows, capability)
         for head_dim in (64, 96, 128, 256):
+            for codec in REGISTRY.values():
+                if logits.side_of(codec, head_dim):
+                    for dtype, rows in ((torch.float32, 4), (torch.bfloat16, 4), (torch.bfloat16, 8)):
+                        yield logits_usage(codec, head_dim, dtype, rows, capability)
             for pair in mixed_pairs(REGISTRY):
                 if pair[0].basis == "rotation":
                     for dtype in (torch.bfloat16, torch.float32):
@@ -199,8 +243,9 @@ def every_usage() -> Iterator[Usage]:
 def main() -> int:
     """Print the table; 1 if anything spills."""
     usages = list(every_usage())
-    columns = ("kernel", "capability", "registers", "spills", "shared")
-    print(tabulate([[getattr(usage, column) for column in columns] for usage in usages], headers=columns))
+    columns = ("kernel", "capability", "registers", "spills", "shared", "instructions")
+    rows = [[getattr(usage, column) for column in columns] for usage in usages]
+    print(tabulate(rows, headers=columns, floatfmt=".2f"))
     spilled = [usage for usage in usages if usage.spills]
     print(f"\n{len(usages)} kernels, {len(spilled)} spill")
     return 1 if spilled else 0

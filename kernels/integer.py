@@ -3,6 +3,7 @@
 Everything it does not take goes to the portable kernel of `attend`.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
@@ -11,7 +12,7 @@ import torch
 
 from tqcompile import scores, tables
 from tqcompile.codec import Codec
-from tqcompile.kernels import blocks, emit, fragment, operands, ptx, tune
+from tqcompile.kernels import blocks, emit, fragment, operands, ptx, tune, tuned
 from tqcompile.kernels.address import DEVICE_TYPE, power_of_two
 from tqcompile.kernels.blocks import BlockSide, block_side_of
 from tqcompile.kernels.emit import Reader
@@ -159,6 +160,7 @@ def sides_of(codecs: tuple[Codec, Codec], head_dims: tuple[int, int]) -> Sides |
     return None if sides[0].breadth > 384 and sides[1].bits == 5 else sides
 
 
+@cache
 def source(keys: Side | BlockSide, values: Side | BlockSide, reader: Reader) -> str:
     """The text of the module that `attend` launches."""
     title = (
@@ -216,11 +218,16 @@ def takes(
     q: torch.Tensor, keys: Planes, values: Planes, codecs: tuple[Codec, Codec], head_dims: tuple[int, int]
 ) -> bool:
     """Whether this kernel attends over such planes: a device with int8 units, few rows, whole words."""
+    codes = (split(codecs[0], keys)[0], split(codecs[1], values)[0])
+    return sides_of(codecs, head_dims) is not None and serves(q, codes)
+
+
+def serves(q: torch.Tensor, codes: Sequence[torch.Tensor]) -> bool:
+    """Whether q's device has int8 units, few rows share a KV head, and every token of all codes starts at a word."""
     if q.device.type != "cuda" or torch.cuda.get_device_capability(q.device) < CAPABILITY:
         return False
-    rows = q.shape[1] // max(1, keys[0].shape[1]) * q.shape[2]
-    codes = (split(codecs[0], keys)[0], split(codecs[1], values)[0])
-    return rows <= tune.MOST_ROWS and sides_of(codecs, head_dims) is not None and all(map(_in_words, codes))
+    rows = q.shape[1] // max(1, codes[0].shape[1]) * q.shape[2]
+    return rows <= tune.MOST_ROWS and all(map(_in_words, codes))
 
 
 def _in_words(plane: torch.Tensor) -> bool:
@@ -229,10 +236,16 @@ def _in_words(plane: torch.Tensor) -> bool:
     return plane.data_ptr() % 4 == 0 and not any(stride % 4 for stride in strides)
 
 
+def choice_of(sides: Sides, rows: int, heads: int, length: int, device: torch.device) -> tuple[tuned.Key, tune.Setting]:
+    """The name of a search for `rows` query rows on each of `heads` KV heads, and what is done where none was made."""
+    head_dim, breadth = (max(getattr(side, name) for side in sides) for name in ("head_dim", "breadth"))
+    setting = tune.integer_setting(rows, head_dim, breadth, sides[1].crowded)
+    return tuned.key_of(source(*sides, Reader()), rows, heads, length, device), setting
+
+
 def plan_of(sides: Sides, rows: int, heads: int, length: int, device: torch.device) -> tune.AttendPlan:
     """The plan for `rows` query rows on each of `heads` KV heads over `length` tokens."""
-    head_dim, breadth = (max(getattr(side, name) for side in sides) for name in ("head_dim", "breadth"))
-    return tune.integer_plan(rows, heads, length, head_dim, breadth, sides[1].crowded, device)
+    return tuned.plan(choice_of, sides, rows, heads, length, device)
 
 
 def launch(

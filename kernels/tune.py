@@ -1,6 +1,6 @@
 """Block sizes, warps and splits: every number of the kernels that decides speed and nothing else."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from functools import cache, lru_cache
 
 import torch
@@ -16,10 +16,6 @@ ATTEND = {
     (64, False): (64, 64, 8, 255),
     (64, True): (16, 16, 8, 255),
 }
-# The kernel on int8 units: registers a thread may take, for two tiles of codes at once, and programs of one warp that a
-# multiprocessor then holds. A program of a single tile would not pay for its query.
-INTEGER_REGISTERS = 255
-INTEGER_PROGRAMS_PER_PROCESSOR = 8
 APPEND_REGISTERS = 128
 # Programs that a multiprocessor holds at once; dims, and numbers, that one step of the combination reads.
 PROGRAMS_PER_PROCESSOR = 2
@@ -50,6 +46,39 @@ class AttendPlan:
     registers: int
 
 
+@dataclass(frozen=True)
+class Setting:
+    """What is free to choose of a kernel on int8 units: rows and tokens of a tile, programs that a multiprocessor is
+    given at once, registers a thread may take. Any choice computes the same, save for the order of sums."""
+
+    block_rows: int
+    block_tokens: int
+    programs: int
+    registers: int
+
+    def __post_init__(self):
+        allowed = ((4, 8), (32, 64, 128), range(1, 65), range(32, 256))
+        for field, choices in zip(fields(self), allowed):
+            value = getattr(self, field.name)
+            if not isinstance(value, int) or value not in choices:
+                raise ValueError(f"{field.name}={value!r}; allowed are {choices}")
+
+
+# What a search times: tiles of rows and tokens, by programs and registers.
+SETTINGS = {
+    "attend": tuple(
+        Setting(*tile, *share)
+        for tile in ((4, 64), (4, 32), (8, 64), (8, 32))
+        for share in ((8, 255), (16, 255), (12, 168), (16, 128))
+    ),
+    "logits": tuple(
+        Setting(*tile, *share)
+        for tile in ((4, 128), (4, 64), (4, 32), (8, 64), (8, 32))
+        for share in ((8, 255), (12, 168), (16, 128), (20, 96))
+    ),
+}
+
+
 def extent(head_dim: int) -> int:
     """The extent of a tile that covers a vector; a matrix product wants at least 16."""
     return max(16, power_of_two(head_dim))
@@ -76,29 +105,36 @@ def attend_plan(
     return AttendPlan(block_rows, block_tokens, -(-length // span), span, warps, registers)
 
 
-@lru_cache(maxsize=4096)
-def integer_plan(
-    rows: int,
-    heads: int,
-    length: int,
-    head_dim: int,
-    breadth: int,
-    crowded: bool,
-    device: torch.device,
-    processors: int | None = None,
-) -> AttendPlan:
-    """The plan of the kernel on int8 units: as many programs as the device holds at once, and no more.
+def integer_setting(rows: int, head_dim: int, breadth: int, crowded: bool) -> Setting:
+    """What attention on int8 units does unless a search found better: registers for two tiles of codes at once.
 
     `breadth` is head_dim, or twice that where codes are bytes; `crowded` codes need more registers than others of
     their head_dim, and get smaller tiles.
     """
     block_rows = 4 if rows <= 4 or head_dim > 128 or crowded else 8
-    block_tokens = 64 if block_rows * breadth <= 512 and not crowded else 32
-    held = (processors or processors_of(device)) * INTEGER_PROGRAMS_PER_PROCESSOR
-    blocks, heads = -(-length // block_tokens), heads * -(-rows // block_rows)
+    return Setting(block_rows, 64 if block_rows * breadth <= 512 and not crowded else 32, 8, 255)
+
+
+def logits_setting(rows: int, head_dim: int, breadth: int, crowded: bool, bits: int) -> Setting:
+    """The same of scores alone: without values, two tiles of codes take fewer registers, and more programs are held."""
+    tile = integer_setting(rows, head_dim, breadth, crowded)
+    if tile.block_rows == 4 and breadth <= 128 and bits != 5:
+        return replace(tile, programs=16, registers=128)
+    return replace(tile, programs=12, registers=168) if tile.block_rows * breadth <= 1024 and head_dim <= 128 else tile
+
+
+def integer_plan(
+    setting: Setting, rows: int, heads: int, length: int, device: torch.device, processors: int | None = None
+) -> AttendPlan:
+    """The plan of a kernel on int8 units: as many programs as the device holds at once, and no more.
+
+    A program of a single tile would not pay for its query.
+    """
+    held = (processors or processors_of(device)) * setting.programs
+    blocks, heads = -(-length // setting.block_tokens), heads * -(-rows // setting.block_rows)
     least = 2 if 2 * blocks * heads > held else 1
-    span = max(least, -(-blocks // max(1, held // heads))) * block_tokens
-    return AttendPlan(block_rows, block_tokens, -(-length // span), span, 1, INTEGER_REGISTERS)
+    span = max(least, -(-blocks // max(1, held // heads))) * setting.block_tokens
+    return AttendPlan(setting.block_rows, setting.block_tokens, -(-length // span), span, 1, setting.registers)
 
 
 def append_plan(tokens: int, head_dim: int) -> tuple[int, int]:

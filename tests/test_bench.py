@@ -9,7 +9,7 @@ import torch
 
 from tqcompile import formats, ops
 from tqcompile.__main__ import main
-from tqcompile.bench import check, clock, request
+from tqcompile.bench import check, clock, compressed, request
 from tqcompile.bench.rows import read
 from tqcompile.bench.shapes import LONG, MASKS, TASKS, Case, Shape, suite
 
@@ -42,7 +42,13 @@ def test_a_shape_of_ones_own_gets_a_row_for_each_task(capsys, tmp_path):
     assert bench(*SHAPE, *FAST, *PAIR, "--json", file, "--plot", drawing) == 0
     shown = capsys.readouterr().out
     assert shown.count("turboquant:4 / q8_0") == len(read(file)) + 5
-    for words in ("attention of one query", "appending one token", "encoding the context", "a whole decode step"):
+    for words in (
+        "attention of one query",
+        "queries times keys",
+        "appending one token",
+        "encoding the context",
+        "a whole decode step",
+    ):
         assert words in shown
     found = {(row.case.task, row.case.shape.context): row for row in read(file)}
     assert set(found) == {("attend", context) for context in (2, 5, 10, 20)} | {(task, 40) for task in TASKS}
@@ -50,14 +56,19 @@ def test_a_shape_of_ones_own_gets_a_row_for_each_task(capsys, tmp_path):
     for task in ("attend", "append", "prefill", "step"):
         assert found[task, 40].compressed_bytes == 2 * 2 * 40 * (16 + 2 + 32 + 2)
         assert found[task, 40].dense_bytes == 2 * 2 * 40 * 2 * 32 * 4
+    # Scores are of keys alone.
+    assert found["logits", 40].compressed_bytes == 2 * 2 * 40 * (16 + 2)
+    assert found["logits", 40].dense_bytes == 2 * 2 * 40 * 32 * 4
     assert drawing.read_text().startswith("<?xml")
 
 
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("queries", [1, 3])
 def test_masks_and_several_queries_are_measured(mask, queries, capsys):
-    assert bench(*SHAPE, *FAST, *PAIR, "--tasks", "attend", "--mask", mask, "--queries", queries) == 0
-    shown = capsys.readouterr().out
+    assert bench(*SHAPE, *FAST, *PAIR, "--tasks", "attend", "logits", "--mask", mask, "--queries", queries) == 0
+    shown, scores = capsys.readouterr().out.split("queries times keys")
+    scores = scores.split("dense:")[0]
+    assert f"{mask} mask" not in scores and ("3 queries" in scores) == (queries > 1)
     assert (f"{mask} mask" in shown) == (mask != "none") and (f"{queries} queries" in shown) == (queries > 1)
 
 
@@ -69,7 +80,7 @@ def test_caps_and_sinks_are_measured(capsys):
 @pytest.fixture
 def kept(tmp_path):
     file = tmp_path / "rows.json"
-    bench(*SHAPE, *FAST, *PAIR, "--tasks", "attend", "append", "--json", file)
+    bench(*SHAPE, *FAST, *PAIR, "--tasks", "attend", "logits", "append", "--json", file)
     return file
 
 
@@ -85,12 +96,12 @@ def test_a_check_measures_the_rows_of_a_file_and_fails_where_a_ratio_fell(kept, 
     # Far beyond what times differ by on a busy machine.
     scaled(kept, 1e-4)
     assert bench("--device", "cpu", "--check", kept) == 0
-    assert "0 of 2 rows are slower" in capsys.readouterr().out
+    assert "0 of 3 rows are slower" in capsys.readouterr().out
     scaled(kept, 1e8)
     assert bench("--device", "cpu", "--check", kept) == 1
     shown = capsys.readouterr().out
-    assert "2 of 2 rows are slower by more than 5 %" in shown
-    assert len(re.findall(r" slower$", shown, re.M)) == 2
+    assert "3 of 3 rows are slower by more than 5 %" in shown
+    assert len(re.findall(r" slower$", shown, re.M)) == 3
 
 
 def test_a_doubled_ratio_is_a_regression_and_a_lower_one_is_none(kept):
@@ -108,7 +119,7 @@ def test_a_doubled_ratio_is_a_regression_and_a_lower_one_is_none(kept):
 
 def test_a_file_keeps_the_rows_of_other_cases(kept):
     bench(*SHAPE, *FAST, *PAIR, "--tasks", "prefill", "append", "--json", kept)
-    assert [row.case.task for row in read(kept)] == ["attend", "append", "prefill"]
+    assert [row.case.task for row in read(kept)] == ["attend", "logits", "append", "prefill"]
 
 
 def test_rows_of_another_device_are_no_bar(kept, capsys):
@@ -118,6 +129,7 @@ def test_rows_of_another_device_are_no_bar(kept, capsys):
 
 BROKEN = {
     ("attend", "attend"): lambda real: lambda *arguments: real(*arguments) * 1.05,
+    ("logits", "logits"): lambda real: lambda *arguments: real(*arguments) * 1.05,
     ("append", "append_step"): lambda real: lambda keys, values, k, v, *rest: real(keys, values, k, -v, *rest),
     ("prefill", "append"): lambda real: lambda planes, y, *rest: real(planes, -y, *rest),
 }
@@ -157,10 +169,19 @@ def test_a_model_is_measured_from_its_configuration_alone(tmp_path, capsys):
     assert "2 layers" in capsys.readouterr().out
 
 
+def test_scores_are_moved_beside_the_keys():
+    case = Case("logits", Shape(2, 40, 4, 2, 32), "turboquant:4", "q8_0", "float32")
+    _, size, moved = compressed.logits(case, torch.float32, torch.device("cpu"))
+    assert size == 2 * 2 * 40 * (16 + 2) and moved == size + 2 * 4 * 40 * 4
+
+
 def test_the_suite_measures_every_codec_and_no_row_twice():
     plan = suite()
     assert len(set(plan)) == len(plan)
     assert {case.task for case in plan} == set(TASKS)
+    scores = [case for case in plan if case.task == "logits"]
+    assert [case.keys for case in scores] == ["turboquant:4", "turboquant:3"]
+    assert {(case.shape, case.dtype) for case in scores} == {(Shape(1, 131072), "float32")}
     assert {case.keys for case in plan if case.shape == LONG} == set(formats.REGISTRY)
 
 

@@ -8,6 +8,7 @@ import torch
 from test_mutations import SIZE, Layer, calls
 
 import tqcompile
+from tqcompile.backend import readers
 from tqcompile.dump import Dump, kernel_sources, texts_kept
 
 F = torch.nn.functional
@@ -118,6 +119,27 @@ def test_the_kernels_of_a_graph_are_those_of_its_codecs_and_readers(name, values
         (scores,) = re.findall(r"def read_scores.*?\n\n", sources[what], re.DOTALL)
         assert ("<= query" in scores) == (name == "causal")
         assert ("part != 0" in scores) == (name == "bool") and ("scores += part" in scores) == (name == "additive")
+
+
+def test_single_products_have_the_kernels_that_multiply_codes_or_decode_them(tmp_path, monkeypatch):
+    graphs = []
+    monkeypatch.setattr(Dump, "graphs", lambda self, before, after, sites: graphs.append((after, sites)))
+
+    def step(keys, values, q, at):
+        keys[:, :, at] = q
+        values[:, :, at] = q
+        scores = 30 * torch.tanh(q @ keys.transpose(2, 3) / 30)
+        return scores.softmax(-1) @ values
+
+    args = (torch.zeros(SIZE), torch.zeros(SIZE), *next(calls())[::3])
+    with torch.no_grad():
+        torch.compile(step, backend="turboquant", options={**CODECS, "inner": "eager", "dump": tmp_path})(*args)
+    ((after, sites),) = graphs
+    sources = kernel_sources(after, sites)
+    assert {"logits_turboquant_4_32_int8", "decode_turboquant_4_32", "decode_q8_0_32"} <= sources.keys()
+    assert "def logits_fragments(" in sources["logits_turboquant_4_32_int8"]
+    kernels = {what: kernel for what, _, kernel in readers(after)}
+    assert kernels["query x keys"] == "int8 units" and "decoded" in kernels["weights x values"]
 
 
 def test_texts_of_a_graph_are_kept_where_somebody_asks_and_needs_no_folder():

@@ -5,10 +5,11 @@ import sys
 from collections.abc import Sequence
 
 from tqcompile.bench import command as bench
+from tqcompile.bench import tune
 from tqcompile.explain import command as explain
 from tqcompile.sweep import command as sweep
 
-COMMANDS = (bench, explain, sweep)
+COMMANDS = (bench, explain, sweep, tune)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -111,9 +111,10 @@ def readers(gm: fx.GraphModule) -> dict[tuple[str, str, str], int]:
             keys, values, *dims, _ = node.args[-5:]
             key = f"{keys} / {values}", ops.kernel_of(keys, values, tuple(dims))
             found["attention", *key] += 1
-        elif node.target in (ops.logits, ops.mix):
-            name = "query x keys" if node.target is ops.logits else "weights x values"
-            found[name, node.args[2], "decoded, a part of the heads at a time"] += 1
+        elif node.target is ops.logits:
+            found["query x keys", node.args[2], ops.logits_kernel_of(*node.args[2:])] += 1
+        elif node.target is ops.mix:
+            found["weights x values", node.args[2], ops.DECODED] += 1
     return dict(found)
 
 

@@ -89,7 +89,7 @@ def _call(node: fx.Node) -> tuple[str, ...]:
 
 def kernel_sources(after: fx.GraphModule, sites: Iterable[Site]) -> dict[str, str]:
     """The Triton modules that a rewritten graph launches on a GPU, by what they do; needs no GPU."""
-    from tqcompile.kernels import append, attend, decoded, integer, step
+    from tqcompile.kernels import append, attend, decoded, integer, logits, step
 
     sources = {}
     written = [site for site in sites if site.kind in ("in_place", "append")]
@@ -101,6 +101,13 @@ def kernel_sources(after: fx.GraphModule, sites: Iterable[Site]) -> dict[str, st
             dims = tuple(int(tensor_of(y).shape[-1]) for y in node.args[2:4])
             what = f"append_step_{_plain(keys)}_{_plain(values)}_{dims[0]}_{dims[1]}"
             sources[what] = step.source(formats.codec(keys), formats.codec(values), dims)
+        if node.target is ops.logits:
+            codec, width = node.args[2:]
+            if side := logits.side_of(formats.codec(codec), width):
+                sources[f"logits_{_plain(codec)}_{width}_int8"] = logits.source(side)
+        if node.target in (ops.logits, ops.mix):
+            codec, width = node.args[2:]
+            sources[f"decode_{_plain(codec)}_{width}"] = decoded.source(formats.codec(codec), width)
         if node.target is not ops.attend:
             continue
         mask, _, _, _, causal, _, score_mod, _, keys, values, *head_dims, _ = node.args[3:]

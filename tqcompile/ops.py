@@ -13,6 +13,9 @@ from tqcompile.codec import Codec
 
 Tensors = Sequence[torch.Tensor]
 
+# How a product is made that has no kernel of its own, for the report.
+DECODED = "decoded, a part of the heads at a time"
+
 _library = torch.library.Library("tqcompile", "DEF")
 _library.define("append(Tensor(a!)[] planes, Tensor y, Tensor? positions, Tensor? basis, str codec) -> ()")
 _library.define(
@@ -50,6 +53,13 @@ def kernel_of(key_codec: str, value_codec: str, head_dims: tuple[int, int]) -> s
 
     codecs = formats.codec(key_codec), formats.codec(value_codec)
     return "int8 units" if integer.sides_of(codecs, head_dims) else "portable, slower than dense attention"
+
+
+def logits_kernel_of(codec: str, head_dim: int) -> str:
+    """What multiplies queries by keys on a GPU, for the report."""
+    from tqcompile.kernels import logits as kernel
+
+    return "int8 units" if kernel.side_of(formats.codec(codec), head_dim) else DECODED
 
 
 def _append_cpu(planes: Tensors, y: torch.Tensor, positions, basis, codec: str) -> None:
@@ -120,9 +130,12 @@ def _mix(weights: torch.Tensor, values: Tensors, codec: str, head_dim: int) -> t
 
 def _logits_cuda(q: torch.Tensor, keys: Tensors, codec: str, head_dim: int) -> torch.Tensor:
     from tqcompile.kernels import attend, decoded
+    from tqcompile.kernels import logits as kernel
 
     codec = formats.codec(codec)
     with torch.cuda.device(q.device):
+        if kernel.takes(q, keys, codec, head_dim):
+            return kernel.logits(q, keys, codec, head_dim)
         look_up = attend.table_of(codec.codes, head_dim, q.dtype, q.device)
         return decoded.logits(q, keys, codec, look_up).float()
 

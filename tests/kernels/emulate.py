@@ -1,4 +1,4 @@
-"""The kernel on int8 units on CPU tensors: the functions of a generated module, called as ordinary Python.
+"""The kernels on int8 units on CPU tensors: the functions of a generated module, called as ordinary Python.
 
 What a tensor of Gluon holds depends on no layout, so that layouts are ignored here; inline PTX is interpreted. A read
 or a write outside of what a pointer points into is an error.
@@ -116,7 +116,7 @@ class Pointer:
     """Places in the memory of a tensor."""
 
     def __init__(self, memory, offset):
-        self.memory, self.offset = memory, offset
+        self.memory, self.offset, self.dtype = memory, offset, SimpleNamespace(element_ty=memory.dtype)
 
     @staticmethod
     def of(tensor):
@@ -211,9 +211,10 @@ def mma_v2(left, right, product):
 
 
 class Kernel:
-    """`attend_fragments` of the text of a generated module, launched as the compiled one is."""
+    """A kernel of the text of a generated module, launched as the compiled one is."""
 
-    def __init__(self, source):
+    def __init__(self, source, name="attend_fragments"):
+        self.name = name
         self.code = compile(re.sub(r"^(import|from) .*$", "", source, flags=re.M), "kernel", "exec")
 
     def __getitem__(self, grid):
@@ -229,4 +230,4 @@ class Kernel:
             }
             exec(self.code, names)
             given = (Pointer.of(x) if isinstance(x, torch.Tensor) else x for x in arguments)
-            names["attend_fragments"](*given)
+            names[self.name](*given)

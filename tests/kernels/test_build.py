@@ -38,6 +38,26 @@ def test_attend_on_int8_units_needs_no_shared_memory_and_spills_nothing(case):
     assert usage.shared == 0 and usage.spills == 0
 
 
+LOGITS = [
+    ("turboquant:4", 128, torch.float32, 4, 90),
+    ("turboquant:3", 128, torch.bfloat16, 4, 80),
+    ("turboquant:5", 96, torch.float16, 8, 90),
+    ("turboquant:2", 64, torch.float32, 8, 80),
+    ("q8_0", 256, torch.bfloat16, 4, 80),
+]
+
+
+@pytest.mark.parametrize("case", LOGITS, ids=str)
+def test_logits_on_int8_units_need_no_shared_memory_and_spill_nothing(case):
+    usage = build.logits_usage(formats.codec(case[0]), *case[1:])
+    assert usage.shared == 0 and usage.spills == 0
+
+
+def test_scores_take_few_instructions_a_number_of_a_key():
+    usage = build.logits_usage(formats.codec("turboquant:4"), 128, torch.float32, 4, 90)
+    assert 0 < usage.instructions < 2
+
+
 @pytest.mark.parametrize("name", ["q8_0", "turboquant:5"])
 def test_append_compiles_without_a_device_and_spills_nothing(name):
     assert build.append_usage(formats.codec(name), 128, torch.bfloat16, 4096, 90).spills == 0

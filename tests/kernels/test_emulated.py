@@ -9,7 +9,7 @@ from cases import TOLERANCE, close, compressed
 from reaching import SPANS, hidden_case
 
 from tqcompile import formats, reference
-from tqcompile.kernels import attend, integer
+from tqcompile.kernels import attend, integer, tune
 
 NAMES = ["q8_0", *(f"turboquant:{bits}" for bits in (2, 3, 4, 5))]
 PAIRS = [(name, name) for name in NAMES] + [("q8_0", "turboquant:3"), ("turboquant:5", "q8_0")]
@@ -43,6 +43,17 @@ def test_a_ragged_cache_attends_like_the_reference(names, dims, rows):
     q = torch.randn(1, 2 * rows, 1, dims[0])
     planes = [compressed(formats.codec(name), torch.randn(1, 2, 77, dim)) for name, dim in zip(names, dims)]
     attends_like_the_reference(q, *planes, None, False, names, dims)
+
+
+@pytest.mark.parametrize("tile", sorted({(s.block_rows, s.block_tokens) for s in tune.SETTINGS["attend"]}))
+@pytest.mark.parametrize("name", ["turboquant:5", "turboquant:3", "q8_0"])
+def test_any_setting_of_a_search_attends_like_the_reference(name, tile, monkeypatch):
+    torch.manual_seed(4)
+    rows, tokens = tile
+    plan = tune.AttendPlan(rows, tokens, -(-230 // (3 * tokens)), 3 * tokens, 1, 255)
+    monkeypatch.setattr(integer, "plan_of", lambda *a: plan)
+    planes = [compressed(formats.codec(name), torch.randn(1, 1, 230, 96)) for _ in range(2)]
+    attends_like_the_reference(torch.randn(1, 6, 1, 96), *planes, None, False, (name, name), (96, 96))
 
 
 @pytest.mark.parametrize("kind", ["bool", "additive", "causal"])

@@ -5,7 +5,7 @@ import torch
 from cases import TOLERANCE, close
 
 from tqcompile import formats, reference, tables
-from tqcompile.kernels import append, attend, integer, step
+from tqcompile.kernels import append, attend, integer, logits, step
 from tqcompile.layout import layout_of
 from tqcompile.passes import rewrite
 
@@ -45,6 +45,16 @@ def test_the_last_tokens_are_read(wide, kernel, reaching, monkeypatch):
     options = (False, 0.1, codec, codec, (128, 128))
     out = attend.attend(q, keys, values, mask, *options, reach=rewrite.reach(mask) if reaching else None)
     close(out, reference.attend(q, at_the_end(keys), at_the_end(values), None, *options), torch.float32)
+
+
+@pytest.mark.gpu
+def test_the_last_tokens_are_scored_among_more_than_two_to_the_31_scores(wide, monkeypatch):
+    monkeypatch.setitem(TOLERANCE, torch.float32, 3e-3)
+    codec, (keys, _) = wide
+    q = torch.randn(1, 16, 32, 128, device="cuda")
+    out = logits.logits(q, keys, codec, 128, dtype=torch.bfloat16)
+    assert out.numel() > 2**31
+    close(out[..., LENGTH - LAST :].float(), reference.logits(q, at_the_end(keys), codec, 128), torch.float32)
 
 
 @pytest.mark.gpu

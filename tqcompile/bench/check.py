@@ -57,6 +57,16 @@ def dense_attention(what: str, out, q, keys, values, shape: Shape) -> None:
         require(what, out[row, queries, -1:], scores.softmax(-1) @ v)
 
 
+def scores(what: str, out, q, keys, codec: Codec | None, shape: Shape) -> None:
+    """Check scores out [B, Hq, T, S] of q over planes of keys, or over dense ones where `codec` is None."""
+    for row, head, queries in corners(shape):
+        if codec is None:
+            expected = q[row, queries].float() @ keys[row, head].float().mT
+        else:
+            expected = reference.logits(q[row, queries], [plane[row, head] for plane in keys], codec, shape.head_dim)
+        require(what, out[row, queries], expected)
+
+
 def encoded(what: str, planes, x: torch.Tensor, codec: Codec, shape: Shape, last: int) -> None:
     """Check the tokens before `last` in the planes against x [B, H, T, D], in the codec's basis, whose end they are.
 

@@ -1,4 +1,4 @@
-"""`python -m tqcompile bench`: times attention, append, prefill and whole steps, dense and compressed, in one run.
+"""`python -m tqcompile bench`: times attention, scores, append, prefill and steps, dense and compressed, in one run.
 
 A shape of your own:  python -m tqcompile bench --batch 8 --context 32768 --codec CODEC
 A model's shape:      python -m tqcompile bench --model NAME --context 4096 16384 --plot times.svg
@@ -18,7 +18,8 @@ from tqcompile.options import INNERS
 
 NOTES = """\
 dense: the fastest that runs, without a mask; buffers rotate through more than a cache holds; medians and quartiles.
-attend counts both kernels over a rotated query; append and prefill rotate what they encode; a step counts everything.
+attend and logits are over a rotated query, attend counts both kernels; append and prefill rotate what they encode; a
+step counts everything. logits are over float32 unless --dtype says otherwise, and write float32.
 floor: the bytes it must move at the speed of a copy ({speed:.3f} TB/s in this run), over its time."""
 
 
@@ -26,7 +27,7 @@ def add(commands) -> None:
     """Give the command its place among the others."""
     parser = commands.add_parser(
         "bench",
-        help="time dense and compressed attention, append, prefill and steps",
+        help="time dense and compressed attention, scores, append, prefill and steps",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -44,7 +45,9 @@ def add(commands) -> None:
     shape.add_argument("--sinks", action="store_true", help="give each head one more logit")
     shape.add_argument("--model", metavar="NAME", help="read the shape from a Hugging Face configuration instead")
     shape.add_argument(
-        "--dtype", choices=DTYPES, help="of queries and dense caches (default bfloat16, on a CPU float32)"
+        "--dtype",
+        choices=DTYPES,
+        help="of queries and dense caches (default bfloat16; of logits, and on a CPU, float32)",
     )
     shape.add_argument("--suite", action="store_true", help="the shapes that docs/gpu.md publishes, instead of one")
     codec = parser.add_argument_group("the codecs")

@@ -16,14 +16,7 @@ Planes = tuple[torch.Tensor, ...]
 def attend(case: Case, dtype: torch.dtype, device: torch.device) -> tuple[Sample, int, int]:
     """Attention of rotated queries: its time, the bytes of its caches, the bytes it must move."""
     shape, names = case.shape, (case.keys, case.values)
-    caches = [_allocate(case, dtype, device)]
-    size = live_bytes(caches[0])
-    caches += [_allocate(case, dtype, device) for _ in range(clock.buffers_for(size) - 1)]
-    for row in range(shape.batch):
-        x = torch.randn(1, shape.kv_heads, shape.context, shape.head_dim, device=device, dtype=dtype)
-        for cache in caches:
-            for name, planes in zip(names, cache):
-                ops.append([plane[row : row + 1] for plane in planes], x, None, None, name)
+    caches, size = _filled(shape, names, dtype, device)
     q = torch.randn(shape.batch, shape.heads, shape.queries, shape.head_dim, device=device, dtype=dtype)
     mask, scale = mask_of(shape, dtype, device), shape.head_dim**-0.5
 
@@ -37,6 +30,20 @@ def attend(case: Case, dtype: torch.dtype, device: torch.device) -> tuple[Sample
     codecs = tuple(map(formats.codec, names))
     check.attention(f"attention over {case.pair} of {shape}", step(0), q, *caches[0], mask, sinks, codecs, shape)
     return clock.measure(step, len(caches), device), size, size
+
+
+def logits(case: Case, dtype: torch.dtype, device: torch.device) -> tuple[Sample, int, int]:
+    """Scores of rotated queries: the same three, of keys alone; scores are moved too."""
+    shape, name = case.shape, case.keys
+    caches, size = _filled(shape, (name,), dtype, device)
+    q = torch.randn(shape.batch, shape.heads, shape.queries, shape.head_dim, device=device, dtype=dtype)
+
+    def step(i: int) -> torch.Tensor:
+        return ops.logits(q, *caches[i], name, shape.head_dim)
+
+    out = step(0)
+    check.scores(f"scores of {name} of {shape}", out, q, *caches[0], formats.codec(name), shape)
+    return clock.measure(step, len(caches), device), size, size + out.nbytes
 
 
 def append(case: Case, dtype: torch.dtype, device: torch.device) -> tuple[Sample, int, int]:
@@ -56,9 +63,7 @@ def _encoding(case: Case, tokens: int, place: torch.Tensor | None, dtype: torch.
     bases = [tables.basis_matrix(c, shape.head_dim, device, dtype if half else torch.float32) for c in codecs]
     q = torch.randn(shape.batch, shape.heads, 1, shape.head_dim, device=device, dtype=dtype)
     heads = shape.batch, shape.kv_heads, tokens, shape.head_dim
-    caches = [_allocate(case, dtype, device)]
-    size = live_bytes(caches[0])
-    caches += [_allocate(case, dtype, device) for _ in range(clock.buffers_for(size) - 1)]
+    caches, size = _allocated(shape, names, dtype, device)
     written = [[torch.randn(heads, device=device, dtype=dtype) for _ in names] for _ in caches]
 
     def step(i: int) -> None:
@@ -77,11 +82,25 @@ def _encoding(case: Case, tokens: int, place: torch.Tensor | None, dtype: torch.
     return clock.measure(step, len(caches), device), size, moved
 
 
-def _allocate(case: Case, dtype: torch.dtype, device: torch.device) -> tuple[Planes, Planes]:
-    shape = case.shape
-    size = (shape.batch, shape.kv_heads, shape.context)
-    codecs = map(formats.codec, (case.keys, case.values))
-    return tuple(layout_of(codec, shape.head_dim, dtype, device.type).allocate(size, device) for codec in codecs)
+def _allocated(shape: Shape, names, dtype: torch.dtype, device: torch.device) -> tuple[list[tuple[Planes, ...]], int]:
+    """Caches to rotate through, each with the planes of every codec named, and the bytes of one."""
+    heads = shape.batch, shape.kv_heads, shape.context
+    layouts = [layout_of(formats.codec(name), shape.head_dim, dtype, device.type) for name in names]
+    caches = [tuple(layout.allocate(heads, device) for layout in layouts)]
+    size = live_bytes(caches[0])
+    copies = range(clock.buffers_for(size) - 1)
+    return caches + [tuple(layout.allocate(heads, device) for layout in layouts) for _ in copies], size
+
+
+def _filled(shape: Shape, names, dtype: torch.dtype, device: torch.device) -> tuple[list[tuple[Planes, ...]], int]:
+    """The same, with random tokens in them."""
+    caches, size = _allocated(shape, names, dtype, device)
+    for row in range(shape.batch):
+        x = torch.randn(1, shape.kv_heads, shape.context, shape.head_dim, device=device, dtype=dtype)
+        for cache in caches:
+            for name, planes in zip(names, cache):
+                ops.append([plane[row : row + 1] for plane in planes], x, None, None, name)
+    return caches, size
 
 
 def mask_of(shape: Shape, dtype: torch.dtype, device: torch.device) -> torch.Tensor | None:

@@ -1,6 +1,7 @@
 """The dense side: the fastest attention that is installed, and what else a dense cache costs."""
 
 import importlib.util
+import itertools
 import warnings
 from collections.abc import Callable, Iterator
 
@@ -28,6 +29,28 @@ def attend(shape: Shape, dtype: torch.dtype, device: torch.device) -> tuple[Samp
     q, *first = inputs(shape, dtype, device, shape.queries)
     caches, size = _copies(first, shape, dtype, device)
     return (*_fastest(_decoders(q, caches, device), q, caches, shape, device), size)
+
+
+def logits(shape: Shape, dtype: torch.dtype, device: torch.device) -> tuple[Sample, str, int]:
+    """The fastest product of queries and dense keys, in either order and either layout of the keys: the same three."""
+    rows = shape.heads // shape.kv_heads * shape.queries
+    found = []
+    for layout, product in itertools.product(("tokens first", "dims first"), ("q @ keys", "keys @ q")):
+        q, *first = inputs(shape, dtype, device, shape.queries)
+        size = first[0].nbytes
+        keys = [first[0], *(torch.randn_like(first[0]) for _ in range(clock.buffers_for(size) - 1))]
+        if layout == "dims first":
+            keys = [x.mT.contiguous().mT for x in keys]
+        asked = q.reshape(shape.batch, shape.kv_heads, rows, shape.head_dim)
+
+        def step(i: int, keys=keys, asked=asked, product=product) -> torch.Tensor:
+            return asked @ keys[i].mT if product == "q @ keys" else (keys[i] @ asked.mT).mT
+
+        name = f"{product}, {layout}"
+        scores = step(0).reshape(*q.shape[:3], shape.context)
+        check.scores(f"dense scores ({name}) of {shape}", scores, q, keys[0], None, shape)
+        found.append((clock.measure(step, len(keys), device), name))
+    return (*min(found, key=lambda pair: pair[0].median), size)
 
 
 def prefill(shape: Shape, dtype: torch.dtype, device: torch.device) -> tuple[Sample, str, int]:

@@ -8,7 +8,7 @@ import torch
 
 from tqcompile import formats
 from tqcompile.bench import clock, decoder, figure, rows
-from tqcompile.bench.shapes import TASKS, Case, Shape, suite
+from tqcompile.bench.shapes import DTYPE, TASKS, Case, Shape, suite
 from tqcompile.options import resolve
 
 # What is measured where nothing is said: a shape that the device holds, and that takes seconds.
@@ -120,17 +120,19 @@ def _own(options: argparse.Namespace, defaults: dict) -> list[Case]:
     facts |= decoder.shape_facts(options.model) if options.model else {}
     facts |= {name: getattr(options, name) for name in facts if _given(options, name)}
     layers, contexts = facts.pop("layers"), sorted(set(options.context or defaults["context"]))
-    common = {"dtype": options.dtype or defaults["dtype"]}
-    pair, cases = _pair(options), []
+    pair, of_step = _pair(options), {"layers": layers, "model": options.model, "inner": options.inner}
+
+    def case(task: str, context: int) -> Case:
+        # Scores are those of all tokens.
+        shape = Shape(context=context, **facts | ({"mask": "none"} if task == "logits" else {}))
+        dtype = options.dtype or DTYPE.get(task, defaults["dtype"])
+        return Case(task, shape, *pair, dtype, **(of_step if task == "step" else {}))
+
+    cases = []
     if options.plot and len(contexts) == 1:
         shorter = {contexts[0] // fraction for fraction in FRACTIONS} - {0, contexts[0]}
-        cases = [Case("attend", Shape(context=context, **facts), *pair, **common) for context in sorted(shorter)]
-    of_step = {"layers": layers, "model": options.model, "inner": options.inner}
-    return cases + [
-        Case(task, Shape(context=context, **facts), *pair, **common, **(of_step if task == "step" else {}))
-        for context in contexts
-        for task in options.tasks or TASKS
-    ]
+        cases = [case("attend", context) for context in sorted(shorter)]
+    return cases + [case(task, context) for context in contexts for task in options.tasks or TASKS]
 
 
 def _pair(options: argparse.Namespace) -> tuple[str, str]:

@@ -12,6 +12,7 @@ from tqcompile.bench.shapes import Case, Shape
 
 TITLES = {
     "attend": "attention of one query",
+    "logits": "queries times keys, without a softmax: scores in float32",
     "append": "appending one token of keys and values",
     "prefill": "encoding the context, beside causal attention over it",
     "step": "a whole decode step, many enqueued",

@@ -4,9 +4,11 @@ from dataclasses import dataclass
 
 from tqcompile import formats
 
-TASKS = ("attend", "append", "prefill", "step")
+TASKS = ("attend", "logits", "append", "prefill", "step")
 MASKS = ("none", "bool", "additive", "half")
 DTYPES = ("bfloat16", "float16", "float32")
+# Where nothing else is asked for; of other tasks the device says it.
+DTYPE = {"logits": "float32"}
 
 
 @dataclass(frozen=True)
@@ -113,9 +115,10 @@ def suite() -> list[Case]:
     plan += [("attend", shape, (FOUR, MIXED, THREE, TWO)) for shape in SHAPES[1:]]
     plan += [("attend", shape, (FOUR, THREE, TWO)) for shape in VARIANTS]
     alike = (*((name, name) for name in formats.REGISTRY), default)
+    plan += [("logits", Shape(1, 131072), (FOUR, THREE))]
     plan += [("append", LONG, alike), ("prefill", Shape(1, 8192), alike), ("step", LONG, (FOUR, default))]
     return [
-        Case(task, shape, *pair, layers=SUITE_LAYERS if task == "step" else 0)
+        Case(task, shape, *pair, DTYPE.get(task, "bfloat16"), SUITE_LAYERS if task == "step" else 0)
         for task, shape, pairs in plan
         for pair in pairs
     ]

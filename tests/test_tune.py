@@ -1,0 +1,84 @@
+"""`python -m tqcompile tune`, without a GPU: what it searches, prints, keeps and refuses."""
+
+import pytest
+import torch
+
+from tqcompile.__main__ import main
+from tqcompile.bench import compressed, tune
+from tqcompile.bench.check import WrongResult
+from tqcompile.bench.clock import Sample
+from tqcompile.kernels import emit, integer, tuned
+
+SHAPE = ("--batch", "2", "--context", "3000", "--heads", "8", "--kv-heads", "2", "--head-dim", "64")
+
+
+@pytest.fixture(autouse=True)
+def timed(tmp_path, monkeypatch):
+    """Times that grow, of a CPU that searches as a GPU does; gives the cases that were timed."""
+    cases = []
+
+    def of(case, dtype, device):
+        cases.append(case)
+        return Sample(*[float(len(cases))] * 3), 0, 0
+
+    monkeypatch.setattr(emit, "default_folder", lambda: tmp_path)
+    monkeypatch.setattr(tune, "device", lambda: torch.device("cpu"))
+    for task in ("attend", "logits"):
+        monkeypatch.setattr(compressed, task, of)
+    yield cases
+    tuned._found.clear()
+    tuned.plan.cache_clear()
+
+
+def complaint(capsys, *arguments):
+    with pytest.raises(SystemExit) as end:
+        main(["tune", *arguments])
+    assert end.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_attention_and_scores_are_searched_and_kept(timed, tmp_path, capsys):
+    assert main(["tune", *SHAPE, "--codec", "turboquant:4"]) == 0
+    shown = capsys.readouterr().out
+    assert {case.task for case in timed} == {"attend", "logits"}
+    assert {(case.shape.batch, case.shape.context, case.shape.head_dim) for case in timed} == {(2, 3000, 64)}
+    assert len(list(tmp_path.glob("tuned_*.json"))) == 2 and shown.count("kept in") == 2
+    # The first is what is done without a search, and times grow.
+    assert shown.count("fastest without a search") == 2
+
+
+def test_each_context_is_searched_by_itself(timed, tmp_path):
+    assert main(["tune", *SHAPE, "--context", "1024", "2048", "--codec", "turboquant:3"]) == 0
+    assert {case.shape.context for case in timed} == {1024, 2048}
+    assert len(list(tmp_path.glob("tuned_*.json"))) == 4
+
+
+def test_values_without_a_kernel_leave_scores_to_search(timed):
+    assert main(["tune", *SHAPE, "--keys", "turboquant:4", "--values", "turboquant:8"]) == 0
+    assert {case.task for case in timed} == {"logits"}
+
+
+def test_a_wrong_result_keeps_nothing(monkeypatch, tmp_path, capsys):
+    def wrong(*arguments):
+        raise WrongResult("attention is off by 0.5")
+
+    monkeypatch.setattr(compressed, "attend", wrong)
+    assert main(["tune", *SHAPE, "--codec", "turboquant:4"]) == 1
+    assert "not searched: attention is off by 0.5" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_cannot_be_searched_is_said(monkeypatch, capsys):
+    assert "there is nothing to choose" in complaint(capsys, *SHAPE, "--codec", "turboquant:8")
+    assert "heads=6 is no multiple of kv_heads=4" in complaint(capsys, "--heads", "6", "--kv-heads", "4")
+    assert "did you mean 'q8_0'" in complaint(capsys, "--codec", "q8")
+
+
+def test_without_a_gpu_the_command_says_so(monkeypatch, capsys):
+    monkeypatch.undo()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "there is no CUDA device here" in complaint(capsys, *SHAPE)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "A card")
+    assert integer.CAPABILITY > (7, 5) and "A card has no int8 matrix units" in complaint(capsys, *SHAPE)
