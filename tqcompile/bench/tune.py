@@ -19,7 +19,7 @@ from tqcompile.bench.shapes import Case
 from tqcompile.kernels import integer, logits, tune, tuned
 
 # What `request.plan` reads and this command does not ask for.
-UNASKED = ("check", "dtype", "json", "layers", "mask", "model", "plot", "queries", "suite")
+UNASKED = ("check", "dtype", "json", "layers", "mask", "model", "plot", "queries", "sinks", "softcap", "suite")
 
 
 def add(commands) -> None:
