@@ -158,8 +158,11 @@ class _Rewriter(Writer):
         keys, values = self.sites[read.key.root], self.sites[read.value.root]
         dims = [int(tensor_of(view.base).shape[-1]) for view in (read.key, read.value)]
         result, key_basis = tensor_of(read.node), self.basis(keys, tensor_of(query), dims[0])
-        mask = self._mask(read)
-        reach = None if folds or mask is None else self._reach(mask)
+        mask = self._mask(read.masks)
+        # Scores that are added hide no token, and are others in each layer.
+        hides = [each for each in read.masks if each[0] not in self.survey.reads]
+        hiding = mask if len(hides) == len(read.masks) else self._mask(hides)
+        reach = None if folds or hiding is None else self._reach(hiding)
         if folds and mask is not None:
             mask = self.call(rewrite.mask_by_head, mask, query, planes[0][0])
         return self.call(
@@ -178,10 +181,10 @@ class _Rewriter(Writer):
             result.dtype,
         )
 
-    def _mask(self, read: Read) -> fx.Node | None:
-        """The masks of a read as one."""
+    def _mask(self, masks) -> fx.Node | None:
+        """Masks with their factors as one."""
         total = None
-        for mask, factor in read.masks:
+        for mask, factor in masks:
             mask = self.dense(mask)
             mask = mask if factor == 1 else self.call_like(torch.mul, mask, factor)
             total = mask if total is None else self._sum(total, mask)

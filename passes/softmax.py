@@ -92,3 +92,22 @@ def _drops_nothing(node: fx.Node) -> bool:
 
 def _number(operand) -> bool:
     return isinstance(example(operand), (int, float)) and not isinstance(operand, fx.Node)
+
+
+def addends(mask: fx.Node | None, scores) -> tuple[tuple[tuple[fx.Node, float], ...], tuple[fx.Node, ...]]:
+    """Masks with factors that a mask is the sum of, where one is a product in `scores`, and the nodes that add them.
+
+    Else the mask itself: what several layers share is added up once.
+    """
+    parts, sums, pending = [], [], [] if mask is None else [mask]
+    while pending:
+        node = pending.pop()
+        step = _behind(node) if spelling(node) in CASTS | {"add"} and len(node.users) == 1 else None
+        if step is None:
+            parts.append(node)
+            continue
+        sums.append(node)
+        pending += [operand for operand in (step.source, step.mask) if operand is not None]
+    if scores.keys().isdisjoint(parts):
+        parts, sums = [] if mask is None else [mask], []
+    return tuple((part, 1.0) for part in parts), tuple(sums)

@@ -9,7 +9,7 @@ from torch import fx
 from tqcompile.passes.indices import kept_run
 from tqcompile.passes.nodes import memory_of, spelling, tensor_of, walk, written_operands
 from tqcompile.passes.places import alike, are_weights, becomes_weights, fits, places_of, roles_of
-from tqcompile.passes.softmax import chain_behind
+from tqcompile.passes.softmax import addends, chain_behind
 from tqcompile.passes.tokens import kept_by, source_of, whole_tokens, written_tensors
 from tqcompile.passes.views import View, derived, identity, root_view, shape_only
 
@@ -262,8 +262,9 @@ class Survey:
             return
         mask, scale = node.kwargs["attn_mask"], node.kwargs["scale"]
         scale = None if scale is None else float(scale)
-        masks = () if mask is None else ((mask, 1.0),)
-        self.reads[node] = Read(node, "attend", key, value, node.args[0], scale, masks, bool(node.kwargs["is_causal"]))
+        masks, sums = addends(mask, self.reads)
+        causal = bool(node.kwargs["is_causal"])
+        self.reads[node] = Read(node, "attend", key, value, node.args[0], scale, masks, causal, sums)
 
     def _product(self, node: fx.Node) -> None:
         right = self.views.get(node.args[1])
