@@ -101,10 +101,8 @@ class Tracer:
     def _filled(self, node: fx.Node) -> Made | None:
         """A new tensor whose channels are written, run by run, before it is read."""
         parts, end = [], 0
-        fills = sorted(
-            (fill for user in node.users if (fill := _fill(user, node)) is not None), key=lambda fill: fill[0].start
-        )
-        for run, source, write in fills:
+        fills = [fill for user in node.users if (fill := _fill(user, node)) is not None]
+        for run, source, write in sorted(fills, key=lambda fill: fill[0].start):
             self.parts |= {part: node for part in (write, write.args[0]) if part is not node}
             if run.start == run.stop:
                 continue
