@@ -42,7 +42,8 @@ class Made:
 def is_latent(value: torch.Tensor) -> bool:
     """Whether a tensor is [batch, tokens, n] or [batch, 1, tokens, n]: of no head, or of one that all queries share."""
     shared = value.dim() == 3 or (value.dim() == 4 and same_size(value.shape[1], 1))
-    return shared and not is_traceable_wrapper_subclass(value)
+    # A symbol that is known to be a number reads as one; of any other, as of tokens that lie last, int() makes a guard.
+    return shared and str(value.shape[-1]).isdigit() and not is_traceable_wrapper_subclass(value)
 
 
 def are_heads(made: Made, transposed: bool = False) -> bool:

@@ -324,6 +324,30 @@ def test_how_many_queries_are_few_is_a_guard_where_their_number_is_a_symbol():
     assert counts == [1, 0]
 
 
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_a_cache_that_grows_needs_no_new_graph_for_each_token(dynamic):
+    counts = []
+
+    def backend(gm, example_inputs):
+        after = _copy(gm)
+        canonicalize(after, None)
+        counts.append(absorb(after, Context(Options())))
+        return gm.forward
+
+    def step(q, past, past_rope, new, new_rope, weight):
+        out, latent, rope = decoder()(q, past, past_rope, new, new_rope, weight)
+        return out + (q[..., :ROPE] @ rope.transpose(-1, -2)).softmax(-1).amax(), latent, rope
+
+    torch._dynamo.reset()
+    args = inputs()
+    weight = torch.nn.Parameter(args.pop(), requires_grad=False)
+    call = torch.compile(lambda *args: step(*args, weight), backend=backend, dynamic=dynamic)
+    with torch.no_grad():
+        for _ in range(5):
+            _, args[1], args[2] = call(*args)
+    assert counts == [1] * len(counts) and len(counts) <= 2
+
+
 def test_numbers_of_queries_that_the_author_bounds_get_no_guard():
     call = torch.compile(decoder(), backend="turboquant", options={"preset": "lossless", "inner": "eager"})
     torch._dynamo.reset()
