@@ -165,8 +165,11 @@ class _Rewriter(Writer):
         dims = [int(tensor_of(view.base).shape[-1]) for view in (read.key, read.value)]
         result, key_basis = tensor_of(read.node), self.basis(keys, tensor_of(query), dims[0])
         folding = (query, planes[0][0]) if folds else None
-        mask = self._mask(read, folding)
-        reach = None if folds or mask is None else self._reach(mask)
+        mask = self._mask(read.masks, folding)
+        # Scores that are added hide no token, and are others in each layer.
+        hides = tuple(each for each in read.masks if each.node not in self.survey.reads)
+        hiding = mask if len(hides) == len(read.masks) else self._mask(hides, folding)
+        reach = None if folds or hiding is None else self._reach(hiding)
         sinks = None if read.sinks is None else self._numbers(read.sinks, folding, tokens=False)
         return self.call(
             ops.attend,
@@ -186,10 +189,10 @@ class _Rewriter(Writer):
             result.dtype,
         )
 
-    def _mask(self, read: Read, folding: tuple[fx.Node, fx.Node] | None) -> fx.Node | None:
-        """The masks of a read as one."""
+    def _mask(self, masks: tuple[Mask, ...], folding: tuple[fx.Node, fx.Node] | None) -> fx.Node | None:
+        """Masks as one."""
         total = None
-        for mask in read.masks:
+        for mask in masks:
             numbers = None if mask.node is None else self._numbers(mask, folding)
             if total is None and (mask.kind, mask.number) == ("add", 1):
                 total = numbers

@@ -2,6 +2,7 @@
 
 from torch import fx
 
+from tqcompile.passes.absorb import absorb
 from tqcompile.passes.canonicalize import canonicalize
 from tqcompile.passes.compress import compress
 from tqcompile.passes.context import Context
@@ -13,23 +14,25 @@ from tqcompile.passes.verify import verify
 PIPELINE = (
     flex,
     canonicalize,
+    absorb,
     sites,
     compress,
     fuse,
     verify,
 )
+NEEDED = (canonicalize, sites, compress)
 
 
 def run(gm: fx.GraphModule, context: Context) -> None:
     """Run the passes in place; counts go to `context.counts`.
 
-    Each of the first builds on those before it: one that the options leave out takes the later ones along, and no cache
-    of the graph is compressed. What comes after `compress` only makes the graph faster, and is left out alone.
+    Where the options leave out one of those that are needed no cache of the graph is compressed. The others only make
+    the graph faster, and are left out alone.
     """
     for apply in PIPELINE:
         if apply.__name__ not in context.options.disable:
             context.counts[apply.__name__] = apply(gm, context)
-        elif PIPELINE.index(apply) <= PIPELINE.index(compress):
+        elif apply in NEEDED:
             context.sites = ()
             break
     gm.recompile()

@@ -78,7 +78,9 @@ def becomes_weights(product: fx.Node, loosely: bool = False) -> bool:
 
 def _makes_weights(user: fx.Node, node: fx.Node, loosely: bool) -> bool:
     weighs = spelling(user) == "matmul" and user.args[0] is node
-    return "softmax" in spelling(user) or (loosely and (weighs or user.op == "output"))
+    # Attention adds its mask to scores.
+    mask = spelling(user) == "scaled_dot_product_attention" and user.kwargs.get("attn_mask") is node
+    return mask or "softmax" in spelling(user) or (loosely and (weighs or user.op == "output"))
 
 
 def _unmultiplied(node: fx.Node) -> list[fx.Node]:

@@ -63,8 +63,8 @@ def sites(gm: fx.GraphModule, context) -> int:
             and a prefill over its own keys and values is no failure.
     """
     outputs = _outputs(gm.graph)
-    inputs = [node for node in gm.graph.nodes if node.op == "placeholder" and _may_be_cache(node)]
-    made = [node for node in map(written_value, outputs) if node.op.startswith("call_") and _may_be_cache(node)]
+    inputs = [node for node in gm.graph.nodes if node.op == "placeholder" and may_be_cache(node)]
+    made = [node for node in map(written_value, outputs) if node.op.startswith("call_") and may_be_cache(node)]
     # What has three dimensions and leaves a graph that made it may be the model's result.
     made = [node for node in made if tensor_of(node).dim() > 3]
     held = Survey(gm.graph, inputs)
@@ -93,7 +93,8 @@ def _outputs(graph: fx.Graph) -> list[fx.Node]:
     return list(dict.fromkeys(output.all_input_nodes))
 
 
-def _may_be_cache(node: fx.Node) -> bool:
+def may_be_cache(node: fx.Node) -> bool:
+    """Whether a tensor has the rank and dtype of a cache and is no parameter."""
     value = tensor_of(node)
     return (
         value is not None

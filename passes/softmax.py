@@ -269,3 +269,22 @@ def _number(operand) -> float | None:
         one = tensor_of(operand) is not None and tensor_of(operand).dim() == 0 and made is not None
         return _number(operand.args[made]) if one and len(operand.args) > made else None
     return float(operand) if type(operand) in (int, float) else None
+
+
+def addends(mask: fx.Node | None, products) -> tuple[tuple[Mask, ...], tuple[fx.Node, ...]]:
+    """Masks that a mask is the sum of, where one is among the `products` of queries and keys, and what adds them up.
+
+    Else the mask itself: what several layers share is added up once.
+    """
+    parts, sums, pending = [], [], [] if mask is None else [mask]
+    while pending:
+        node = pending.pop()
+        step = _behind(node, ["softmax"]) if spelling(node) in CASTS | {"add"} and len(node.users) == 1 else None
+        if step is None or step.kind not in ("same", "mask"):
+            parts.append(node)
+            continue
+        sums.append(node)
+        pending += [step.source] if step.mask is None else [step.source, step.mask.node]
+    if products.keys().isdisjoint(parts):
+        parts, sums = [] if mask is None else [mask], []
+    return tuple(Mask("add", part) for part in parts), tuple(sums)

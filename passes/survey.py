@@ -11,7 +11,7 @@ from tqcompile.passes.indices import kept_run
 from tqcompile.passes.nodes import memory_of, spelling, tensor_of, walk, written_operands
 from tqcompile.passes.places import alike, are_weights, becomes_weights, fits, places_of, roles_of
 from tqcompile.passes.records import Append, Join, Read
-from tqcompile.passes.softmax import Mask, chain_behind
+from tqcompile.passes.softmax import addends, chain_behind
 from tqcompile.passes.tokens import kept_by, source_of, whole_tokens, written_tensors
 from tqcompile.passes.views import View, derived, identity, root_view, shape_only
 
@@ -235,8 +235,9 @@ class Survey:
             return
         mask, scale = node.kwargs["attn_mask"], node.kwargs["scale"]
         scale = None if scale is None else float(scale)
-        masks, causal = () if mask is None else (Mask("add", mask),), bool(node.kwargs["is_causal"])
-        self.reads[node] = Read(node, "attend", key, value, node.args[0], scale, masks=masks, causal=causal)
+        masks, sums = addends(mask, self.reads)
+        how = {"masks": masks, "causal": bool(node.kwargs["is_causal"]), "absorbed": sums}
+        self.reads[node] = Read(node, "attend", key, value, node.args[0], scale, **how)
 
     def _product(self, node: fx.Node) -> None:
         right = self.views.get(node.args[1])

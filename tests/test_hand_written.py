@@ -151,7 +151,7 @@ def test_bytes_stay_close_and_two_bits_show(name):
         assert errors[1] < 0.05 < errors[0]
 
 
-@pytest.mark.parametrize("name", ["fast", "nano", "softcap"])
+@pytest.mark.parametrize("name", ["fast", "latent", "nano", "softcap"])
 def test_through_inductor_it_is_the_same(name):
     module, model = load(name)
     twin = copy.deepcopy(model)

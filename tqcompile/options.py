@@ -13,7 +13,7 @@ from tqcompile import formats
 from tqcompile.codec import Codec
 
 ENVIRONMENT = "TQCOMPILE_OPTIONS"
-PASSES = ("canonicalize", "sites", "compress", "fuse")
+PASSES = ("flex", "canonicalize", "absorb", "sites", "compress", "fuse")
 INNERS = ("inductor", "aot_eager", "eager")
 
 

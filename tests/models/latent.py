@@ -4,7 +4,6 @@ import torch
 from torch import nn
 
 EXPECT = "compressed"
-DECODED = ("cat", "linear")
 DIM, HEADS, NOPE, ROPE, V_DIM, RANK = 64, 4, 32, 16, 32, 32
 
 

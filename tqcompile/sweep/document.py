@@ -75,7 +75,15 @@ def summary(records: Sequence[Record], style: str = "simple") -> str:
     rows = [row for row in rows if row[1]]
     if len(rows) > 1:
         rows.append(_counts("all", list(records)))
-    headers = ("", "architectures", "made", "keep keys and values", "every cache compressed", "and every read fused")
+    headers = (
+        "",
+        "architectures",
+        "made",
+        "keep keys and values",
+        "every cache compressed",
+        "and none decoded",
+        "and every read fused",
+    )
     return tabulate(rows, (*headers, "wrong or failing"), style)
 
 
@@ -83,9 +91,12 @@ def _counts(name: str, records: list[Record]) -> tuple:
     made = [record for record in records if verdict.made(record)]
     keeping = [record for record in made if verdict.has_cache(record)]
     full = [record for record in keeping if verdict.all_compressed(record)]
+    on_codes = [record for record in full if verdict.all_on_codes(record)]
     fused = [record for record in full if verdict.all_fused(record)]
     bad = [record for record in records if verdict.problems(record)]
-    shares = (f"{len(part)}{f' ({len(part) / len(keeping):.0%})' if keeping else ''}" for part in (full, fused))
+    shares = (
+        f"{len(part)}{f' ({len(part) / len(keeping):.0%})' if keeping else ''}" for part in (full, on_codes, fused)
+    )
     return (name, len(records), len(made), len(keeping), *shares, len(bad))
 
 

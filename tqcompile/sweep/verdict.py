@@ -59,10 +59,19 @@ def all_compressed(record: Record) -> bool:
     return compressed == total > 0
 
 
+def all_on_codes(record: Record) -> bool:
+    """Whether nothing that reads a cache has it decoded in front of it."""
+    read = _read(record)
+    return bool(read) and not any(result["fallbacks"] for result in read)
+
+
 def all_fused(record: Record) -> bool:
     """Whether every read of codes is the one operator that attends over them."""
-    read = [result for _, result in results(record, LOSSLESS) if result.get("reads") or result.get("fallbacks")]
-    return bool(read) and all(set(result["reads"]) == {"attend"} and not result["fallbacks"] for result in read)
+    return all_on_codes(record) and all(set(result["reads"]) == {"attend"} for result in _read(record))
+
+
+def _read(record: Record) -> list[dict]:
+    return [result for _, result in results(record, LOSSLESS) if result.get("reads") or result.get("fallbacks")]
 
 
 def problems(record: Record) -> list[Problem]:
