@@ -193,7 +193,7 @@ def attend(
     if not batch * kv_heads * rows * length:
         return q.new_zeros(shape, dtype=dtype)
     reader, codecs = reader_of(mask, causal, score_mod), (key_codec, value_codec)
-    if rows > tune.MOST_ROWS and q.device.type == "cuda":
+    if rows > tune.most_rows(max(head_dims)) and q.device.type == "cuda":
         tables = [table_of(codec.codes, dim, q.dtype, q.device) for codec, dim in zip(codecs, head_dims)]
         out = decoded.attend(q, keys, values, mask, causal, scale, codecs, head_dims, tables, folder, score_mod, sinks)
         return rotate_back(out, basis, dtype)

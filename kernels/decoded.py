@@ -103,15 +103,16 @@ def attend(
 ) -> torch.Tensor:
     """`reference.attend` [B, Hq, T, Dv] in q's dtype, by the dense attention of PyTorch over decoded heads.
 
-    `mask` broadcasts to [B, Hq, T, S]; `look_ups` are the numbers of the codebooks. Where there is a `score_mod`, or
-    are `sinks`, scores are spelled out, for a bounded number of queries at a time.
+    `mask` broadcasts to [B, Hq, T, S]; `look_ups` are the numbers of the codebooks. Scores are spelled out, for a
+    bounded number of queries at a time, where there is a `score_mod`, or are `sinks`, or heads too wide to be fused.
     """
     batch, query_heads, queries, _ = q.shape
     kv_heads, length = keys[0].shape[1:3]
     groups = query_heads // kv_heads
     out = q.new_empty((batch, query_heads, queries, head_dims[1]))
+    spelled = score_mod or sinks is not None or max(head_dims) > tune.FUSED_DIMS
     if mask is not None:
-        mask = _in_dtype(mask, q.dtype) if mask.is_floating_point() else mask
+        mask = _in_dtype(mask, q.dtype) if mask.is_floating_point() and not spelled else mask
         mask = mask.broadcast_to(batch, query_heads, queries, length)
     for rows, heads in parts(batch, kv_heads, length * sum(head_dims) * q.element_size()):
         asked = slice(heads.start * groups, heads.stop * groups)
@@ -120,7 +121,7 @@ def attend(
             for codec, planes, table, dim in zip(codecs, (keys, values), look_ups, head_dims)
         ]
         part = None if mask is None else mask[rows, asked]
-        if score_mod or sinks is not None:
+        if spelled:
             logit = None if sinks is None else sinks.expand(batch, query_heads, queries, 1)[rows, asked]
             out[rows, asked] = spelled_out(q[rows, asked], *decoded, part, causal, scale, score_mod, logit)
         else:

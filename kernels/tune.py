@@ -26,9 +26,11 @@ COMBINED_NUMBERS = 16384
 TURNED_NUMBERS = 8192
 TURNED_ROWS = 2048
 STEP_TOKENS = 8
-# Rows a KV head up to which a token is decoded for each block of them; of more, it is decoded once. Numbers that a
-# program decodes at once.
+# Rows a KV head up to which a token is decoded for each block of them; of more, it is decoded once: of heads wider than
+# fused attention takes, soon. Numbers that a program decodes at once.
 MOST_ROWS = 128
+MOST_ROWS_WIDE = 16
+FUSED_DIMS = 256
 DECODED_NUMBERS = 4096
 # What the interpreter plans for, where there is no device to ask.
 DEFAULT_PROCESSORS = 4
@@ -82,6 +84,11 @@ SETTINGS = {
 def extent(head_dim: int) -> int:
     """The extent of a tile that covers a vector; a matrix product wants at least 16."""
     return max(16, power_of_two(head_dim))
+
+
+def most_rows(head_dim: int) -> int:
+    """Rows a KV head up to which a token is decoded for each block of them."""
+    return MOST_ROWS if head_dim <= FUSED_DIMS else min(MOST_ROWS, MOST_ROWS_WIDE)
 
 
 @lru_cache(maxsize=4096)

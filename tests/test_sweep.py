@@ -241,7 +241,9 @@ FELL = written("fell", {"exception": "TypeError: no", "where": "passes/x.py:1", 
 def test_records_are_judged():
     assert verdict.all_compressed(GOOD) and verdict.all_fused(GOOD) and not verdict.problems(GOOD)
     assert not verdict.all_compressed(HALF) and not verdict.problems(HALF)
-    assert verdict.all_compressed(DECODED) and not verdict.all_fused(DECODED)
+    assert verdict.all_compressed(DECODED) and not verdict.all_fused(DECODED) and not verdict.all_on_codes(DECODED)
+    products = written("products", {"error": 0.0, "held": held(4, 4), "reads": {"logits": 1, "mix": 1}})
+    assert verdict.all_on_codes(products) and not verdict.all_fused(products) and verdict.all_on_codes(GOOD)
     assert verdict.caches(FELL) == (0, 4)
     for record in (WRONG, SILENT, STATE, FELL):
         assert len(verdict.problems(record)) == 1, record
@@ -269,7 +271,15 @@ def test_the_page_is_made_from_records(tmp_path):
         "4 / 4" in rows["good"] and "2 / 4" in rows["half"] and "[1]" in rows["half"] and "decoded 2" in rows["decoded"]
     )
     assert "1. it is a view: half (`m.py, line 3`)" in page and "2. decoded in front of mul" in page
-    assert [cell.strip() for cell in rows["all"].split("|")[2:8]] == ["4", "4", "4", "3 (75%)", "2 (50%)", "0"]
+    assert [cell.strip() for cell in rows["all"].split("|")[2:9]] == [
+        "4",
+        "4",
+        "4",
+        "3 (75%)",
+        "2 (50%)",
+        "2 (50%)",
+        "0",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -60,6 +60,18 @@ def test_any_part_of_the_heads_at_a_time_attends_like_the_reference(device, kind
     close(out.float(), reference.attend(q, keys, values, mask, kind == "causal", 0.1, *codecs, dims), torch.float32)
 
 
+@pytest.mark.parametrize("kind", ["none", "additive"])
+def test_heads_too_wide_to_be_fused_attend_like_the_reference(device, kind):
+    """As a latent does that keys and values are made of: many rows over one head of both."""
+    torch.manual_seed(9)
+    codec = formats.codec("turboquant:4")
+    planes = compressed(codec, torch.randn(2, 1, 70, 512, device=device))
+    q = torch.randn(2, 20, 1, 512, device=device)
+    mask = torch.randn(2, 20, 1, 70, device=device) * 9 if kind == "additive" else None
+    out = run(device, q, planes, planes, mask, False, (codec, codec), (512, 512))
+    close(out.float(), reference.attend(q, planes, planes, mask, False, 0.1, codec, codec, (512, 512)), torch.float32)
+
+
 @pytest.mark.parametrize("at_once", [1, 3, 100])
 @pytest.mark.parametrize("kind", ["none", "bool", "additive", "causal"])
 def test_a_cap_and_sinks_of_a_few_queries_at_a_time_are_those_of_the_reference(device, kind, at_once, monkeypatch):
