@@ -5,6 +5,7 @@ import operator
 import torch
 from torch import fx
 
+from tqcompile.passes.flex import spell_flex
 from tqcompile.passes.indices import index_items
 from tqcompile.passes.nodes import example, spelling, tensor_of
 
@@ -14,7 +15,7 @@ _SDPA_DEFAULTS = (("attn_mask", None), ("dropout_p", 0.0), ("is_causal", False),
 
 def canonicalize(gm: fx.GraphModule, context) -> int:
     """Give matrix products, permutations and attention calls one form each; returns how many were respelled."""
-    changed = 0
+    changed = spell_flex(gm)
     for node in list(gm.graph.nodes):
         rule = _RULES.get(spelling(node))
         if rule is not None and rule(node):

@@ -5,6 +5,7 @@ from torch import fx
 from tqcompile.passes.canonicalize import canonicalize
 from tqcompile.passes.compress import compress
 from tqcompile.passes.context import Context
+from tqcompile.passes.flex import restore_flex
 from tqcompile.passes.fuse import fuse
 from tqcompile.passes.sites import sites
 from tqcompile.passes.verify import verify
@@ -13,6 +14,7 @@ PIPELINE = (
     canonicalize,
     sites,
     compress,
+    restore_flex,
     fuse,
     verify,
 )

@@ -63,6 +63,23 @@ def as_queries(result: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
     return result.reshape(*queries.shape[:-2], *result.shape[-2:])
 
 
+def grid_of(mask_mod: torch.fx.GraphModule) -> list[bool]:
+    """Whether a mask function of (sequence, head, query, token) tells apart each of the four."""
+    return [bool(node.users) for node, _ in zip(mask_mod.graph.nodes, range(4))]
+
+
+def seen(mask_mod: torch.fx.GraphModule, queries: torch.Tensor, length: int, *captured) -> torch.Tensor:
+    """What a mask function says of every query [B, H, T, n] and `length` tokens: bool [B or 1, H or 1, T, length]."""
+    sizes = [size if told else 1 for size, told in zip(queries.shape[:2], grid_of(mask_mod))]
+    places = [torch.arange(size, device=queries.device) for size in (*sizes, queries.shape[2], length)]
+    function = mask_mod
+    for place in reversed(range(4)):
+        dims = [0 if other == place else None for other in range(4)] + [None] * len(captured)
+        function = torch.vmap(function, in_dims=tuple(dims))
+    mask = function(*places, *captured)
+    return mask[0] if isinstance(mask, tuple) else mask
+
+
 @reference.as_stored
 def encode(y: torch.Tensor, codec: str) -> tuple[torch.Tensor, ...]:
     return tuple(plane.contiguous() for plane in reference.encode(formats.codec(codec), y))
