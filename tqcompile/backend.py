@@ -83,7 +83,7 @@ def _compile(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options
     record = reports.record(_record(gm, copy, context))
     record.seconds = time.perf_counter() - start
     if not context.inputs and not any(site.kind == "create" for site in context.sites):
-        return _inner(gm, example_inputs, options, mode)
+        return _followed(_inner(gm, example_inputs, options, mode), context)
     dump = Dump(options.dump, record.name) if options.dump is not None else None
     if dump is not None:
         record.dump = dump.graphs(gm, copy, context.sites)
@@ -97,7 +97,19 @@ def _compile(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options
     if any(tensor_of(site.root).device.type == "cuda" for site in context.sites):
         record.readers = readers(copy)
     compiled = _inner(copy, examples, options, mode, dump)
-    return CompiledGraph(gm, compiled, context, record)
+    return _followed(CompiledGraph(gm, compiled, context, record), context)
+
+
+def _followed(compiled: Callable, context: Context) -> Callable:
+    """`compiled`, and the report knows which tensors it was last given where that matters."""
+    foreign = tuple(context.foreign.items())
+
+    def call(*args):
+        for index, last in foreign:
+            last[:] = [weakref.ref(args[index])]
+        return compiled(*args)
+
+    return call if foreign else compiled
 
 
 def read_kinds(gm: fx.GraphModule) -> dict[str, int]:
@@ -270,4 +282,14 @@ def _record(gm: fx.GraphModule, copy: fx.GraphModule, context: Context) -> repor
         texts=texts(gm, copy, context.sites),
         counts=context.counts,
         reads=context.reads,
+        ended=_ended(gm),
     )
+
+
+def _ended(gm: fx.GraphModule) -> tuple[str, str] | None:
+    """Why and where Dynamo ended a graph early; None where it reached the end of what was compiled."""
+    reason = getattr(gm, "compile_subgraph_reason", None)
+    if reason is None or not reason.graph_break:
+        return None
+    last = reason.user_stack[-1:]
+    return reason.reason.splitlines()[0], "".join(f"{f.filename}, line {f.lineno}, in {f.name}" for f in last)
