@@ -7,6 +7,7 @@ from tqcompile import ops, reference
 from tqcompile.layout import layout_of
 from tqcompile.passes import rewrite
 from tqcompile.passes.context import CacheInput, Context, Fallback, Output
+from tqcompile.passes.flex import TWIN, drop
 from tqcompile.passes.indices import index_items, kept_run
 from tqcompile.passes.nodes import example, memory_of, spelling, tensor_of
 from tqcompile.passes.places import places_of
@@ -22,6 +23,9 @@ def compress(gm: fx.GraphModule, context: Context) -> int:
     if not context.sites and not context.decoded_inputs:
         _plan_untouched(gm, context)
         return 0
+    for node in list(gm.graph.nodes):
+        if TWIN in node.meta and node not in context.survey.reads:
+            drop(node.meta[TWIN])
     return _Rewriter(gm, context).run()
 
 

@@ -64,6 +64,7 @@ class Context:
     sites: tuple[Site, ...] = ()
     refusals: tuple[Refusal, ...] = ()
     decoded_inputs: set[fx.Node] = field(default_factory=set)
+    foreign: dict[int, list] = field(default_factory=dict)
     fallbacks: list[Fallback] = field(default_factory=list)
     reads: int = 0
     inputs: list[CacheInput] = field(default_factory=list)

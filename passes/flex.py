@@ -10,6 +10,8 @@ from tqcompile.passes.canonicalize import before, size_of
 from tqcompile.passes.nodes import spelling, tensor_of
 
 TWIN = "spelled out"
+# The block size of FlexAttention where there are no blocks.
+WHOLE = 2**30
 # What functions of scores and places may be made of: what gives for tensors of places what it gives place by place.
 _POINTWISE = {
     *("add", "sub", "mul", "truediv", "div", "floordiv", "floor_divide", "mod", "remainder", "neg", "pow"),
@@ -36,8 +38,8 @@ def _spell_out(gm: fx.GraphModule, node: fx.Node) -> bool:
     functions = [_graph_of(gm, function) for function in (score_mod, block_mask[-1])]
     if len(results) != 1 or len(node.users) != 1 or None in functions or isinstance(scale, fx.Node):
         return False
-    # A block list that comes without a function hides what no function says.
-    if _says_nothing(functions[1]) and isinstance(block_mask[2], fx.Node) and tensor_of(block_mask[2]).numel() != 1:
+    # Blocks that come without a function hide what no function says.
+    if _says_nothing(functions[1]) and any(isinstance(size, fx.Node) or size < WHOLE for size in block_mask[-3:-1]):
         return False
     batch, heads, queries, length = (size_of(node, *at) for at in ((query, 0), (query, 1), (query, 2), (key, 2)))
     keys, values = (_repeated(node, side, query) for side in (key, value))
@@ -47,8 +49,6 @@ def _spell_out(gm: fx.GraphModule, node: fx.Node) -> bool:
     score = _inlined(node, functions[0], (product, *places, *score_others))
     keep = _inlined(node, functions[1], (*places, *mask_others))
     if score is None or keep is None:
-        for unused in (score, keep, product, values, *places):
-            _ = erased(unused) if unused is not None else None
         return False
     if not _says_nothing(functions[1]):
         score = before(node, torch.where, keep, score, -float("inf"))
@@ -109,13 +109,16 @@ def _by_place(inner: fx.Node, known: dict) -> bool:
     return whole and looked_up.op == "placeholder" and all(isinstance(item, fx.Node) for item in items)
 
 
-def erased(twin: fx.Node) -> list[fx.Node]:
-    """Erase `twin` and all that was computed for it alone; what was erased."""
-    gone, waiting = [], [twin]
-    while waiting:
-        node = waiting.pop()
-        if not node.users and node.op == "call_function":
-            waiting += node.all_input_nodes
-            node.graph.erase_node(node)
-            gone.append(node)
-    return gone
+def made_for(twin: fx.Node) -> list[fx.Node]:
+    """`twin` and all that is computed for it alone, each before what it is computed of."""
+    found = [twin]
+    for node in found:
+        operands = (operand for operand in node.all_input_nodes if operand.op == "call_function")
+        found += [operand for operand in operands if operand not in found and set(operand.users) <= set(found)]
+    return found
+
+
+def drop(twin: fx.Node) -> None:
+    """Erase `twin` and what was computed for it alone."""
+    for node in made_for(twin):
+        node.graph.erase_node(node)

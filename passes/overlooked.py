@@ -12,9 +12,11 @@ from torch import fx
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from tqcompile.passes.indices import full, index_items
-from tqcompile.passes.nodes import example, memory_of, sizes_of, spelling, tensor_of, written_operands
+from tqcompile.passes.nodes import example, memory_of, sizes_of, spelling, tensor_of, walk, written_operands
+from tqcompile.passes.places import PRODUCTS, are_weights, becomes_weights
 from tqcompile.passes.views import CARRIERS, shape_only
 
+_SCALED = {"mul", "truediv", "div"}
 _INDEXED = {"index_copy_", "index_put_", "index_add_", "scatter_", "scatter_add_"}
 
 
@@ -33,6 +35,29 @@ def overlooked(roots: Iterable[fx.Node]) -> Iterator[Overlooked]:
         kept, reader = _history(root)
         if kept is not None:
             yield Overlooked(root, kept, reader)
+
+
+def read_only(roots: Iterable[fx.Node]) -> Iterator[Overlooked]:
+    """Those of `roots` that attention reads as they are, whoever made them."""
+    for root in roots:
+        shown = list(walk([root], _alone))
+        reader = next((user for node in shown for user in node.users if _attends(user, node)), None)
+        if reader is not None:
+            yield Overlooked(root, reader, reader)
+
+
+def _alone(node: fx.Node) -> list[fx.Node]:
+    """What hands a tensor's tokens on as they are, or times a number."""
+    others = [user for user in node.users if user.op != "output" and spelling(user) not in PRODUCTS]
+    lone = [user for user in others if all(operand is node or tensor_of(operand) is None for operand in user.args[:2])]
+    return [user for user in lone if _carries(user, node) or spelling(user) in _SCALED]
+
+
+def _attends(user: fx.Node, node: fx.Node) -> bool:
+    if spelling(user) == "scaled_dot_product_attention":
+        return node in user.args[1:3]
+    right = spelling(user) == "matmul" and user.args[1] is node
+    return right and (becomes_weights(user) or are_weights(user.args[0]))
 
 
 def _history(root: fx.Node) -> tuple[fx.Node | None, fx.Node | None]:

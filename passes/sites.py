@@ -4,8 +4,11 @@ Nothing is edited here. The result is frozen records that `compress` consumes: `
 compressed, `Refusal` for one that stays dense and why.
 """
 
+import os
+import weakref
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import torch
 from torch import fx
@@ -18,7 +21,7 @@ from tqcompile.codec import Codec
 from tqcompile.layout import layout_of
 from tqcompile.passes.indices import kept_run
 from tqcompile.passes.nodes import sizes_of, spelling, tensor_of, walk
-from tqcompile.passes.overlooked import Overlooked, overlooked
+from tqcompile.passes.overlooked import Overlooked, overlooked, read_only
 from tqcompile.passes.places import operands_of
 from tqcompile.passes.records import Append, Read
 from tqcompile.passes.roles import along_tokens, codec_of, paged, real, role_behind, role_beside, role_of
@@ -27,8 +30,12 @@ from tqcompile.passes.views import View, written_value
 
 REPEATED = "it is computed from a tensor of its size in a way that no rule follows, and codes of codes would drift"
 
+FOREIGN = "attention reads it, and no graph that was compiled keeps tokens in it"
+
 # Caches that a graph writes and does not read: the next one that reads them knows what they are.
 _written_elsewhere = WeakTensorKeyDictionary()
+
+_TORCH = str(Path(torch.__file__).parent) + os.sep
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -46,12 +53,21 @@ class Site:
 
 @dataclass(frozen=True)
 class Refusal:
-    """A cache that stays dense: its name in the model, why, where, and what would change that."""
+    """A cache that stays dense: its name in the model, why, where, and what would change that.
+
+    `last` is the tensor of the last call, where that may be no cache: the report says nothing of what nobody keeps.
+    """
 
     name: str
     reason: str
     where: str
     remedy: str
+    last: list[weakref.ref] | None = field(default=None, compare=False)
+
+    @property
+    def stands(self) -> bool:
+        held = [tensor for tensor in map(weakref.ref.__call__, self.last or ()) if tensor is not None]
+        return self.last is None or any(not isinstance(tensor, CompressedKV) for tensor in held)
 
 
 def sites(gm: fx.GraphModule, context) -> int:
@@ -60,7 +76,7 @@ def sites(gm: fx.GraphModule, context) -> int:
     Raises:
         ValueError: `strict`, and a cache stays dense. A recurrent state is none. One that this graph writes and never
             reads is reported and does not raise: whether attention knows it is for the graph to say that reads it,
-            and a prefill over its own keys and values is no failure.
+            and a prefill over its own keys and values is no failure. Nor is what attention reads and no graph keeps.
     """
     outputs = _outputs(gm.graph)
     inputs = [node for node in gm.graph.nodes if node.op == "placeholder" and may_be_cache(node)]
@@ -74,6 +90,10 @@ def sites(gm: fx.GraphModule, context) -> int:
     found, refused = _decide(held, outputs, context)
     new, also_refused = _decide_created(created, made, context)
     unknown = list(overlooked(_others(gm.graph, {site.root for site in found} | refused.keys())))
+    decided = {site.root for site in found} | refused.keys() | {cache.root for cache in unknown}
+    foreign = {cache.root: _foreign(cache) for cache in read_only(_others(gm.graph, decided))}
+    given = [node for node in gm.graph.nodes if node.op == "placeholder"]
+    context.foreign = {given.index(root): refusal.last for root, refusal in foreign.items()}
     context.sites = (*found, *new)
     refusals = [*refused.values(), *also_refused]
     states = [refusal for refusal in refusals if refusal.reason in (STATE, REPEATED)]
@@ -85,6 +105,7 @@ def sites(gm: fx.GraphModule, context) -> int:
             f"strict=True, and {first.name} cannot be compressed: {first.reason} ({first.where}). {first.remedy}"
         )
     context.refusals += (*states, *(_unknown(cache) for cache in unknown if cache.reader is None))
+    context.refusals += tuple(foreign.values())
     return len(context.sites)
 
 
@@ -109,8 +130,9 @@ def _others(graph: fx.Graph, decided: Iterable[fx.Node]) -> list[fx.Node]:
     given = [
         node for node in graph.nodes if node.op == "placeholder" and node not in decided and tensor_of(node) is not None
     ]
-    floats = [node for node in given if tensor_of(node).dim() >= 3 and tensor_of(node).is_floating_point()]
-    return [node for node in floats if not isinstance(real(node), torch.nn.Parameter)]
+    # A model may keep codes of its own; masks and positions are no caches.
+    numbers = [n for n in given if tensor_of(n).dim() >= 3 and tensor_of(n).dtype not in (torch.bool, torch.int64)]
+    return [node for node in numbers if not isinstance(real(node), torch.nn.Parameter)]
 
 
 def _decide(survey: Survey, outputs: list[fx.Node], context) -> tuple[list[Site], dict[fx.Node, Refusal]]:
@@ -227,6 +249,7 @@ _REMEDIES = {
     "use_local_output=True, or take to_local() before the cache.",
     "it is a view of another tensor": "Give each layer a cache tensor of its own.",
     "other tensors share its memory": "Drop the other views of it before the first compiled call.",
+    FOREIGN: "Where it is a cache, keep the tokens and read them in one graph.",
     "this graph writes it and never reads it": "It is compressed once a graph has attention that reads it.",
 }
 
@@ -234,6 +257,10 @@ _REMEDIES = {
 def _refusal(root: fx.Node, reason: str, culprit: fx.Node | None = None) -> Refusal:
     remedy = _REMEDIES.get(reason, "It works as before, uncompressed.")
     return Refusal(name_of(root), reason, where(culprit or next(iter(root.users), root)), remedy)
+
+
+def _foreign(cache: Overlooked) -> Refusal:
+    return replace(_refusal(cache.root, FOREIGN, cache.reader), last=[])
 
 
 def _wrapped(value: torch.Tensor) -> str:
@@ -267,4 +294,6 @@ def where(node: fx.Node) -> str:
     """The line of the model's code that made a node."""
     lines = [line.strip() for line in (node.stack_trace or "").splitlines() if line.strip()]
     frames = [line for line in lines if line.startswith("File")]
+    # A function of PyTorch that is inlined is called from the line that is meant.
+    frames = [line for line in frames if _TORCH not in line] or frames
     return frames[-1].removeprefix("File ").replace('"', "") if frames else f"node {node.name}"

@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 from torch import fx
 
-from tqcompile.passes.flex import TWIN, erased
+from tqcompile.passes.flex import TWIN, made_for
 from tqcompile.passes.indices import kept_run
 from tqcompile.passes.nodes import memory_of, spelling, tensor_of, walk, written_operands
 from tqcompile.passes.places import alike, are_weights, becomes_weights, fits, places_of, roles_of
@@ -113,15 +113,14 @@ class Survey:
             )
 
     def _settle_twins(self, graph: fx.Graph) -> None:
-        """Attention that was spelled out beside a call is that call, or else it was in vain."""
-        for node in [node for node in graph.nodes if TWIN in node.meta]:
-            twin, call = node.meta.pop(TWIN), node.args[0]
-            read = self.reads.get(twin)
+        """Attention that was spelled out beside a call is that call, or else it reads nothing."""
+        for node in graph.nodes:
+            twin = node.meta.get(TWIN)
+            read = self.reads.pop(twin, None)
             if read is not None and read.kind == "attend":
-                self.reads[node] = replace(read, node=node, absorbed=(*read.absorbed, twin, call))
-                del self.reads[twin]
-            else:
-                for unused in erased(twin):
+                self.reads[node] = replace(read, node=node, absorbed=(*read.absorbed, twin, node.args[0]))
+            elif twin is not None:
+                for unused in made_for(twin):
                     self.reads.pop(unused, None), self.views.pop(unused, None)
 
     def _cross_check(self) -> None:

@@ -21,22 +21,8 @@ import tqcompile
 
 MODELS = sorted(path.stem for path in (pathlib.Path(__file__).parent / "models").glob("[a-z]*.py"))
 VOCABULARY = 48
-LOSSLESS, LOSSY = "lossless", "lossy"
 
-# Defects that are known: which tests of a model they fail, and what is wrong.
-DEFECTS = {
-    "hooks": ((LOSSLESS, LOSSY), "caches that an earlier graph made and none writes stay dense without a word"),
-}
-
-
-def every_model(test):
-    """Parametrise by model, those with a defect that fails `test` marked."""
-    marks = {name: () for name in MODELS}
-    for name, (tests, reason) in DEFECTS.items():
-        if test in tests:
-            marks[name] = pytest.mark.xfail(strict=True, reason=reason, raises=(AssertionError, RuntimeError))
-    return pytest.mark.parametrize("name", [pytest.param(name, marks=mark) for name, mark in marks.items()])
-
+EVERY_MODEL = pytest.mark.parametrize("name", MODELS)
 
 # Tokens of each call: a prefill, single steps, several tokens at once; and another conversation with the same model.
 FIRST, SECOND, SHORT = [7, 1, 1, 1, 1, 1, 3], [7, 1, 3], [6, 1]
@@ -102,7 +88,7 @@ def assert_as_expected(module, model, state):
     assert decoded or any(graph.reads for graph in report.graphs) == any(codes), report
 
 
-@pytest.mark.parametrize("name", MODELS)
+@EVERY_MODEL
 def test_a_model_says_the_same_in_one_call_as_in_many(name):
     module, model = load(name)
     many, _ = converse(module, model, model, FIRST)
@@ -122,7 +108,7 @@ class Counted:
         return result
 
 
-@every_model(LOSSLESS)
+@EVERY_MODEL
 def test_a_lossless_codec_changes_nothing_and_the_steps_soon_need_no_new_graph(name):
     module, model = load(name)
     twin, call = copy.deepcopy(model), Counted(compiled(model, "identity"))
@@ -134,7 +120,7 @@ def test_a_lossless_codec_changes_nothing_and_the_steps_soon_need_no_new_graph(n
     assert call.graphs[3] == call.graphs[5], call.graphs
 
 
-@every_model(LOSSY)
+@EVERY_MODEL
 def test_bytes_stay_close_and_two_bits_show(name):
     module, model = load(name)
     calls = getattr(module, "CALLS", SHORT)

@@ -1,9 +1,11 @@
 """The entry point: Dynamo's graph in, a callable out. The only file that names Dynamo, AOTAutograd or Inductor."""
 
+import hashlib
 import time
 import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +13,12 @@ import torch
 from torch import fx
 from torch._dynamo.source import AttrSource, ConstantSource, LocalSource
 
-from tqcompile import cpu, ops
+from tqcompile import cpu, formats, ops, reference
 from tqcompile import report as reports
 from tqcompile.dump import Dump, texts
 from tqcompile.facts import facts
 from tqcompile.options import Options, resolve
+from tqcompile.passes import rewrite
 from tqcompile.passes.context import Context
 from tqcompile.passes.nodes import tensor_of
 from tqcompile.passes.pipeline import run
@@ -80,7 +83,7 @@ def _compile(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options
     record = reports.record(_record(gm, copy, context))
     record.seconds = time.perf_counter() - start
     if not context.inputs and not any(site.kind == "create" for site in context.sites):
-        return _inner(gm, example_inputs, options, mode)
+        return _followed(_inner(gm, example_inputs, options, mode), context)
     dump = Dump(options.dump, record.name) if options.dump is not None else None
     if dump is not None:
         record.dump = dump.graphs(gm, copy, context.sites)
@@ -94,7 +97,19 @@ def _compile(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options
     if any(tensor_of(site.root).device.type == "cuda" for site in context.sites):
         record.readers = readers(copy)
     compiled = _inner(copy, examples, options, mode, dump)
-    return CompiledGraph(gm, compiled, context, record)
+    return _followed(CompiledGraph(gm, compiled, context, record), context)
+
+
+def _followed(compiled: Callable, context: Context) -> Callable:
+    """`compiled`, and the report knows which tensors it was last given where that matters."""
+    foreign = tuple(context.foreign.items())
+
+    def call(*args):
+        for index, last in foreign:
+            last[:] = [weakref.ref(args[index])]
+        return compiled(*args)
+
+    return call if foreign else compiled
 
 
 def read_kinds(gm: fx.GraphModule) -> dict[str, int]:
@@ -168,12 +183,37 @@ def _inner(
     from torch._inductor import list_mode_options
     from torch._inductor.compile_fx import compile_fx
 
-    patches = list_mode_options(mode) if mode else None
+    patches = {**(list_mode_options(mode) if mode else {}), "unsafe_marked_cacheable_functions": _cacheable(gm)}
     if dump is None:
         return compile_fx(gm, list(example_inputs), config_patches=patches)
     # Where AOTAutograd finds the whole graph in its cache it asks no inner compiler, whose source is wanted.
     with torch._functorch.config.patch(enable_autograd_cache=False):
         return compile_fx(gm, list(example_inputs), _dumping(dump), config_patches=patches)
+
+
+def _cacheable(gm: fx.GraphModule) -> dict[str, str]:
+    """What AOTAutograd is to key a graph on that calls functions of ours: it looks through none but PyTorch's own.
+
+    What they trace to follows from the sources, and from the codecs whose names are among their arguments.
+    """
+    from torch._inductor import config
+
+    own = [node for node in gm.graph.nodes if getattr(node.target, "__module__", None) in _OWN]
+    names = {arg for node in own for arg in node.args if isinstance(arg, str) and arg in formats.REGISTRY}
+    key = "-".join([source_digest(), *(formats.codec(name).digest() for name in sorted(names))])
+    marked = {f"{node.target.__module__}.{node.target.__name__}": key for node in own}
+    return {**config.unsafe_marked_cacheable_functions, **marked}
+
+
+_OWN = (reference.__name__, rewrite.__name__)
+
+
+@cache
+def source_digest() -> str:
+    """Of the package's modules and passes, which decide what a graph becomes; commands are no part of that."""
+    folders = Path(__file__).parent, Path(rewrite.__file__).parent
+    files = [path for folder in folders for path in sorted(folder.glob("*.py"))]
+    return hashlib.sha256(b"".join(path.name.encode() + path.read_bytes() for path in files)).hexdigest()[:12]
 
 
 def _dumping(dump: Dump) -> Callable:
@@ -200,14 +240,18 @@ def compile_rows(function: Callable, rows: Sequence[torch.Tensor]) -> Callable:
     from torch.fx.experimental.proxy_tensor import make_fx
     from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
-    with torch._guards.tracing(None), torch.no_grad(), torch.inference_mode(False):
-        mode = FakeTensorMode(shape_env=ShapeEnv(duck_shape=False), allow_non_fake_inputs=True)
+    mode = FakeTensorMode(shape_env=ShapeEnv(duck_shape=False), allow_non_fake_inputs=True)
+    # Inductor's cache asks the context for the sizes that are symbols.
+    tracing = torch._guards.tracing(torch._guards.TracingContext(mode))
+    with tracing, torch.no_grad(), torch.inference_mode(False):
         fakes = []
         for place, tensor in enumerate(rows):
             sizes = [*[DimDynamic.DYNAMIC] * (tensor.dim() - 1), DimDynamic.STATIC]
-            context = StatelessSymbolicContext(dynamic_sizes=sizes)
-            fakes.append(mode.from_tensor(tensor, source=LocalSource(f"rows{place}"), symbolic_context=context))
-        gm = make_fx(function, decomposition_table=select_decomp_table(), tracing_mode="symbolic")(*fakes)
+            symbolic = StatelessSymbolicContext(dynamic_sizes=sizes)
+            fakes.append(mode.from_tensor(tensor, source=LocalSource(f"rows{place}"), symbolic_context=symbolic))
+        traced = make_fx(function, decomposition_table=select_decomp_table(), tracing_mode="symbolic")(*fakes)
+        # The one that is traced also holds the symbols of all sizes, which no key of a cache can be made of.
+        gm = fx.GraphModule(traced, traced.graph)
         # A scale that is stored in half precision divides as it is stored: a code must not depend on who computed it.
         # A decoded number is computed where it is used, however long its expression is: it is never stored.
         settings = {
@@ -239,4 +283,14 @@ def _record(gm: fx.GraphModule, copy: fx.GraphModule, context: Context) -> repor
         texts=texts(gm, copy, context.sites),
         counts=context.counts,
         reads=context.reads,
+        ended=_ended(gm),
     )
+
+
+def _ended(gm: fx.GraphModule) -> tuple[str, str] | None:
+    """Why and where Dynamo ended a graph early; None where it reached the end of what was compiled."""
+    reason = getattr(gm, "compile_subgraph_reason", None)
+    if reason is None or not reason.graph_break:
+        return None
+    last = reason.user_stack[-1:]
+    return reason.reason.splitlines()[0], "".join(f"{f.filename}, line {f.lineno}, in {f.name}" for f in last)

@@ -18,8 +18,9 @@ from tqcompile.layout import layout_of
 class CompressedKV(torch.Tensor):
     """A cache of keys or values [..., head_dim] kept as the planes [..., width] of a codec.
 
-    `part_of` is the cache it was taken from, and `copied` says that it should show that cache's memory but its planes
-    could only be copied: a write would be lost. `shown_by` are the views of a cache that lies in a buffer.
+    `part_of` are the caches it was taken from, and `family` they and all views of them. `copied` says that it should
+    show their memory but its planes could only be copied: a write would be lost. `counted` takes what eager code makes
+    of it, for the report.
     """
 
     __torch_function__ = torch._C._disabled_torch_function_impl
@@ -28,9 +29,10 @@ class CompressedKV(torch.Tensor):
     codec: Codec
     buffer: Buffer | None
     start: int
-    part_of: "CompressedKV | None"
+    part_of: tuple[weakref.ref, ...]
+    family: list[weakref.ref]
     copied: bool
-    shown_by: list[weakref.ref]
+    counted: "Callable[..., None] | None"
     anchor = torch.empty(0)
 
     @staticmethod
@@ -49,7 +51,7 @@ class CompressedKV(torch.Tensor):
             self = torch.Tensor._make_wrapper_subclass(cls, shape, strides, dtype=dtype, device=device)
         torch._C._set_throw_on_mutable_data_ptr(self)
         self.planes, self.codec, self.buffer, self.start = tuple(planes), codec, buffer, start
-        self.part_of, self.copied, self.shown_by = None, False, []
+        self.part_of, self.family, self.copied, self.counted = (), [], False, None
         return self
 
     @classmethod
@@ -76,6 +78,12 @@ class CompressedKV(torch.Tensor):
         dense = reference.rotate_back(rows, basis, self.dtype)
         return dense.clone(memory_format=torch.contiguous_format) if self.codec.fit == "exact" else dense.contiguous()
 
+    def decoded_for(self, reader: str) -> torch.Tensor:
+        """`decode()` for an operator that is not compiled, which the report tells of."""
+        if self.counted is not None:
+            self.counted(self, reader)
+        return self.decode()
+
     def like(self, planes: Planes, strides: tuple[int, ...]) -> "CompressedKV":
         """The view of this cache that these planes are.
 
@@ -85,14 +93,28 @@ class CompressedKV(torch.Tensor):
         buffer = None if copied else self.buffer
         start = -1 if buffer is None else buffer.place(planes[0])
         other = CompressedKV(planes, self.codec, self.shape[-1], self.dtype, buffer, start, strides)
-        other.part_of = self if self.part_of is None else self.part_of
-        other.copied = copied or self.copied
-        if self.buffer is not None:
-            whole = other.part_of
-            whole.shown_by = [view for view in whole.shown_by if view() is not None] + [weakref.ref(other)]
+        other.part_of = (*self.part_of, weakref.ref(self))
+        other.copied, other.family = copied or self.copied, self.family
+        self.family[:] = [*self.others, weakref.ref(self), weakref.ref(other)]
         if copied and self.buffer is not None:
             self.buffer.hold(other)
-        return other
+        return self.counting(other)
+
+    def counting(self, made: "CompressedKV") -> "CompressedKV":
+        """`made` of this cache, which the report counts where it counts this one."""
+        if self.counted is not None:
+            self.counted(made)
+        return made
+
+    @property
+    def is_part(self) -> bool:
+        """Whether it shows a part of another cache, or all of it, that is alive."""
+        return any(whole() is not None for whole in self.part_of)
+
+    @property
+    def others(self) -> list[weakref.ref]:
+        """The other live ones of its family, which a write into it may change."""
+        return [other for other in self.family if other() is not None and other() is not self]
 
     def room(self, tokens: int, seq_dim: int) -> "CompressedKV":
         """A cache with `tokens` more places after this one's; the codes there are not written yet.
@@ -147,9 +169,9 @@ class CompressedKV(torch.Tensor):
         alone = self.buffer is None or not self.buffer.shared
         if alone and not self.copied and all(p.stride() == stride for p, stride in zip(self.planes, strides)):
             return None
-        if self.part_of is not None:
+        if self.is_part:
             return "it is a view of another compressed cache, whose planes lie otherwise"
-        if any(view() is not None for view in self.shown_by):
+        if self.others:
             return "a view of it is alive, which would not follow it to planes that lie as this graph writes them"
         with torch.inference_mode(False):
             self.planes = tuple(plane.clone(memory_format=torch.contiguous_format) for plane in self.planes)

@@ -19,6 +19,8 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 ADVICE = "write whole tokens (index_copy_, copy_, an indexed assignment), or work on cache.decode()"
 
 
+# Between two of its graphs Dynamo would compile this too, and tensors that it traces with cannot be made read-only.
+@torch.compiler.disable
 def run(func, args: tuple, kwargs: dict):
     """Run an ATen operator some of whose arguments are compressed, or decoded and read-only."""
     first = args[0] if args else None
@@ -42,7 +44,7 @@ def run(func, args: tuple, kwargs: dict):
 def _decoded(func, args: tuple, kwargs: dict):
     if func is aten.as_strided.default and not args[0].is_contiguous():
         raise RuntimeError("as_strided of a view of a compressed cache has no memory to stride over; decode() it first")
-    args, kwargs = tree_map_only(CompressedKV, CompressedKV.decode, (args, kwargs))
+    args, kwargs = tree_map_only(CompressedKV, lambda cache: cache.decoded_for(str(func)), (args, kwargs))
     args, kwargs = tree_map_only(ReadOnly, lambda view: view.dense, (args, kwargs))
     # A view of a dense cache may be one that the decoded copy has to be copied for.
     result = (aten.reshape.default if func is aten.view.default else func)(*args, **kwargs)
@@ -115,9 +117,8 @@ def _same(func, cache, **kwargs):
 
 
 def _unsqueeze(func, cache, dim):
-    if not -cache.dim() <= dim < cache.dim() or dim == -1:
-        return NotImplemented
-    return [func(plane, dim) for plane in cache.planes]
+    fits = -cache.dim() <= dim < cache.dim() and dim != -1
+    return [func(plane, dim) for plane in cache.planes] if fits else NotImplemented
 
 
 def _permute(func, cache, dims):
@@ -148,8 +149,9 @@ def _view(func, cache, size):
     return [plane.reshape(*size[:-1], plane.shape[-1]) for plane in cache.planes]
 
 
-def _fresh(cache: CompressedKV, planes) -> CompressedKV:
-    return CompressedKV(tuple(p.contiguous() for p in planes), cache.codec, cache.shape[-1], cache.dtype)
+def _fresh(cache: CompressedKV, planes, dtype: torch.dtype | None = None) -> CompressedKV:
+    planes = tuple(plane.contiguous() for plane in planes)
+    return cache.counting(CompressedKV(planes, cache.codec, cache.shape[-1], dtype or cache.dtype))
 
 
 def _index_select(func, cache, dim, index):
@@ -165,8 +167,7 @@ def _index(func, cache, indices):
 
 def _whole_tokens(cache: CompressedKV, indices) -> bool:
     masks = (torch.bool, torch.uint8)
-    consumed = sum(1 if index is None or index.dtype not in masks else index.dim() for index in indices)
-    return consumed < cache.dim()
+    return sum(1 if index is None or index.dtype not in masks else index.dim() for index in indices) < cache.dim()
 
 
 def _repeat(func, cache, repeats):
@@ -197,7 +198,7 @@ def _to_copy(func, cache, *, dtype=None, device=None, layout=None, pin_memory=No
         return NotImplemented
     own = dtype if cache.codec.fit == "exact" else None
     planes = (p.to(device=device, dtype=own, non_blocking=non_blocking, copy=True) for p in cache.planes)
-    return CompressedKV(tuple(p.contiguous() for p in planes), cache.codec, cache.shape[-1], dtype)
+    return _fresh(cache, planes, dtype)
 
 
 def _cat(func, tensors, dim=0):
@@ -209,7 +210,7 @@ def _cat(func, tensors, dim=0):
         return _fresh(first, (func(list(planes), axis) for planes in zip(*(part.planes for part in tensors))))
     for part in tensors[1:]:
         codes = _planes_alike(first, part)
-        grown = first.room(part.shape[axis], axis)
+        grown = first.counting(first.room(part.shape[axis], axis))
         for target, code in zip(grown.planes, codes):
             target.narrow(axis, first.shape[axis], part.shape[axis]).copy_(code)
         first = grown

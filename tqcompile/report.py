@@ -1,7 +1,10 @@
 """What was compressed, what was not and why, and how many bytes it takes: read off live caches, not off formulas."""
 
+import gc
 import weakref
+from collections import Counter
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from tabulate import tabulate
@@ -28,10 +31,19 @@ class Graph:
     texts: object = None
     caches: weakref.WeakValueDictionary = field(default_factory=weakref.WeakValueDictionary)
     events: dict[str, str] = field(default_factory=dict)
+    ended: tuple[str, str] | None = None
+    eager: Counter = field(default_factory=Counter)
 
-    def track(self, name: str, cache: CompressedKV) -> None:
-        """Remember a cache of a site for as long as somebody holds it; of a functional one several may live at once."""
+    def track(self, name: str, cache: CompressedKV, reader: str | None = None) -> None:
+        """Remember a cache of a site for as long as somebody holds it; of a functional one several may live at once.
+
+        `reader` is an operator of code that is not compiled, which it was decoded for.
+        """
+        if reader is not None:
+            self.eager[reader] += 1
+            return
         self.caches[name, id(cache)] = cache
+        cache.counted = partial(self.track, name)
 
 
 _graphs: list[Graph] = []
@@ -48,6 +60,11 @@ def clear() -> None:
     _graphs.clear()
 
 
+def _is_held(cache: weakref.ref) -> bool:
+    """Whether anything in Python holds a cache; PyTorch itself keeps it for as long as it has views."""
+    return bool(gc.get_referrers(cache()))
+
+
 @dataclass(frozen=True)
 class Report:
     """The records of the graphs that belong to a model. `str()` of it is for people."""
@@ -56,9 +73,16 @@ class Report:
 
     @property
     def caches(self) -> list[CompressedKV]:
-        """The compressed caches that are alive, each once."""
-        alive = {id(cache): cache for graph in self.graphs for cache in list(graph.caches.values())}
-        return list(alive.values())
+        """The compressed caches that somebody holds, each once, and what eager code made of them.
+
+        A view counts where its cache is held by nobody else: `crop` leaves a model with views.
+        """
+        # None is held here in a list: that would be a holder.
+        found = {id(c): (weakref.ref(c), c.part_of) for graph in self.graphs for c in list(graph.caches.values())}
+        wholes = {id(w()): w for _, part_of in found.values() for w in part_of if w() is not None}
+        held = {key for key, whole in wholes.items() if _is_held(whole)}
+        alive = [ref() for key, (ref, _) in found.items() if key in held or key not in wholes]
+        return [c for c in alive if c is not None and held.isdisjoint(id(whole()) for whole in c.part_of)]
 
     @property
     def compressed_bytes(self) -> int:
@@ -81,7 +105,7 @@ class Report:
 
     @property
     def refusals(self) -> list:
-        return list(dict.fromkeys(refusal for graph in self.graphs for refusal in graph.refusals))
+        return list(dict.fromkeys(refusal for graph in self.graphs for refusal in graph.refusals if refusal.stands))
 
     @property
     def fallbacks(self) -> list:
@@ -89,7 +113,7 @@ class Report:
 
     def __str__(self) -> str:
         parts = [self._summary(), self._compressed(), self._read()]
-        parts += [self._refused(), self._decoded(), self._events()]
+        parts += [self._refused(), self._decoded(), self._events(), self._eager(), self._ended()]
         return "\n\n".join(part for part in parts if part)
 
     def _summary(self) -> str:
@@ -136,6 +160,19 @@ class Report:
         rows = [(graph.name, name, event) for graph in self.graphs for name, event in graph.events.items()]
         return (
             "calls that ran dense, by the original graph:\n" + tabulate(rows, ("graph", "cache", "why")) if rows else ""
+        )
+
+    def _eager(self) -> str:
+        rows = sum((graph.eager for graph in self.graphs), Counter()).most_common()
+        return "decoded for code that was not compiled:\n" + tabulate(rows, ("reader", "times")) if rows else ""
+
+    def _ended(self) -> str:
+        rows = Counter(graph.ended for graph in self.graphs if graph.ended is not None)
+        table = tabulate([(count, *ended) for ended, count in rows.items()], ("graphs", "why", "where"))
+        return (
+            "ended early by Dynamo; a cache that one graph makes and the next one reads stays dense:\n" + table
+            if rows
+            else ""
         )
 
 

@@ -4,7 +4,8 @@ import torch
 from torch import nn
 
 EXPECT = "dense"
-REFUSED = ("it has 3 dimensions",)
+# What the encoder said is made by the first graph, and kept by none.
+REFUSED = ("it has 3 dimensions", "attention reads it, and no graph that was compiled keeps tokens in it")
 STATE, HEADS = 64, 2
 
 

@@ -1,6 +1,5 @@
 """The file that a sweep writes: one record an architecture, saved as soon as it is there, so that it can resume."""
 
-import hashlib
 import json
 import os
 from pathlib import Path
@@ -8,7 +7,7 @@ from typing import Any
 
 import torch
 
-import tqcompile
+from tqcompile.backend import source_digest
 from tqcompile.sweep.build import Architecture
 from tqcompile.sweep.examine import Settings
 
@@ -19,16 +18,7 @@ def versions() -> dict[str, str]:
     """What a record depends on: the packages, and the sources of this one that decide what a graph becomes."""
     import transformers
 
-    return {"torch": torch.__version__, "transformers": transformers.__version__, "tqcompile": _digest()}
-
-
-def _digest() -> str:
-    """Of the package's modules and passes; reports and commands are no part of a result."""
-    files = sorted(path for folder in tqcompile.__path__ for path in Path(folder).glob("*.py"))
-    for folder in tqcompile.__path__:
-        files += sorted((Path(folder) / "passes").glob("*.py"))
-    content = b"".join(path.name.encode() + path.read_bytes() for path in files)
-    return hashlib.sha256(content).hexdigest()[:12]
+    return {"torch": torch.__version__, "transformers": transformers.__version__, "tqcompile": source_digest()}
 
 
 class Records:
