@@ -33,6 +33,8 @@ def flex(gm: fx.GraphModule, context) -> int:
 
 
 def _spell_out(gm: fx.GraphModule, node: fx.Node) -> bool:
+    if len(node.args) != 9 or node.kwargs:
+        return False
     query, key, value, score_mod, block_mask, scale, _, score_others, mask_others = node.args
     results = [user for user in node.users if user.target is operator.getitem and user.args[1] == 0]
     functions = [_graph_of(gm, function) for function in (score_mod, block_mask[-1])]
