@@ -164,6 +164,6 @@ def test_what_a_mask_hides_from_all_sequences_is_not_read(spans, queries):
     expected = reference.attend(q, *planes, keep, False, 0.125, codec, codec, (64, 64))
     hidden = (token < first) | (token >= stop)
     broken = [reference.encode(codec, torch.where(hidden[:, None], torch.nan, x)) for x in caches]
-    options = (None, None, False, 0.125, codec.name, codec.name, 64, 64, torch.float32)
+    options = (None, None, False, 0.125, "", None, codec.name, codec.name, 64, 64, torch.float32)
     torch.testing.assert_close(ops.attend(q, *broken, keep, rewrite.reach(keep), *options), expected)
     assert not hidden.any() or ops.attend(q, *broken, keep, None, *options).isnan().any()
