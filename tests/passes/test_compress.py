@@ -86,6 +86,7 @@ def test_whatever_lies_between_the_two_products_they_are_read_off_the_planes(nam
 
 
 LEAST = torch.finfo(torch.float32).min
+BLIND = torch.tensor([[False], [True], [False]])
 
 
 def less_its_maximum(logits):
