@@ -110,7 +110,7 @@ SPELLED_OUT = {
     "filled and then added to": lambda s, b: (torch.where(b > -1, s, LEAST) + b).softmax(-1),
     "chosen instead": lambda s, b: torch.where(b > 1, torch.tensor(LEAST), s).softmax(-1),
     "nothing below the least": lambda s, b: torch.max(
-        s + b.masked_fill(b > 1, -torch.inf), torch.tensor(LEAST)
+        s + b.masked_fill(BLIND, -torch.inf), torch.tensor(LEAST)
     ).softmax(-1),
     "no score at all": lambda s, b: s.masked_fill(torch.ones(3, 1, dtype=torch.bool), LEAST).softmax(-1),
     "a fold and back": lambda s, b: (s.view(8, 3, 9) * 0.5).view(2, 4, 3, 9).add(b).softmax(-1),
