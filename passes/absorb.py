@@ -12,8 +12,9 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import guard_or_false, statically_known_true
 
 from tqcompile.cache import CompressedKV
+from tqcompile.passes.canonicalize import before
 from tqcompile.passes.latents import Made, Piece, Tracer, are_heads, is_latent
-from tqcompile.passes.nodes import example, memory_of, spelling, tensor_of, walk, written_operands
+from tqcompile.passes.nodes import memory_of, spelling, tensor_of, walk, written_operands
 from tqcompile.passes.places import are_weights, becomes_weights
 from tqcompile.passes.roles import real
 from tqcompile.passes.sites import may_be_cache
@@ -69,8 +70,7 @@ class _Absorber:
         rewritten = (self._attention if spelling(node) == _ATTENTION else self._product)(node, tracer)
         if rewritten is None:
             return False
-        with self.graph.inserting_before(node):
-            rewritten = self._new(torch.Tensor.contiguous, rewritten) if rewritten.target is torch.einsum else rewritten
+        rewritten = self._new(torch.Tensor.contiguous, rewritten) if rewritten.target is torch.einsum else rewritten
         rewritten.meta = dict(node.meta)
         node.replace_all_uses_with(rewritten)
         self._erase(node, tracer)
@@ -88,15 +88,15 @@ class _Absorber:
             return None
         width = sum(piece.size for piece in keys.pieces)
         scale = width**-0.5 if given["scale"] is None else float(given["scale"])
+        scores, latent, asked = self._of_pieces(query, keys, scale)
+        mask = given["attn_mask"] if scores is None else self._mask(scores, given)
+        options = {"attn_mask": mask, "dropout_p": 0.0, "is_causal": given["is_causal"] and scores is None}
+        latents = self._latent(values.pieces[0])
         with self.graph.inserting_before(node):
-            scores, latent, asked = self._of_pieces(query, keys, scale)
-            mask = given["attn_mask"] if scores is None else self._mask(scores, given)
-            options = {"attn_mask": mask, "dropout_p": 0.0, "is_causal": given["is_causal"] and scores is None}
-            latents = self._latent(values.pieces[0])
             read = self.graph.call_function(node.target, (asked, latent, latents))
-            read.kwargs = {**options, "scale": scale, "enable_gqa": True}
-            read.meta = {**node.meta, "example_value": torch.empty_like(tensor_of(asked))}
-            return self._expanded(read, values.pieces[0])
+        read.kwargs = {**options, "scale": scale, "enable_gqa": True}
+        read.meta = {**node.meta, "example_value": torch.empty_like(tensor_of(asked))}
+        return self._expanded(read, values.pieces[0])
 
     def _product(self, node: fx.Node, tracer: Tracer) -> fx.Node | None:
         left, right = node.args
@@ -107,13 +107,12 @@ class _Absorber:
         scores = are_heads(made, transposed=True) and becomes_weights(node, loosely=True)
         if not (mixes or scores) or not self._allows(node, tracer, left, made):
             return None
-        with self.graph.inserting_before(node):
-            if mixes:
-                read = self._new(torch.matmul, left, self._latent(made.pieces[0]))
-                return self._expanded(read, made.pieces[0])
-            scores, latent, asked = self._of_pieces(left, made)
-            product = self._new(torch.matmul, asked, self._new(torch.permute, latent, (0, 1, 3, 2)))
-            return product if scores is None else self._new(torch.add, product, scores)
+        if mixes:
+            read = self._new(torch.matmul, left, self._latent(made.pieces[0]))
+            return self._expanded(read, made.pieces[0])
+        scores, latent, asked = self._of_pieces(left, made)
+        product = self._new(torch.matmul, asked, self._new(torch.permute, latent, (0, 1, 3, 2)))
+        return product if scores is None else self._new(torch.add, product, scores)
 
     def _allows(self, node: fx.Node, tracer: Tracer, left: fx.Node, *made: Made) -> bool:
         """Whether few queries, or weights, read what was read before, in one dtype."""
@@ -191,9 +190,7 @@ class _Absorber:
 
     def _new(self, target, *args, **kwargs) -> fx.Node:
         """A call in the place of what is rewritten, with the value that it has."""
-        made = self.graph.call_function(target, args, kwargs)
-        made.meta = {**self.at.meta, "example_value": target(*fx.map_arg(args, example), **kwargs)}
-        return made
+        return before(self.at, target, *args, **kwargs)
 
     def _erase(self, node: fx.Node, tracer: Tracer) -> None:
         """Erase what nothing uses any more, last first: what fills a tensor stays as long as that is read."""

@@ -9,7 +9,7 @@ from tqcompile.passes import rewrite
 from tqcompile.passes.context import CacheInput, Context, Fallback, Output
 from tqcompile.passes.flex import TWIN, drop
 from tqcompile.passes.indices import index_items, kept_run
-from tqcompile.passes.nodes import example, memory_of, spelling, tensor_of
+from tqcompile.passes.nodes import memory_of, spelling, tensor_of
 from tqcompile.passes.places import places_of
 from tqcompile.passes.records import Read
 from tqcompile.passes.sites import Site, name_of, where
@@ -201,9 +201,7 @@ class _Rewriter(Writer):
             if total is None and (mask.kind, mask.number) == ("add", 1):
                 total = numbers
                 continue
-            operands = total, numbers, mask.kind, mask.number
-            total = self.call(rewrite.masked, *operands)
-            total.meta["example_value"] = rewrite.masked(*map(example, operands))
+            total = self.call_like(rewrite.masked, total, numbers, mask.kind, mask.number)
         return total
 
     def _numbers(self, mask: Mask, folding: tuple[fx.Node, fx.Node] | None, tokens: bool = True) -> fx.Node:

@@ -6,7 +6,7 @@ from torch import fx
 from tqcompile import ops, reference, tables
 from tqcompile.passes import rewrite
 from tqcompile.passes.context import Context
-from tqcompile.passes.nodes import tensor_of
+from tqcompile.passes.nodes import example, tensor_of
 from tqcompile.passes.sites import Site
 from tqcompile.passes.views import View, written_value
 
@@ -28,9 +28,9 @@ class Editor:
     def call(self, target, *args, **kwargs) -> fx.Node:
         return self.graph.call_function(target, args, kwargs)
 
-    def call_like(self, target, source: fx.Node, *args) -> fx.Node:
-        node = self.call(target, source, *args)
-        node.meta["example_value"] = target(tensor_of(source), *args)
+    def call_like(self, target, *args) -> fx.Node:
+        node = self.call(target, *args)
+        node.meta["example_value"] = target(*map(example, args))
         return node
 
     def basis(self, site: Site, value: torch.Tensor, head_dim: int) -> fx.Node | None:

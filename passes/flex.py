@@ -71,9 +71,8 @@ def _graph_of(gm: fx.GraphModule, function) -> fx.Graph | None:
 
 def _says_nothing(mask: fx.Graph) -> bool:
     """Whether a mask function keeps everything: what it returns depends on no place."""
-    return not any(node.users for node in mask.find_nodes(op="placeholder")) or all(
-        spelling(user) == "new_ones" for node in mask.find_nodes(op="placeholder") for user in node.users
-    )
+    places = mask.find_nodes(op="placeholder")
+    return all(spelling(user) == "new_ones" for place in places for user in place.users)
 
 
 def _repeated(node: fx.Node, side: fx.Node, query: fx.Node) -> fx.Node:

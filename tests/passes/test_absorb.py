@@ -304,8 +304,8 @@ def test_a_size_that_was_asked_of_what_is_not_made_any_more_does_not_keep_it():
     assert absorb(gm, None) == 1 and not {"linear", "size"} & operators(gm).keys()
 
 
-def test_how_many_queries_are_few_is_a_guard_where_their_number_is_a_symbol():
-    counts = []
+def counting(counts):
+    """A backend that notes how many reads of each graph are brought to a latent, and runs it as it was."""
 
     def backend(gm, example_inputs):
         after = _copy(gm)
@@ -313,7 +313,12 @@ def test_how_many_queries_are_few_is_a_guard_where_their_number_is_a_symbol():
         counts.append(absorb(after, Context(Options())))
         return gm.forward
 
-    call = torch.compile(decoder(), backend=backend)
+    return backend
+
+
+def test_how_many_queries_are_few_is_a_guard_where_their_number_is_a_symbol():
+    counts = []
+    call = torch.compile(decoder(), backend=counting(counts))
     torch._dynamo.reset()
     with torch.no_grad():
         for queries in (5, 7, MOST_QUERIES, MOST_QUERIES + 1, 40, 3):
@@ -328,12 +333,6 @@ def test_how_many_queries_are_few_is_a_guard_where_their_number_is_a_symbol():
 def test_a_cache_that_grows_needs_no_new_graph_for_each_token(dynamic):
     counts = []
 
-    def backend(gm, example_inputs):
-        after = _copy(gm)
-        canonicalize(after, None)
-        counts.append(absorb(after, Context(Options())))
-        return gm.forward
-
     def step(q, past, past_rope, new, new_rope, weight):
         out, latent, rope = decoder()(q, past, past_rope, new, new_rope, weight)
         return out + (q[..., :ROPE] @ rope.transpose(-1, -2)).softmax(-1).amax(), latent, rope
@@ -341,7 +340,7 @@ def test_a_cache_that_grows_needs_no_new_graph_for_each_token(dynamic):
     torch._dynamo.reset()
     args = inputs()
     weight = torch.nn.Parameter(args.pop(), requires_grad=False)
-    call = torch.compile(lambda *args: step(*args, weight), backend=backend, dynamic=dynamic)
+    call = torch.compile(lambda *args: step(*args, weight), backend=counting(counts), dynamic=dynamic)
     with torch.no_grad():
         for _ in range(5):
             _, args[1], args[2] = call(*args)

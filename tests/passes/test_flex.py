@@ -61,7 +61,7 @@ KNOWN = {
 }
 
 
-def conversation(score_mod, mask_mod, heads=4, **options):
+def conversation(score_mod, mask_mod, heads=4):
     """What three calls say, compiled and not, and the report."""
     queries = 2
 
@@ -78,7 +78,7 @@ def conversation(score_mod, mask_mod, heads=4, **options):
             return self.step(self.k, self.v, q, k, v, at, mask)
 
     model, twin = Asked(), Asked()
-    compiled = torch.compile(model, backend=tqcompile.turboquant(preset="lossless", inner="eager", **options))
+    compiled = torch.compile(model, backend=tqcompile.turboquant(preset="lossless", inner="eager"))
     mask = None if mask_mod is None else create_block_mask(mask_mod, 2, 4, queries, LENGTH, device="cpu")
     with torch.no_grad():
         for place in range(3):

@@ -16,8 +16,10 @@ DEFAULTS = {
     "cuda": {"context": [32768], "layers": 32, "dtype": "bfloat16"},
     "cpu": {"context": [2048], "layers": 2, "dtype": "float32"},
 }
-SHAPE = {"batch": 1, "heads": 32, "kv_heads": 8, "head_dim": 128, "mask": "none", "queries": 1}
-SHAPE |= {"softcap": 0.0, "sinks": False}
+SHAPE = {
+    **{"batch": 1, "heads": 32, "kv_heads": 8, "head_dim": 128},
+    **{"mask": "none", "queries": 1, "softcap": 0.0, "sinks": False},
+}
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30}
 # Shorter contexts that a figure shows where one context is asked for.
 FRACTIONS = (16, 8, 4, 2)
