@@ -12,11 +12,11 @@ import triton.language as tl
 
 from tqcompile import tables
 from tqcompile.codec import Codec
+from tqcompile.coding import Planes, split
 from tqcompile.kernels import emit, tune
 from tqcompile.kernels.attend import table_of
 from tqcompile.kernels.combine import maximum_of, sum_of
 from tqcompile.kernels.writers import writer
-from tqcompile.reference import Planes, split
 
 # Printed by `emit`; the name stands here so that the skeleton can be read, and checked, as ordinary Python.
 write_tokens = None
@@ -30,6 +30,15 @@ def nearest(unit, edges, bits: tl.constexpr):
         half = 1 << (bits - 1 - level)
         code += tl.where(unit > tl.load(edges + code + (half - 1)), half, 0)
     return code
+
+
+@triton.jit
+def lowered(number, step, low: tl.constexpr):
+    """number / step, from the half below it, as an integer within -low .. low - 1; -low where that is no number."""
+    usable = step != 0.0
+    ratio = tl.where(usable, tl.div_rn(number, tl.where(usable, step, 1.0)), 0.0) + (low + 0.5)
+    ratio = tl.where(ratio == ratio, ratio, 0.0)
+    return tl.minimum(tl.maximum(ratio, 0.0), 2.0 * low - 1.0).to(tl.int32) - low
 
 
 @triton.jit
@@ -69,10 +78,15 @@ def append_tokens(
 # fmt: on
 
 
+def fitting(*codecs: Codec) -> tuple:
+    """The functions that writers of these codecs call beside those that all of them may."""
+    return (lowered,) if any(codec.terms[0].fit == "extreme" for codec in codecs) else ()
+
+
 def source(codec: Codec, head_dim: int) -> str:
     """The text of the module that `append` launches."""
     helpers = (writer(codec, head_dim),)
-    kernels = (maximum_of, sum_of, nearest, rounded, append_tokens)
+    kernels = (maximum_of, sum_of, nearest, rounded, *fitting(codec), append_tokens)
     return emit.module_text(f"Writes tokens of {head_dim} dims in {codec.name}.", helpers, kernels)
 
 
@@ -85,7 +99,8 @@ def module(codec: Codec, head_dim: int, folder: str | None, interpreted: bool) -
 @cache
 def edges_of(codec: Codec, head_dim: int, device: torch.device) -> torch.Tensor:
     """Where a nearest-centroid code changes, float32 [2**bits - 1]; one unused zero for other codecs."""
-    edges = tables.boundaries(tables.numbers(codec.codes, head_dim)) if codec.codes.table == "codebook" else (0.0,)
+    plain = codec.is_plain and codec.codes.table == "codebook"
+    edges = tables.boundaries(tables.numbers(codec.codes, head_dim)) if plain else (0.0,)
     return torch.tensor(edges, dtype=torch.float32, device=device)
 
 
@@ -93,7 +108,7 @@ def prepare(codec: Codec, head_dim: int, device: torch.device) -> None:
     """Put the tables of a codec on `device` before a CUDA graph is captured, whose memory they must not lie in."""
     edges_of(codec, head_dim, device)
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        table_of(codec.codes, head_dim, dtype, device)
+        table_of(codec, head_dim, dtype, device)
 
 
 def check(y: torch.Tensor, length: int, positions: torch.Tensor | None) -> None:
@@ -134,7 +149,7 @@ def append(
             codes,
             scale,
             edges_of(codec, head_dim, y.device),
-            table_of(codec.codes, head_dim, torch.float32, y.device),
+            table_of(codec, head_dim, torch.float32, y.device),
         ),
         *(y if positions is None else positions, heads, tokens, length),
         *(*y.stride(), *codes.stride()[:3], *scale.stride()[:3]),

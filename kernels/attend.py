@@ -16,11 +16,12 @@ import triton
 import triton.language as tl
 
 from tqcompile import tables
-from tqcompile.codec import Codec, Lookup
+from tqcompile.codec import Codec
+from tqcompile.coding import Planes, split
 from tqcompile.kernels import decoded, emit, integer, tune
 from tqcompile.kernels.combine import combine, maximum_of, parts, sum_of
 from tqcompile.kernels.emit import Reader
-from tqcompile.reference import Planes, rotate_back, split
+from tqcompile.reference import rotate_back
 
 # Printed by `emit`; the names stand here so that the skeleton can be read, and checked, as ordinary Python.
 key_scalars = key_numbers = value_scalars = value_numbers = read_scores = None
@@ -135,10 +136,13 @@ def module(
 
 
 @cache
-def table_of(lookup: Lookup, head_dim: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """The numbers of a codebook [2**bits], or one unused zero where numbers are computed."""
-    numbers = tables.numbers(lookup, head_dim) if lookup.table == "codebook" else (0.0,)
-    return torch.tensor(numbers, dtype=dtype, device=device)
+def table_of(codec: Codec, head_dim: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """The numbers of a codec's tables, or one unused zero where numbers are computed.
+
+    In `dtype` where a number is one entry, and in float32 where it is a product of some.
+    """
+    numbers = tables.all_numbers(codec, head_dim)
+    return torch.tensor(numbers, dtype=dtype if codec.is_plain else torch.float32, device=device)
 
 
 def reader_of(mask: torch.Tensor | None, causal: bool, score_mod: str = "") -> Reader:
@@ -193,14 +197,15 @@ def attend(
     if not batch * kv_heads * rows * length:
         return q.new_zeros(shape, dtype=dtype)
     reader, codecs = reader_of(mask, causal, score_mod), (key_codec, value_codec)
-    if rows > tune.most_rows(max(head_dims)) and q.device.type == "cuda":
-        tables = [table_of(codec.codes, dim, q.dtype, q.device) for codec, dim in zip(codecs, head_dims)]
+    place = (batch * kv_heads, rows, value_codec.coordinates(head_dims[1]))
+    widths = q.shape[3], place[2]
+    if rows > tune.most_rows(max(widths)) and q.device.type == "cuda":
+        tables = [table_of(codec, dim, q.dtype, q.device) for codec, dim in zip(codecs, head_dims)]
         out = decoded.attend(q, keys, values, mask, causal, scale, codecs, head_dims, tables, folder, score_mod, sinks)
         return rotate_back(out, basis, dtype)
     if mask is not None:
         mask = mask.broadcast_to(batch, query_heads, queries, length)
         mask = (mask.view(torch.uint8) if mask.dtype == torch.bool else mask), mask.stride()
-    place = (batch * kv_heads, rows, head_dims[1])
     reach = None if reach is None else reach.expand(batch, 2)
     if integer.takes(q, keys, values, codecs, head_dims):
         allocate = partial(parts, q, *place)
@@ -209,7 +214,11 @@ def attend(
         built = module(*codecs, head_dims, reader, folder, q.device.type == "cpu")
         left = launch(built, q, (key_codes, key_scale), (value_codes, value_scale), mask, reach, scale, codecs, place)
     sinks = None if sinks is None else sinks.float().expand(batch, query_heads, queries, 1).contiguous()
-    return combine(left, place, folder, basis, dtype, sinks).view(shape)
+    if basis is None or value_codec.is_plain:
+        return combine(left, place, folder, basis, dtype, sinks).view(shape)
+    # The last kernel rotates by square matrices.
+    mixed = combine(left, place, folder, sinks=sinks)
+    return rotate_back(mixed, basis, dtype).view(shape)
 
 
 def launch(built: ModuleType, q, keys, values, mask, reach, scale: float, codecs, place) -> tuple[torch.Tensor, ...]:
@@ -223,7 +232,7 @@ def launch(built: ModuleType, q, keys, values, mask, reach, scale: float, codecs
     part, strides = mask if mask is not None else (q, (0, 0, 0, 0))
     sides = []
     for (codes, scales), codec, dim, dtype in zip((keys, values), codecs, (key_dim, value_dim), types):
-        sides += [codes, codes if scales is None else scales, table_of(codec.codes, dim, dtype, q.device)]
+        sides += [codes, codes if scales is None else scales, table_of(codec, dim, dtype, q.device)]
     # The interpreter multiplies bfloat16 by its bits; there the rounded numbers go to the product as float32.
     products = [torch.float32 if q.device.type == "cpu" else dtype for dtype in types]
     built.attend_split[(heads, triton.cdiv(rows, plan.block_rows), plan.splits)](

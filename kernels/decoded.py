@@ -14,9 +14,10 @@ import triton.language as tl
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tqcompile.codec import Codec
+from tqcompile.coding import Planes, split
 from tqcompile.kernels import emit, tune
 from tqcompile.kernels.combine import maximum_of
-from tqcompile.reference import Planes, softmax, split
+from tqcompile.reference import softmax
 from tqcompile.scores import apply as scores_of
 
 # Printed by `emit`; the names stand here so that the skeleton can be read, and checked, as ordinary Python.
@@ -63,16 +64,17 @@ def module(codec: Codec, head_dim: int, folder: str | None, interpreted: bool) -
 def decode(
     codec: Codec, planes: Planes, table: torch.Tensor, head_dim: int, dtype: torch.dtype, folder: str | None = None
 ) -> torch.Tensor:
-    """`reference.decode` of planes [B, H, S, width], any strides but contiguous in the last: [B, H, S, head_dim]."""
+    """`coding.decode` of planes [B, H, S, width], any strides but contiguous in the last: [B, H, S, coordinates]."""
     codes, scale = split(codec, planes)
     batch, heads, length = codes.shape[:3]
-    out = codes.new_empty((batch, heads, length, head_dim), dtype=dtype)
+    width = codec.coordinates(head_dim)
+    out = codes.new_empty((batch, heads, length, width), dtype=dtype)
     scale = codes if scale is None else scale
-    block = max(1, tune.DECODED_NUMBERS // tune.extent(head_dim))
+    block = max(1, tune.DECODED_NUMBERS // tune.extent(width))
     built = module(codec, head_dim, folder, codes.device.type == "cpu")
     built.decode_tokens[(batch * heads, triton.cdiv(length, block))](
         *(codes, scale, table, out, heads, length, *codes.stride()[:3], *scale.stride()[:3]),
-        *(head_dim, block, tune.extent(head_dim)),
+        *(width, block, tune.extent(width)),
         num_warps=4,
     )
     return out
@@ -109,12 +111,13 @@ def attend(
     batch, query_heads, queries, _ = q.shape
     kv_heads, length = keys[0].shape[1:3]
     groups = query_heads // kv_heads
-    out = q.new_empty((batch, query_heads, queries, head_dims[1]))
-    spelled = score_mod or sinks is not None or max(head_dims) > tune.FUSED_DIMS
+    widths = [codec.coordinates(dim) for codec, dim in zip(codecs, head_dims)]
+    out = q.new_empty((batch, query_heads, queries, widths[1]))
+    spelled = score_mod or sinks is not None or max(widths) > tune.FUSED_DIMS
     if mask is not None:
         mask = _in_dtype(mask, q.dtype) if mask.is_floating_point() and not spelled else mask
         mask = mask.broadcast_to(batch, query_heads, queries, length)
-    for rows, heads in parts(batch, kv_heads, length * sum(head_dims) * q.element_size()):
+    for rows, heads in parts(batch, kv_heads, length * sum(widths) * q.element_size()):
         asked = slice(heads.start * groups, heads.stop * groups)
         decoded = [
             decode(codec, [plane[rows, heads] for plane in planes], table, dim, q.dtype, folder)
@@ -159,10 +162,11 @@ def _in_dtype(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 def logits(q: torch.Tensor, keys: Planes, codec: Codec, look_up: torch.Tensor, folder: str | None = None):
     """`reference.logits` in q's dtype: q [B, Hq, T, D] in the key basis times decoded keys, [B, Hq, T, S]."""
     batch, kv_heads, length = keys[0].shape[:3]
+    head_dim = codec.head_dim(q.shape[-1])
     queries = q.reshape(batch, kv_heads, -1, q.shape[-1])
     out = q.new_empty((batch, kv_heads, queries.shape[2], length))
     for part in parts(batch, kv_heads, length * q.shape[-1] * q.element_size()):
-        decoded = decode(codec, [plane[part] for plane in keys], look_up, q.shape[-1], q.dtype, folder)
+        decoded = decode(codec, [plane[part] for plane in keys], look_up, head_dim, q.dtype, folder)
         out[part] = queries[part] @ decoded.mT
     return out.view(*q.shape[:3], length)
 
@@ -175,14 +179,15 @@ def mix(
     head_dim: int,
     folder: str | None = None,
 ) -> torch.Tensor:
-    """`reference.mix` in the weights' dtype: weights [B, Hq, T, S] times decoded values, [B, Hq, T, head_dim]."""
+    """`reference.mix` in the weights' dtype: weights [B, Hq, T, S] times decoded values, [B, Hq, T, coordinates]."""
     batch, kv_heads, length = values[0].shape[:3]
     rows = weights.reshape(batch, kv_heads, -1, length)
-    out = weights.new_empty((batch, kv_heads, rows.shape[2], head_dim))
-    for part in parts(batch, kv_heads, length * head_dim * weights.element_size()):
+    width = codec.coordinates(head_dim)
+    out = weights.new_empty((batch, kv_heads, rows.shape[2], width))
+    for part in parts(batch, kv_heads, length * width * weights.element_size()):
         decoded = decode(codec, [plane[part] for plane in values], look_up, head_dim, weights.dtype, folder)
         out[part] = rows[part] @ decoded
-    return out.view(*weights.shape[:3], head_dim)
+    return out.view(*weights.shape[:3], width)
 
 
 def dense(q, k, v, mask, causal: bool, scale: float) -> torch.Tensor:

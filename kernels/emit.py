@@ -23,6 +23,7 @@ from torch._inductor.runtime.cache_dir_utils import cache_dir
 
 from tqcompile import scores
 from tqcompile.codec import Codec
+from tqcompile.kernels import spread
 from tqcompile.kernels.address import DEVICE_TYPE, code_lines, expression, power_of_two
 from tqcompile.layout import COORDINATE, layout_of
 
@@ -57,15 +58,16 @@ def module_text(title: str, helpers: tuple[str, ...], kernels: tuple, header: st
     return "\n\n\n".join([header.format(title=title).strip(), *helpers, *bodies]) + "\n"
 
 
-def reading_helpers(side: str, codec: Codec, head_dim: int) -> tuple[str, str]:
+def reading_helpers(side: str, codec: Codec, head_dim: int) -> tuple[str, ...]:
     """`<side>_scalars` and `<side>_numbers`: a token is the product of one scalar and a vector of numbers.
 
     Numbers stay within a few hundred, also where the scale is one per block, so that they fit any float: a
     block's scale is divided by the largest of its token, which becomes the scalar.
     """
-    signature = "(codes, codes_stride, scale, scale_stride, table, token, valid, BLOCK_D: tl.constexpr)"
-    scalars = [f"@triton.jit\ndef {side}_scalars{signature}:"]
-    numbers = [f"@triton.jit\ndef {side}_numbers{signature}:"]
+    if not codec.is_plain:
+        return spread.helpers(side, codec, head_dim)
+    scalars = [f"@triton.jit\ndef {side}_scalars{spread.SIGNATURE}:"]
+    numbers = [f"@triton.jit\ndef {side}_numbers{spread.SIGNATURE}:"]
     numbers += ["    d = tl.arange(0, BLOCK_D)[None, :]", f"    inside = {_inside('d', head_dim)}"]
     layout = layout_of(codec, head_dim, torch.float32, DEVICE_TYPE)
     if codec.scale is None:
@@ -81,14 +83,7 @@ def reading_helpers(side: str, codec: Codec, head_dim: int) -> tuple[str, str]:
         scalars += ["    return tl.load(scale + token * scale_stride, mask=valid, other=0.0).to(tl.float32)"]
         numbers += [f"    return {number}"]
         return "\n".join(scalars), "\n".join(numbers)
-    scalars += [
-        f"    block = tl.arange(0, {power_of_two(codec.scale.plane.count(head_dim))})[None, :]",
-        f"    inside = {_inside('block', codec.scale.plane.count(head_dim), least=1)}",
-        "    scales = tl.load(scale + token[:, None] * scale_stride + block, mask=inside, other=0.0).to(tl.float32)",
-        "    # A scale that is not finite must not reach the other blocks of its token.",
-        "    largest = maximum_of(tl.where(tl.abs(scales) <= 65504.0, tl.abs(scales), 0.0), 1)",
-        "    return tl.where(largest > 0.0, largest, 1.0)",
-    ]
+    scalars = spread.scalar_lines(side, codec.scale.plane.count(head_dim))
     block = expression(sympy.floor(COORDINATE / codec.scale.plane.per), head_dim)
     numbers += [
         f"    scales = tl.load(scale + token[:, None] * scale_stride + {block}, mask=inside, other=0.0).to(tl.float32)",
@@ -98,9 +93,9 @@ def reading_helpers(side: str, codec: Codec, head_dim: int) -> tuple[str, str]:
     return "\n".join(scalars), "\n".join(numbers)
 
 
-def _inside(name: str, count: int, least: int = 16) -> str:
+def _inside(name: str, count: int) -> str:
     """Which of a tile's elements exist; a tile that holds exactly `count` in a row asks about its tokens alone."""
-    whole = count == max(least, power_of_two(count))
+    whole = count == max(16, power_of_two(count))
     return "valid[:, None]" if whole else f"valid[:, None] & ({name} < {count})"
 
 

@@ -12,12 +12,12 @@ import torch
 
 from tqcompile import scores, tables
 from tqcompile.codec import Codec
+from tqcompile.coding import Planes, split
 from tqcompile.kernels import blocks, emit, fragment, operands, ptx, tune, tuned
 from tqcompile.kernels.address import DEVICE_TYPE, power_of_two
 from tqcompile.kernels.blocks import BlockSide, block_side_of
 from tqcompile.kernels.emit import Reader
 from tqcompile.layout import layout_of
-from tqcompile.reference import Planes, split
 
 HEADER = '''"""{title}
 
@@ -81,11 +81,13 @@ Sides = tuple[Side | BlockSide, Side | BlockSide]
 @cache
 def side_of(codec: Codec, head_dim: int, lanes: int) -> Side | BlockSide | None:
     """The side of `codec` where `lanes` (4 for keys, 8 for values) hold a token, or None where it has none."""
+    if not codec.is_plain:
+        return None
     if side := block_side_of(codec, head_dim):
         return side
-    if codec.fit != "sphere" or tables.integers(codec.codes, head_dim) is None:
-        return None
     bits = codec.codes.plane.bits
+    if codec.codes.table != "codebook" or bits < 2 or tables.integers(codec.codes, head_dim) is None:
+        return None
     sections = layout_of(codec, head_dim, torch.float32, DEVICE_TYPE).plane(codec.codes.plane.name).sections
     runs = [section.run for section in sections]
     if any(run % 4 for run in runs):

@@ -15,12 +15,12 @@ from triton.experimental.gluon import language as gl
 
 from tqcompile import tables
 from tqcompile.codec import Codec
+from tqcompile.coding import Planes, split
 from tqcompile.kernels import blocks, emit, fragment, integer, operands, tune, tuned
 from tqcompile.kernels.blocks import BlockSide, load_key_blocks, load_scales, query_blocks
 from tqcompile.kernels.fragment import query_operand, scores_of
 from tqcompile.kernels.integer import Side
 from tqcompile.kernels.operands import load_keys, table_like, word_layout
-from tqcompile.reference import Planes, split
 
 # Printed by `integer`; the names stand here so that the skeleton can be read, and checked, as ordinary Python.
 KEY_RUN = KEY_HIGH_RUN = KEY_WORDS = KEY_BLOCKS = gl.constexpr(0)

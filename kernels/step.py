@@ -12,12 +12,12 @@ import triton
 import triton.language as tl
 
 from tqcompile.codec import Codec
+from tqcompile.coding import Planes, split
 from tqcompile.kernels import emit, tune
-from tqcompile.kernels.append import check, edges_of, nearest, rounded
+from tqcompile.kernels.append import check, edges_of, fitting, nearest, rounded
 from tqcompile.kernels.attend import table_of
 from tqcompile.kernels.combine import maximum_of, sum_of
 from tqcompile.kernels.writers import writer
-from tqcompile.reference import Planes, split
 
 # Printed by `emit`; the names stand here so that the skeleton can be read, and checked, as ordinary Python.
 write_keys = write_values = None
@@ -106,7 +106,17 @@ def source(key_codec: Codec, value_codec: Codec, head_dims: tuple[int, int]) -> 
     """The text of the module that `append_step` launches."""
     title = f"Writes keys in {key_codec.name}, {head_dims[0]} dims, and values in {value_codec.name}, {head_dims[1]}."
     helpers = writer(key_codec, head_dims[0], "write_keys"), writer(value_codec, head_dims[1], "write_values")
-    kernels = (maximum_of, sum_of, nearest, rounded, place_of, turn, place_in, append_step_rows)
+    kernels = (
+        maximum_of,
+        sum_of,
+        nearest,
+        rounded,
+        *fitting(key_codec, value_codec),
+        place_of,
+        turn,
+        place_in,
+        append_step_rows,
+    )
     return emit.module_text(title, helpers, kernels)
 
 
@@ -141,7 +151,7 @@ def append_step(
         codes, scale = split(codec, side)
         check(y, codes.shape[2], positions)
         scale, dim = codes if scale is None else scale, y.shape[3]
-        tables = edges_of(codec, dim, y.device), table_of(codec.codes, dim, torch.float32, y.device)
+        tables = edges_of(codec, dim, y.device), table_of(codec, dim, torch.float32, y.device)
         sides.append((y, codes, scale, *tables, y if basis is None else basis))
         rows.append(y.shape[:3].numel())
         lengths.append(codes.shape[2])

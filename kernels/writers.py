@@ -15,6 +15,17 @@ WRITE_SIGNATURE = (
 )
 
 
+# The scalar of a normalised vector: what leaves inner products unbiased, or the norm.
+SCALARS = {
+    "sphere": """\
+    centroid = tl.load(table + {{name}}_code(unit, edges))
+    fitted = sum_of(tl.where(inside, unit * centroid, 0.0), 1)
+    scalar = tl.div_rn(peak * size_divisor * {root}, tl.where(usable, fitted, 1.0))""",
+    "norm": """\
+    scalar = tl.div_rn(peak * size_divisor, {root})""",
+}
+
+
 def piece_line(section: Section) -> str:
     """The line that takes a section's bits out of `code` and puts them into a field of `byte`."""
     bits = f"(code >> {section.shift}) & {2**section.bits - 1}"
@@ -55,9 +66,7 @@ def sphere_writer(codec: Codec, head_dim: int) -> str:
         "    size = tl.sqrt_rn(sum_of(shape * shape, 1))",
         "    size_divisor = tl.where(size > 0.0, size, 1.0)",
         f"    unit = tl.div_rn(shape, size_divisor[:, None]) * {root}",
-        "    centroid = tl.load(table + {name}_code(unit, edges))",
-        "    fitted = sum_of(tl.where(inside, unit * centroid, 0.0), 1)",
-        f"    scalar = tl.div_rn(peak * size_divisor * {root}, tl.where(usable, fitted, 1.0))",
+        *SCALARS[codec.terms[0].fit].format(root=root).splitlines(),
         "    tl.store(scale, tl.where(peak == 0.0, 0.0, scalar).to(tl.float16), mask=valid)",
     ]
     for section in layout.sections:
@@ -94,24 +103,39 @@ def _sphere_section(section: Section, count: int, root: str) -> list[str]:
     ]
 
 
-def absmax_writer(codec: Codec, head_dim: int) -> str:
-    """`write_tokens` of a codec that scales a block to its largest magnitude.
+def block_writer(codec: Codec, head_dim: int) -> str:
+    """`write_tokens` of a codec that scales blocks.
 
     Raises:
         ValueError: a byte would hold pieces of two blocks that no tile of whole blocks covers.
     """
+    if not writes(codec, head_dim):
+        raise ValueError(f"{codec.name} at head_dim {head_dim}: bytes cross blocks, which no kernel writes")
     layout = layout_of(codec, head_dim, torch.float32, DEVICE_TYPE).plane(codec.codes.plane.name)
-    block = codec.scale.plane.per
-    if any(section.fields > 1 and section.run % block for section in layout.sections):
-        raise ValueError(f"{codec.name} at head_dim {head_dim}: bytes cross blocks of {block}, which no kernel writes")
     lines = [WRITE_SIGNATURE]
     for position, section in enumerate(layout.sections):
-        lines += _absmax_section(codec, section, head_dim, with_scales=position == 0)
+        lines += _block_section(codec, section, head_dim, with_scales=position == 0)
     return "\n".join(lines)
 
 
-def _absmax_section(codec: Codec, section: Section, head_dim: int, with_scales: bool) -> list[str]:
-    block, limit = codec.scale.plane.per, float(2 ** (codec.codes.plane.bits - 1) - 1)
+def _code_of_block(codec: Codec) -> list[str]:
+    low = 2 ** (codec.codes.plane.bits - 1)
+    if codec.terms[0].fit == "absmax":
+        return [
+            f"        scalar = tl.div_rn(peak, {float(low - 1)}).to(tl.float16)",
+            f"        code = rounded(number, scalar.to(tl.float32)[:, :, None], {float(low - 1)})",
+        ]
+    return [
+        "        most, least = maximum_of(number, 2), -maximum_of(-number, 2)",
+        f"        step = tl.div_rn(tl.where(most > -least, most, least), {float(-low)})",
+        '        step = tl.where(peak == peak, step, float("nan"))',
+        f"        code = lowered(number, step[:, :, None], {low})",
+        "        scalar = step.to(tl.float16)",
+    ]
+
+
+def _block_section(codec: Codec, section: Section, head_dim: int, with_scales: bool) -> list[str]:
+    block = codec.scale.plane.per
     blocks = power_of_two(-(-section.run // block))
     lines = [
         f"    b = tl.arange(0, {blocks})",
@@ -123,8 +147,7 @@ def _absmax_section(codec: Codec, section: Section, head_dim: int, with_scales: 
         "        number = tl.load(y[:, None, None] + d * y_stride, mask=inside, other=0.0).to(tl.float32)",
         "        peak = maximum_of(tl.abs(number), 2)",
         '        peak = tl.where(sum_of((number != number).to(tl.int32), 2) > 0, float("nan"), peak)',
-        f"        scalar = tl.div_rn(peak, {limit}).to(tl.float16)",
-        f"        code = rounded(number, scalar.to(tl.float32)[:, :, None], {limit})",
+        *_code_of_block(codec),
         piece_line(section),
     ]
     if with_scales:
@@ -140,9 +163,23 @@ def _absmax_section(codec: Codec, section: Section, head_dim: int, with_scales: 
     ]
 
 
-_WRITERS = {"exact": exact_writer, "absmax": absmax_writer, "sphere": sphere_writer}
+_WRITERS = {
+    "exact": exact_writer,
+    "absmax": block_writer,
+    "extreme": block_writer,
+    "sphere": sphere_writer,
+    "norm": sphere_writer,
+}
+
+
+def writes(codec: Codec, head_dim: int) -> bool:
+    """Whether there is a kernel that writes tokens of a codec."""
+    if not codec.is_plain or codec.scale is None or codec.scale.plane.per is None:
+        return codec.is_plain
+    layout = layout_of(codec, head_dim, torch.float32, DEVICE_TYPE).plane(codec.codes.plane.name)
+    return not any(section.fields > 1 and section.run % codec.scale.plane.per for section in layout.sections)
 
 
 def writer(codec: Codec, head_dim: int, name: str = "write_tokens") -> str:
     """The helper of a codec, under a name."""
-    return _WRITERS[codec.fit](codec, head_dim).replace("{name}", name)
+    return _WRITERS[codec.terms[0].fit](codec, head_dim).replace("{name}", name)

@@ -98,11 +98,11 @@ class _Rewriter(Writer):
         layout = layout_of(site.codec, int(value.shape[-1]), value.dtype, value.device.type)
         nodes, strides = [], []
         with self.graph.inserting_before(root):
-            for plane in layout.planes:
-                node = self.graph.placeholder(f"{root.name}_{plane.plane.name}")
-                shape = (*value.shape[:-1], plane.width)
+            for store in layout.stores:
+                node = self.graph.placeholder(f"{root.name}_{store.name}")
+                shape = (*value.shape[:-1], store.width)
                 stride = rewrite.strides(shape, site.append.dim if site.append else None)
-                fake = value.new_empty_strided(shape, stride, dtype=plane.dtype)
+                fake = value.new_empty_strided(shape, stride, dtype=store.dtype)
                 node.meta = {"example_value": fake, "tensor_dict": dict(root.meta.get("tensor_dict", {}))}
                 nodes.append(node)
                 strides.append(tuple(fake.stride()))

@@ -69,7 +69,7 @@ class Editor:
         if value.dim() == 3:
             planes = [self.call(torch.unsqueeze, plane, 0) for plane in planes]
             source = self.call_like(torch.unsqueeze, source, 0)
-        if value.dim() > 4:
+        if value.dim() > 4 or (value.is_cuda and not ops.writes(site.codec, int(value.shape[-1]))):
             node = self.call(rewrite.encode_into, planes, self.rotated(source, site), positions, site.codec.name)
         else:
             basis = self.basis(site, value, int(value.shape[-1]))

@@ -2,7 +2,7 @@
 
 import torch
 
-from tqcompile import formats, reference
+from tqcompile import coding, formats, reference
 
 
 def strides(shape, seq_dim: int | None) -> tuple:
@@ -84,7 +84,7 @@ def as_queries(result: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
 
 @reference.as_stored
 def encode(y: torch.Tensor, codec: str) -> tuple[torch.Tensor, ...]:
-    return tuple(plane.contiguous() for plane in reference.encode(formats.codec(codec), y))
+    return tuple(plane.contiguous() for plane in coding.encode(formats.codec(codec), y))
 
 
 @reference.as_stored
@@ -105,4 +105,4 @@ def encode_items(planes: list[torch.Tensor], y: torch.Tensor, index: tuple, code
 
 @reference.as_stored
 def decode(planes: list[torch.Tensor], codec: str, head_dim: int) -> torch.Tensor:
-    return reference.decode(formats.codec(codec), planes, head_dim)
+    return coding.decode(formats.codec(codec), planes, head_dim)

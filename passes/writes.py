@@ -56,7 +56,7 @@ class Writer(Editor):
 
     def encoded(self, tokens: fx.Node, site: Site) -> list[fx.Node]:
         planes = self.call(rewrite.encode, self.rotated(tokens, site), site.codec.name)
-        return [self.call(operator.getitem, planes, place) for place in range(len(site.codec.planes))]
+        return [self.call(operator.getitem, planes, place) for place in range(len(site.codec.stores))]
 
     def write(self, node: fx.Node, view: View) -> None:
         site, name, source = self.sites[view.root], spelling(node), source_of(node)

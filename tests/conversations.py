@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from models import MODELS, Buffers, Made, Model, Shape, Slices, Tuples, unchanged
 
-from tqcompile import formats, reference, tables
+from tqcompile import coding, formats, reference, tables
 
 
 def fake_quantised(x: torch.Tensor, codec: str) -> torch.Tensor:
@@ -20,8 +20,8 @@ def fake_quantised(x: torch.Tensor, codec: str) -> torch.Tensor:
     dtype = x.dtype if x.is_cuda else torch.float32
     basis = tables.basis_matrix(format, x.shape[-1], x.device, dtype)
     basis = None if basis is None else basis.float()
-    planes = reference.encode(format, reference.rotate(x, basis))
-    return reference.rotate_back(reference.decode(format, planes, x.shape[-1]), basis, x.dtype)
+    planes = coding.encode(format, reference.rotate(x, basis))
+    return reference.rotate_back(coding.decode(format, planes, x.shape[-1]), basis, x.dtype)
 
 
 @dataclass

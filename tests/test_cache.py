@@ -5,7 +5,7 @@ import pytest
 import torch
 from conversations import fake_quantised
 
-from tqcompile import CompressedKV, formats, reference
+from tqcompile import CompressedKV, coding, formats, reference
 
 F = torch.nn.functional
 CODECS = ("identity", "q8_0", "turboquant:3")
@@ -27,7 +27,7 @@ def same(found, expected):
 
 def codes(cache):
     """The numbers behind a cache in its own basis, where moving tokens is exact: a matrix product rounds by shape."""
-    return reference.decode(cache.codec, cache.planes, cache.shape[-1])
+    return coding.decode(cache.codec, cache.planes, cache.shape[-1])
 
 
 def grown(cache, tokens, dim=2):

@@ -13,7 +13,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from tqcompile import CompressedKV, formats, ops, reference, tables
+from tqcompile import CompressedKV, coding, formats, ops, reference, tables
 from tqcompile.cache import storages
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -22,7 +22,7 @@ NUMBER = st.integers(0, 10**6)
 
 def codes(cache):
     """A cache's numbers in the codec's basis, where every move is exact."""
-    return reference.decode(cache.codec, cache.planes, cache.shape[-1])
+    return coding.decode(cache.codec, cache.planes, cache.shape[-1])
 
 
 @dataclass
@@ -69,10 +69,10 @@ class Caches(RuleBasedStateMachine):
     def stored(self, dense):
         """What a cache makes of tokens; computed by the reference, not by the cache."""
         if dense.numel() == 0:
-            return dense if self.codec.fit == "exact" else dense.float()
+            return dense if self.codec.is_exact else dense.float()
         basis = tables.basis_matrix(self.codec, self.head_dim)
-        return reference.decode(
-            self.codec, reference.encode(self.codec, reference.rotate(dense, basis)), self.head_dim
+        return coding.decode(
+            self.codec, coding.encode(self.codec, reference.rotate(dense, basis)), self.head_dim
         ).clone()
 
     def put(self, cache, twin, buffer=None):
@@ -291,7 +291,7 @@ class Caches(RuleBasedStateMachine):
         if dtype == entry.cache.dtype:
             assert entry.cache.to(dtype) is entry.cache
             return
-        self.copied(entry.cache.to(dtype), entry.twin.to(dtype) if self.codec.fit == "exact" else entry.twin)
+        self.copied(entry.cache.to(dtype), entry.twin.to(dtype) if self.codec.is_exact else entry.twin)
 
     @precondition(lambda self: len(self.entries) > 1)
     @rule(which=NUMBER)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from tqcompile import backend, cpu, formats, ops, reference
+from tqcompile import backend, coding, cpu, formats, ops, reference
 from tqcompile.layout import layout_of
 from tqcompile.passes import rewrite
 
@@ -33,7 +33,7 @@ EVERY_SHAPE = pytest.mark.parametrize("name, head_dim, group", SHAPES)
 def planes_of(codec, *shape: int, room: int = 0, tokens_first: bool = False):
     """Codes of random rows, in planes that lie as a cache does: with room to grow, or token after token."""
     batch, heads, length, head_dim = shape
-    planes = reference.encode(codec, torch.randn(batch, heads, length + room, head_dim))
+    planes = coding.encode(codec, torch.randn(batch, heads, length + room, head_dim))
     if tokens_first:
         planes = [plane.transpose(1, 2).contiguous().transpose(1, 2) for plane in planes]
     return [plane[:, :, :length] for plane in planes]
@@ -97,7 +97,7 @@ def test_zeros_decode_to_zeros_and_a_token_that_is_not_finite_shows():
     codec = formats.codec("turboquant:5")
     y = torch.randn(1, 2, 150, 64)
     y[0, 0, 5], y[0, 1, 7], y[0, 0, 9] = 0.0, math.nan, 1e7
-    planes, q = reference.encode(codec, y), torch.randn(1, 2, 1, 64)
+    planes, q = coding.encode(codec, y), torch.randn(1, 2, 1, 64)
     scores, truth = cpu.logits(q, planes, codec, 64), reference.logits(q, planes, codec, 64)
     assert scores[0, 0, 0, 5] == 0 and torch.equal(scores.isfinite(), truth.isfinite())
     mixed = cpu.mix(torch.rand(1, 2, 1, 150), planes, codec, 64)
@@ -117,28 +117,28 @@ def test_wide_runs_are_the_codes_of_the_layout(name, head_dim, group):
 @pytest.mark.parametrize("name", ["q8_0", "turboquant:4"])
 def test_compiled_rows_decode_as_the_reference_does(name):
     codec = formats.codec(name)
-    planes = reference.encode(codec, torch.randn(2, 3, 65, 64))
-    assert torch.equal(cpu.decode_rows(codec, planes, 64), reference.decode(codec, planes, 64))
+    planes = coding.encode(codec, torch.randn(2, 3, 65, 64))
+    assert torch.equal(cpu.decode_rows(codec, planes, 64), coding.decode(codec, planes, 64))
 
 
 def test_compiled_codes_round_as_the_reference_does():
     # No sum is taken for these codes, so that no order of summing moves one: a scale rounds to float16 or it does not.
     codec, y = formats.codec("q8_0"), torch.randn(2, 3, 65, 64)
-    assert all(map(torch.equal, cpu.encode_rows(codec, y), reference.encode(codec, y)))
+    assert all(map(torch.equal, cpu.encode_rows(codec, y), coding.encode(codec, y)))
 
 
 def test_one_token_of_several_heads_lies_apart_in_memory():
     codec, y = formats.codec("q8_0"), torch.randn(1, 3, 65, 64)
-    planes = reference.encode(codec, y)
+    planes = coding.encode(codec, y)
     last = [plane[:, :, 64:] for plane in planes]
-    assert torch.equal(cpu.decode_rows(codec, last, 64), reference.decode(codec, last, 64))
+    assert torch.equal(cpu.decode_rows(codec, last, 64), coding.decode(codec, last, 64))
     assert all(map(torch.equal, cpu.encode_rows(codec, y[:, :, 64:]), last))
 
 
 def test_tokens_whose_dims_are_apart_in_memory_are_copied_and_not_misread():
     codec = formats.codec("q8_0")
     y = torch.randn(1, 3, 5, 128)[..., ::2]
-    for found, truth in zip(cpu.encode_rows(codec, y), reference.encode(codec, y)):
+    for found, truth in zip(cpu.encode_rows(codec, y), coding.encode(codec, y)):
         assert torch.equal(found, truth)
     planes, q = planes_of(codec, 1, 4, 20, 64), torch.randn(1, 1, 64, 4).permute(0, 3, 1, 2)
     found, truth = cpu.logits(q, planes, codec, 64), reference.logits(q, planes, codec, 64)
@@ -159,11 +159,11 @@ def test_what_a_mask_hides_from_all_sequences_is_not_read(spans, queries):
     keep = torch.stack([(token >= first) & (token < stop) for first, stop in spans])[:, None, None]
     first, stop = min(span[0] for span in spans), max(span[1] for span in spans)
     caches = [torch.randn(2, 2, 90, 64) for _ in range(2)]
-    planes = [reference.encode(codec, x) for x in caches]
+    planes = [coding.encode(codec, x) for x in caches]
     q = torch.randn(2, 4, queries, 64)
     expected = reference.attend(q, *planes, keep, False, 0.125, codec, codec, (64, 64))
     hidden = (token < first) | (token >= stop)
-    broken = [reference.encode(codec, torch.where(hidden[:, None], torch.nan, x)) for x in caches]
+    broken = [coding.encode(codec, torch.where(hidden[:, None], torch.nan, x)) for x in caches]
     options = (None, None, False, 0.125, "", None, codec.name, codec.name, 64, 64, torch.float32)
     torch.testing.assert_close(ops.attend(q, *broken, keep, rewrite.reach(keep), *options), expected)
     assert not hidden.any() or ops.attend(q, *broken, keep, None, *options).isnan().any()

@@ -8,7 +8,7 @@ import torch
 from conversations import conversations, fake_quantised
 from models import EMBED, Shape
 
-from tqcompile import CompressedKV, dispatch, formats, reference
+from tqcompile import CompressedKV, coding, dispatch, formats
 from tqcompile.readonly import ReadOnly
 
 F = torch.nn.functional
@@ -25,7 +25,7 @@ def made(codec="turboquant:3", size=SIZE, dtype=torch.float32):
 
 def codes(cache):
     """Numbers in the codec's basis: there a move of tokens is exact, where a rotation rounds by its shape."""
-    return reference.decode(cache.codec, cache.planes, cache.shape[-1])
+    return coding.decode(cache.codec, cache.planes, cache.shape[-1])
 
 
 class Recorder(torch.utils._python_dispatch.TorchDispatchMode):

@@ -62,4 +62,4 @@ def test_the_lossless_codec_costs_what_the_tensor_costs(dtype, bits):
 def test_a_token_is_smaller_than_a_half_precision_one_at_every_head_dim_unless_it_is_stored_as_it_is(codec):
     for head_dim in range(16, 257):
         size = layout_of(codec, head_dim, torch.float16, "cpu").bytes_per_token
-        assert size == 2 * head_dim if codec.fit == "exact" else size < 2 * head_dim
+        assert size == 2 * head_dim if codec.is_exact else size < 2 * head_dim

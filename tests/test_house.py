@@ -14,7 +14,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 FLOORS = (
     ("codec", "scores"),
     ("tables", "layout"),
-    ("formats", "reference"),
+    ("formats", "reference", "coding"),
     ("options",),
     ("kernels", "cpu"),
     ("ops",),

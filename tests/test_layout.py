@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tqcompile import reference
+from tqcompile import coding
 from tqcompile.codec import Codec, Lookup, Plane, Term
 from tqcompile.formats import REGISTRY
 from tqcompile.layout import COORDINATE, layout_of
@@ -120,7 +120,7 @@ def test_allocated_planes_have_the_bytes_the_layout_states_and_decode_to_zeros(c
     layout = layout_of(codec, 80, dtype, "cpu")
     planes = layout.allocate((2, 3, 5), "cpu")
     assert sum(plane.nbytes for plane in planes) == 2 * 3 * 5 * layout.bytes_per_token
-    assert torch.equal(reference.decode(codec, planes, 80).float(), torch.zeros(2, 3, 5, 80))
+    assert torch.equal(coding.decode(codec, planes, 80).float(), torch.zeros(2, 3, 5, 80))
 
 
 @EVERY_CODEC
@@ -128,7 +128,7 @@ def test_allocated_planes_have_the_bytes_the_layout_states_and_decode_to_zeros(c
 def test_the_encoder_fills_the_planes_that_the_layout_allocates(codec, dtype):
     for head_dim in (codec.minimum_head_dim, 33, 48, 80, 256):
         planes = layout_of(codec, head_dim, dtype, "cpu").allocate((4,), "cpu")
-        encoded = reference.encode(codec, torch.ones(4, head_dim, dtype=dtype))
+        encoded = coding.encode(codec, torch.ones(4, head_dim, dtype=dtype))
         assert [(p.shape, p.dtype) for p in encoded] == [(p.shape, p.dtype) for p in planes]
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from test_reference import EVERY_CODEC, HEAD_DIMS, normal
 
-from tqcompile import reference, tables
+from tqcompile import coding, reference, tables
 from tqcompile.formats import PRESETS, codec
 
 # --- attend
@@ -35,7 +35,7 @@ class Case:
         self.dims, self.shape = dims, (batch, heads, queries, length)
         self.q = normal(batch, heads, queries, dims[0], seed=1, dtype=dtype)
         self.keys, self.values = (
-            reference.encode(c, normal(batch, kv_heads, length, dim, seed=seed, dtype=dtype))
+            coding.encode(c, normal(batch, kv_heads, length, dim, seed=seed, dtype=dtype))
             for c, dim, seed in zip(self.codecs, dims, (2, 3))
         )
         self.scale = dims[0] ** -0.5
@@ -45,7 +45,7 @@ class Case:
         return reference.attend(*operands, **more)
 
     def truth(self, mask=None, causal=False, **more):
-        k, v = (reference.decode(*each) for each in zip(self.codecs, (self.keys, self.values), self.dims))
+        k, v = (coding.decode(*each) for each in zip(self.codecs, (self.keys, self.values), self.dims))
         return dense(self.q, k, v, mask, causal, self.scale, **more)
 
     def check(self, mask=None, causal=False):
@@ -188,7 +188,7 @@ def test_a_poisoned_key_poisons_the_queries_that_see_it_and_no_other(path):
     case = Case(("q8_0", "q8_0"), shape=(1, 4, 2, 130, 130))
     k = normal(1, 2, 130, 64, seed=2)
     k[:, :, 100] = math.nan
-    case.keys = reference.encode(case.codecs[0], k)
+    case.keys = coding.encode(case.codecs[0], k)
     out = case.attend(causal=True)
     assert out[:, :, :100].isfinite().all()
     assert out[:, :, 100:].isnan().all()
@@ -200,7 +200,7 @@ def test_no_more_than_a_block_of_the_cache_is_ever_decoded(path, monkeypatch):
     seen = []
 
     def watched(codec, planes, head_dim):
-        rows = reference.decode(codec, planes, head_dim)
+        rows = coding.decode(codec, planes, head_dim)
         seen.append(rows.shape[2])
         return rows
 
@@ -214,7 +214,7 @@ def test_attention_in_the_rotated_space_is_attention_in_the_model_s_own():
     case = Case(shape=(1, 4, 2, 3, 70), dims=(80, 48))
     bases = [tables.basis_matrix(c, dim) for c, dim in zip(case.codecs, case.dims)]
     k, v = (
-        reference.rotate_back(reference.decode(c, planes, dim), basis, torch.float32)
+        reference.rotate_back(coding.decode(c, planes, dim), basis, torch.float32)
         for c, planes, dim, basis in zip(case.codecs, (case.keys, case.values), case.dims, bases)
     )
     expected = dense(case.q, k, v, scale=case.scale)
@@ -227,8 +227,8 @@ def test_attention_in_the_rotated_space_is_attention_in_the_model_s_own():
 @pytest.mark.parametrize("length", [0, 1, 64, 65, 200])
 def test_logits_and_mix_are_the_two_dense_products(codec, length, path):
     case = Case((codec.name, codec.name), shape=(2, 6, 2, 3, length), dims=(48, 80))
-    k = reference.decode(codec, case.keys, 48).double().repeat_interleave(3, 1)
-    v = reference.decode(codec, case.values, 80).double().repeat_interleave(3, 1)
+    k = coding.decode(codec, case.keys, 48).double().repeat_interleave(3, 1)
+    v = coding.decode(codec, case.values, 80).double().repeat_interleave(3, 1)
     scores = reference.logits(case.q, case.keys, codec, 48)
     torch.testing.assert_close(scores.double(), case.q.double() @ k.transpose(-1, -2), rtol=1e-4, atol=1e-5)
     weights = normal(2, 6, 3, length, seed=9)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from tqcompile import reference, tables
+from tqcompile import coding, tables
 from tqcompile.codec import Lookup, Plane
 from tqcompile.formats import REGISTRY
 
@@ -117,7 +117,7 @@ def test_the_numbers_in_use_ascend_and_are_odd(head_dim):
 def test_the_reference_computes_the_numbers_that_the_kernels_look_up(bits, head_dim):
     codes = torch.arange(2**bits, dtype=torch.int32)
     expected = torch.tensor(tables.numbers(look_up(bits), head_dim))
-    found = reference.lookup(look_up(bits), codes, head_dim) * tables.unit(look_up(bits), head_dim)
+    found = coding.lookup(look_up(bits), codes, head_dim) * tables.unit(look_up(bits), head_dim)
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)
 
 

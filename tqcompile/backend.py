@@ -166,8 +166,8 @@ def _name_sources(gm: fx.GraphModule, copy: fx.GraphModule, context: Context) ->
     for entry in context.inputs:
         if entry.site is not None:
             root = originals[entry.index]
-            for plane in entry.site.codec.planes:
-                plane_source[f"{root.name}_{plane.name}"] = AttrSource(root._dynamo_source, plane.name)
+            for name in entry.site.codec.stores:
+                plane_source[f"{root.name}_{name}"] = AttrSource(root._dynamo_source, name)
     for node in _placeholders(copy):
         if not hasattr(node, "_dynamo_source"):
             node._dynamo_source = plane_source[node.target]

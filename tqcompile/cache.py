@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import torch
 
-from tqcompile import formats, reference, tables
+from tqcompile import coding, formats, reference, tables
 from tqcompile.buffer import Buffer, Planes
 from tqcompile.codec import Codec
 from tqcompile.layout import layout_of
@@ -74,9 +74,9 @@ class CompressedKV(torch.Tensor):
     def decode(self) -> torch.Tensor:
         """The dense tensor this cache stands for, decoded anew: [..., head_dim] in the cache's dtype."""
         basis = tables.basis_matrix(self.codec, self.shape[-1], self.device)
-        rows = reference.decode(self.codec, self.planes, self.shape[-1])
+        rows = coding.decode(self.codec, self.planes, self.shape[-1])
         dense = reference.rotate_back(rows, basis, self.dtype)
-        return dense.clone(memory_format=torch.contiguous_format) if self.codec.fit == "exact" else dense.contiguous()
+        return dense.clone(memory_format=torch.contiguous_format) if self.codec.is_exact else dense.contiguous()
 
     def decoded_for(self, reader: str) -> torch.Tensor:
         """`decode()` for an operator that is not compiled, which the report tells of."""
@@ -287,7 +287,7 @@ def encode_dense(dense: torch.Tensor, codec: Codec) -> Planes:
         parts = [lambda x, at=at: x.narrow(longest, at, min(step, x.shape[longest] - at)) for at in starts]
     with torch.no_grad():
         for part in parts:
-            block = reference.encode(codec, reference.rotate(part(dense.detach()), basis))
+            block = coding.encode(codec, reference.rotate(part(dense.detach()), basis))
             for plane, code in zip(planes, block):
                 part(plane).copy_(code)
     return planes

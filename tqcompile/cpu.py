@@ -9,7 +9,7 @@ from functools import cache, partial, reduce
 
 import torch
 
-from tqcompile import reference
+from tqcompile import coding, reference
 from tqcompile.codec import Codec
 from tqcompile.layout import PlaneLayout, Section
 
@@ -69,13 +69,13 @@ def mix(weights: torch.Tensor, values: Tensors, codec: Codec, head_dim: int) -> 
     tensors = [*by_head.unsqueeze(-1).unbind(1), *planes]
     parts = [part for block in _blocks(tensors) for part in _in_chunks(block)]
     compute = _compiled(_mix_of_rows, codec, head_dim, parts[0], (*_attention_sizes(), CHUNK))
-    return reduce(torch.add, [compute(*part)[0] for part in parts]).view(*weights.shape[:3], head_dim)
+    return reduce(torch.add, [compute(*part)[0] for part in parts]).view(*weights.shape[:3], -1)
 
 
 def decode_rows(codec: Codec, planes: Tensors, head_dim: int) -> torch.Tensor:
-    """`reference.decode` of planes [..., width], folded into rows and compiled once a codec and head_dim."""
-    if _compile_rows is None or codec.fit == "exact" or planes[0].shape[:-1].numel() < 2:
-        return reference.decode(codec, planes, head_dim)
+    """`coding.decode` of planes [..., width], folded into rows and compiled once a codec and head_dim."""
+    if _compile_rows is None or codec.is_exact or planes[0].shape[:-1].numel() < 2:
+        return coding.decode(codec, planes, head_dim)
     # Rows in the order they lie in memory: whatever the model's order of dimensions is, nothing is copied.
     order = sorted(range(planes[0].dim() - 1), key=planes[0].stride, reverse=True)
     ordered = [plane.permute(*order, -1) for plane in planes]
@@ -83,13 +83,13 @@ def decode_rows(codec: Codec, planes: Tensors, head_dim: int) -> torch.Tensor:
     rows = _full_precision(plane.reshape(-1, plane.shape[-1]).contiguous() for plane in ordered)
     decode = _compiled(_decode_rows, codec, head_dim, rows, (ROWS,))
     back = sorted(range(len(order)), key=order.__getitem__)
-    return decode(*rows)[0].view(*leading, head_dim).permute(*back, -1)
+    return decode(*rows)[0].view(*leading, -1).permute(*back, -1)
 
 
 def encode_rows(codec: Codec, y: torch.Tensor) -> Tensors:
-    """`reference.encode` of y [..., head_dim], folded into rows and compiled once a codec, head_dim and dtype."""
-    if _compile_rows is None or codec.fit == "exact" or y.shape[:-1].numel() < 2:
-        return reference.encode(codec, y)
+    """`coding.encode` of y [..., head_dim], folded into rows and compiled once a codec, head_dim and dtype."""
+    if _compile_rows is None or codec.is_exact or y.shape[:-1].numel() < 2:
+        return coding.encode(codec, y)
     rows = y.reshape(-1, y.shape[-1]).contiguous()
     encode = _compiled(_encode_rows, codec, y.shape[-1], [rows], (ROWS,))
     return [plane.view(*y.shape[:-1], plane.shape[-1]) for plane in encode(rows)]
@@ -98,7 +98,7 @@ def encode_rows(codec: Codec, y: torch.Tensor) -> Tensors:
 def _compiles(codec: Codec, queries: torch.Tensor, planes: Tensors) -> bool:
     """Whether queries [B, Hq, T, ...] of planes [B, Hkv, S, width] are few enough, and tokens are there."""
     few = queries.shape[2] == 1 and queries.shape[1] <= MOST_QUERIES * planes[0].shape[1]
-    able = _compile_rows is not None and codec.fit != "exact" and queries.device.type == "cpu"
+    able = _compile_rows is not None and not codec.is_exact and queries.device.type == "cpu"
     # Heads of all sequences as one dimension, without a copy of the cache.
     folds = planes[0].shape[0] == 1 or planes[0].stride(0) == planes[0].shape[1] * planes[0].stride(1)
     return able and few and folds and planes[0].numel() > 0
@@ -162,18 +162,18 @@ def _attention_sizes() -> tuple[int, int]:
 
 
 def _decode_rows(codec: Codec, head_dim: int, *planes: torch.Tensor) -> Tensors:
-    return (reference.decode(codec, planes, head_dim),)
+    return (coding.decode(codec, planes, head_dim),)
 
 
 def _encode_rows(codec: Codec, head_dim: int, rows: torch.Tensor) -> Tensors:
-    return reference.encode(codec, rows)
+    return coding.encode(codec, rows)
 
 
 def _logits_of_rows(codec: Codec, head_dim: int, queries: torch.Tensor, *planes: torch.Tensor) -> Tensors:
     """Queries [N, G * D], planes [N, S, width] -> [N, G, S]: G sums over one expression, which is decoded once."""
-    pieces = reference.pieces(codec, planes, head_dim, wide_runs)
+    pieces = coding.pieces(codec, planes, head_dim, wide_runs)
     out = []
-    for query in queries.unsqueeze(1).split(head_dim, -1):
+    for query in queries.unsqueeze(1).split(codec.coordinates(head_dim), -1):
         sums = {}
         for coordinates, numbers in pieces:
             products = numbers * query[..., coordinates]
@@ -186,8 +186,8 @@ def _logits_of_rows(codec: Codec, head_dim: int, queries: torch.Tensor, *planes:
 
 def _mix_of_rows(codec: Codec, head_dim: int, *tensors: torch.Tensor) -> Tensors:
     """G weights [N, chunks, T, 1], planes [N, chunks, T, width] -> [N, G, D], summed over a chunk, then over chunks."""
-    weights, planes = tensors[: -len(codec.planes)], tensors[-len(codec.planes) :]
-    pieces = reference.pieces(codec, planes, head_dim, wide_runs)
+    weights, planes = tensors[: -len(codec.stores)], tensors[-len(codec.stores) :]
+    pieces = coding.pieces(codec, planes, head_dim, wide_runs)
     sums = [torch.cat([(part * weight).sum(2) for _, part in pieces], -1) for weight in weights]
     return (torch.stack(sums, 1).sum(2),)
 

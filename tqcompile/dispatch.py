@@ -76,7 +76,7 @@ def _planes_alike(cache: CompressedKV, value: torch.Tensor) -> tuple[torch.Tenso
     """Planes of `value` in the codec of `cache`."""
     if isinstance(value, CompressedKV):
         same = value.codec is cache.codec and value.shape[-1] == cache.shape[-1]
-        if same and (cache.codec.fit != "exact" or value.dtype == cache.dtype):
+        if same and (not cache.codec.is_exact or value.dtype == cache.dtype):
             return value.planes
         value = value.decode()
     if value.shape[-1:] != cache.shape[-1:]:
@@ -196,7 +196,7 @@ def _to_copy(func, cache, *, dtype=None, device=None, layout=None, pin_memory=No
     dtype = dtype or cache.dtype
     if dtype not in FLOATS:
         return NotImplemented
-    own = dtype if cache.codec.fit == "exact" else None
+    own = dtype if cache.codec.is_exact else None
     planes = (p.to(device=device, dtype=own, non_blocking=non_blocking, copy=True) for p in cache.planes)
     return _fresh(cache, planes, dtype)
 

@@ -1,45 +1,100 @@
 """One constructor a format, and the registry. The only file in which a format's name appears."""
 
 import difflib
+from fractions import Fraction
 from functools import cache
 
-from tqcompile.codec import Codec, Lookup, Plane, Term
+from tqcompile.codec import Basis, Codec, Lookup, Plane, Term
 
-WIDTHS = {"turboquant": (2, 3, 4, 5, 8)}
+# Of head_dim, what the papers' fractional settings give one bit more: 32 of 128.
+OUTLIERS = Fraction(1, 4)
 
 
 def identity() -> Codec:
     """The numbers themselves. Lossless: it separates the rewrite's errors from a codec's."""
-    term = Term("standard", (Lookup(Plane("number", None), "native"),))
-    return Codec("identity", (term,), "exact", unbiased=True, source="the tensor, unchanged")
+    term = Term("standard", (Lookup(Plane("number", None), "native"),), "exact")
+    return Codec("identity", (term,), unbiased=True, source="the tensor, unchanged")
 
 
 def q8_0() -> Codec:
     """Blocks of 32 signed bytes with one float16 scale: 8.5 bits (llama.cpp)."""
-    codes = Lookup(Plane("codes", 8), "signed")
-    scale = Lookup(Plane("scale", 16, per=32), "half")
-    return Codec("q8_0", (Term("standard", (scale, codes)),), "absmax", unbiased=False, source="llama.cpp Q8_0")
+    factors = Lookup(Plane("scale", 16, per=32), "half"), Lookup(Plane("codes", 8), "signed")
+    return Codec("q8_0", (Term("standard", factors, "absmax"),), unbiased=False, source="llama.cpp Q8_0")
 
 
-def turboquant(bits: int) -> Codec:
+def q4_0(basis: Basis = "standard") -> Codec:
+    """Blocks of 32 codes of four bits, -8 to 7, with one float16 scale: 4.5 bits (llama.cpp), rotated or not."""
+    factors = Lookup(Plane("scale", 16, per=32), "half"), Lookup(Plane("codes", 4), "signed")
+    name = "q4_0" if basis == "standard" else f"q4_0:{basis}"
+    return Codec(name, (Term(basis, factors, "extreme"),), unbiased=False, source="llama.cpp Q4_0")
+
+
+def _sphere(bits: int, place: str = "", share: Fraction = Fraction(1), fit: str = "sphere") -> Term:
+    factors = Lookup(Plane(f"scale{place}", 16, per=None), "half"), Lookup(Plane(f"codes{place}", bits), "codebook")
+    return Term("rotation", factors, fit, share)
+
+
+def turboquant(bits: Fraction, scalar: str = "") -> Codec:
     """A rotated vector's nearest Lloyd-Max centroids, and one float16 scalar.
 
-    The scalar is |x|^2 / <x, c>, which makes inner products unbiased at the same size (EDEN, arXiv 2108.08842).
+    The scalar is |x|^2 / <x, c>, which makes inner products unbiased at the same size (EDEN, arXiv 2108.08842), or,
+    with `scalar="norm"`, the paper's |x|. A fraction of a bit gives a quarter of the channels one bit more than the
+    others, in two independent instances; channels are spread evenly, because nothing is known of them beforehand.
     """
-    codes = Lookup(Plane("codes", bits), "codebook")
-    scale = Lookup(Plane("scale", 16, per=None), "half")
-    return Codec(
-        f"turboquant:{bits}",
-        (Term("rotation", (scale, codes)),),
-        "sphere",
-        unbiased=True,
-        source="arXiv 2504.19874, mse",
-        minimum_head_dim=2,
+    whole, fit = int(bits), scalar or "sphere"
+    if whole == bits:
+        terms = (_sphere(whole, fit=fit),)
+    else:
+        terms = _sphere(whole + 1, "_outliers", OUTLIERS, fit), _sphere(whole, "_others", 1 - OUTLIERS, fit)
+    name = f"turboquant:{whole if whole == bits else float(bits)}{f':{scalar}' * bool(scalar)}"
+    least = 2 if whole == bits else 8
+    return Codec(name, terms, unbiased=not scalar, source="arXiv 2504.19874, mse", minimum_head_dim=least)
+
+
+def _signs(basis: Basis, share: int = 1) -> Term:
+    factors = Lookup(Plane("norm", 16, per=None), "half"), Lookup(Plane("signs", 1), "sign")
+    return Term(basis, factors, "sign", Fraction(share))
+
+
+def turboquant_prod(bits: int, basis: Basis = "sketch") -> Codec:
+    """One bit less of `turboquant` with the norm as its scalar, and signs of a sketch of what that leaves.
+
+    The sketch's rows are orthogonal, or with `basis="gaussian"` independent normal numbers as in the paper.
+    """
+    name = f"turboquant_prod:{bits}" + (f":{basis}" if basis != "sketch" else "")
+    terms = _sphere(bits - 1, fit="norm"), _signs(basis)
+    return Codec(name, terms, unbiased=True, source="arXiv 2504.19874, prod", minimum_head_dim=2)
+
+
+def qjl(rows: int) -> Codec:
+    """Signs of `rows` * head_dim orthogonalised random projections, and the norm; keys only."""
+    term, source = _signs("sketch", rows), "arXiv 2406.03482"
+    return Codec(f"qjl:{rows}", (term,), unbiased=True, source=source, minimum_head_dim=2, for_values=False)
+
+
+def polarquant() -> Codec:
+    """A rotated vector in recursive polar coordinates: four levels of angles at 4, 2, 2 and 2 bits, radii of 16."""
+    angles = tuple(
+        Lookup(Plane(f"angles_{2**level}", 4 if level == 1 else 2, 2**level), "angle") for level in (1, 2, 3, 4)
     )
+    factors = Lookup(Plane("radius", 16, per=16), "half"), *angles
+    return Codec("polarquant", (Term("rotation", factors, "polar"),), unbiased=False, source="arXiv 2502.02617")
 
 
 REGISTRY: dict[str, Codec] = {
-    codec.name: codec for codec in (identity(), q8_0(), *(turboquant(bits) for bits in WIDTHS["turboquant"]))
+    codec.name: codec
+    for codec in (
+        identity(),
+        q8_0(),
+        q4_0(),
+        q4_0("hadamard"),
+        *(turboquant(Fraction(bits)) for bits in (1, 2, "2.5", 3, "3.5", 4, 5, 6, 7, 8)),
+        *(turboquant(Fraction(bits), "norm") for bits in (1, 2, "2.5", 3, "3.5", 4)),
+        *(turboquant_prod(bits) for bits in (2, 3, 4, 5)),
+        turboquant_prod(4, "gaussian"),
+        *(qjl(rows) for rows in (1, 2, 4)),
+        polarquant(),
+    )
 }
 
 # keys, values. Keys want more bits than values at every budget that was measured.

@@ -1,9 +1,10 @@
 """Where each bit of a compressed token lives.
 
-A code of b bits is cut into sections of 8, 4, 2 or 1 bits. A section keeps `fields` pieces in a byte, and piece d
-goes to byte `d mod run` at bit `bits * (d div run)`: neighbouring bytes hold neighbouring coordinates, so a whole
-run is unpacked by one shift and one mask. The expressions are stated once, in sympy: allocation evaluates them,
-the kernels print them, the tests prove them injective and in bounds.
+Planes of codes lie in one row of bytes, side by side, and planes of scalars in one row of numbers: a cache has a tensor
+for each kind (`Store`), whatever its codec is. A code of b bits is cut into sections of 8, 4, 2 or 1 bits. A section
+keeps `fields` pieces in a byte, and piece d goes to byte `d mod run` at bit `bits * (d div run)`: neighbouring bytes
+hold neighbouring coordinates, so a whole run is unpacked by one shift and one mask. The expressions are stated once, in
+sympy: allocation evaluates them, the kernels print them, the tests prove them injective and in bounds.
 """
 
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from functools import cache
 import sympy
 import torch
 
-from tqcompile.codec import Codec, Plane
+from tqcompile.codec import Codec, Lookup, Plane
 
 COORDINATE = sympy.Symbol("d", integer=True, nonnegative=True)
 
@@ -43,10 +44,11 @@ class Section:
 
 @dataclass(frozen=True)
 class PlaneLayout:
-    """One plane of one token: `count` codes in `width` elements of `dtype`."""
+    """One plane of one token: `count` codes in `width` elements of `dtype`, from element `offset` of its store."""
 
     plane: Plane
     dtype: torch.dtype
+    offset: int
     width: int
     count: int
     sections: tuple[Section, ...]
@@ -102,19 +104,29 @@ class PlaneLayout:
 
 
 @dataclass(frozen=True)
+class Store:
+    """One tensor of a cache: `width` elements of `dtype` for one token of one head."""
+
+    name: str
+    dtype: torch.dtype
+    width: int
+
+
+@dataclass(frozen=True)
 class Layout:
-    """The planes of one codec for one head_dim, dtype and kind of device."""
+    """The planes of one codec for one head_dim, dtype and kind of device, and the tensors that they lie in."""
 
     codec: Codec
     head_dim: int
     dtype: torch.dtype
     device_type: str
     planes: tuple[PlaneLayout, ...]
+    stores: tuple[Store, ...]
 
     @property
     def bytes_per_token(self) -> int:
         """Bytes that one token of one head takes, scalars included."""
-        return sum(plane.bytes_per_token for plane in self.planes)
+        return sum(store.width * store.dtype.itemsize for store in self.stores)
 
     @property
     def bits_per_element(self) -> float:
@@ -125,7 +137,7 @@ class Layout:
 
     def allocate(self, leading: tuple[int, ...], device: torch.device | str) -> tuple[torch.Tensor, ...]:
         """Zeroed planes [*leading, width]; all-zero planes decode to zeros in every codec."""
-        return tuple(torch.zeros((*leading, plane.width), dtype=plane.dtype, device=device) for plane in self.planes)
+        return tuple(torch.zeros((*leading, store.width), dtype=store.dtype, device=device) for store in self.stores)
 
 
 @cache
@@ -139,19 +151,25 @@ def layout_of(codec: Codec, head_dim: int, dtype: torch.dtype, device_type: str)
         raise ValueError(f"head_dim={head_dim}; {codec.name} needs at least {codec.minimum_head_dim}")
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise ValueError(f"dtype={dtype}; a cache holds float32, float16 or bfloat16")
-    tables = {factor.plane: factor.table for term in codec.terms for factor in term.factors}
-    planes = tuple(_plane_layout(plane, tables[plane], head_dim, dtype) for plane in codec.planes)
-    return Layout(codec, head_dim, dtype, device_type, planes)
+    planes, widths = [], dict.fromkeys(codec.stores, 0)
+    for term, band in zip(codec.terms, codec.bands(head_dim)):
+        for factor in term.factors:
+            planes.append(_plane_layout(factor, band.stop - band.start, dtype, widths[factor.store]))
+            widths[factor.store] += planes[-1].width
+    dtypes = dict(zip((factor.store for factor in codec.factors), (plane.dtype for plane in planes)))
+    stores = tuple(Store(name, dtypes[name], width) for name, width in widths.items())
+    return Layout(codec, head_dim, dtype, device_type, tuple(planes), stores)
 
 
-def _plane_layout(plane: Plane, table: str, head_dim: int, dtype: torch.dtype) -> PlaneLayout:
-    count = plane.count(head_dim)
-    if table in ("half", "native"):
-        return PlaneLayout(plane, torch.float16 if table == "half" else dtype, count, count, ())
-    sections, offset, shift = [], 0, 0
+def _plane_layout(factor: Lookup, coordinates: int, dtype: torch.dtype, start: int) -> PlaneLayout:
+    plane, count = factor.plane, factor.plane.count(coordinates)
+    if factor.table in ("half", "native"):
+        kind = torch.float16 if factor.table == "half" else dtype
+        return PlaneLayout(plane, kind, start, count, count, ())
+    sections, offset, shift = [], start, 0
     for bits in (8, 4, 2, 1):
         if plane.bits & bits:
             run = -(-count * bits // 8)
             sections.append(Section(bits, shift, offset, run))
             offset, shift = offset + run, shift + bits
-    return PlaneLayout(plane, torch.uint8, offset, count, tuple(sections))
+    return PlaneLayout(plane, torch.uint8, start, offset - start, count, tuple(sections))

@@ -47,6 +47,13 @@ def prepare(codec: Codec, head_dim: int, device: torch.device) -> None:
         integer.prepare(codec, head_dim, device)
 
 
+def writes(codec: Codec, head_dim: int) -> bool:
+    """Whether a GPU has a kernel that writes tokens of a codec; elsewhere a graph had better spell that out."""
+    from tqcompile.kernels import append as kernel
+
+    return kernel.writes(codec, head_dim)
+
+
 def kernel_of(key_codec: str, value_codec: str, head_dims: tuple[int, int]) -> str:
     """What attends over a pair of codecs on a GPU, for the report."""
     from tqcompile.kernels import integer
@@ -69,8 +76,12 @@ def _append_cpu(planes: Tensors, y: torch.Tensor, positions, basis, codec: str) 
 def _append_cuda(planes: Tensors, y: torch.Tensor, positions, basis, codec: str) -> None:
     from tqcompile.kernels import append as kernel
 
+    codec, y = formats.codec(codec), reference.rotate(y, basis)
     with torch.cuda.device(y.device):
-        kernel.append(formats.codec(codec), planes, reference.rotate(y, basis), positions)
+        if kernel.writes(codec, codec.head_dim(y.shape[-1])):
+            kernel.append(codec, planes, y, positions)
+        else:
+            reference.append(codec, planes, y, positions)
 
 
 def _append_step_cpu(keys, values, k, v, q, positions, key_basis, value_basis, key_codec, value_codec):
@@ -136,7 +147,7 @@ def _logits_cuda(q: torch.Tensor, keys: Tensors, codec: str, head_dim: int) -> t
     with torch.cuda.device(q.device):
         if kernel.takes(q, keys, codec, head_dim):
             return kernel.logits(q, keys, codec, head_dim)
-        look_up = attend.table_of(codec.codes, head_dim, q.dtype, q.device)
+        look_up = attend.table_of(codec, head_dim, q.dtype, q.device)
         return decoded.logits(q, keys, codec, look_up).float()
 
 
@@ -145,7 +156,7 @@ def _mix_cuda(weights: torch.Tensor, values: Tensors, codec: str, head_dim: int)
 
     codec = formats.codec(codec)
     with torch.cuda.device(weights.device):
-        look_up = attend.table_of(codec.codes, head_dim, weights.dtype, weights.device)
+        look_up = attend.table_of(codec, head_dim, weights.dtype, weights.device)
         return decoded.mix(weights, values, codec, look_up, head_dim).float()
 
 
@@ -168,7 +179,7 @@ def _(planes, y, positions, basis, codec):
 
 @torch.library.register_fake("tqcompile::append_step", lib=_library)
 def _(keys, values, k, v, q, positions, key_basis, value_basis, key_codec, value_codec):
-    return q.new_empty(q.shape, dtype=key_basis.dtype)
+    return q.new_empty((*q.shape[:-1], key_basis.shape[0]), dtype=key_basis.dtype)
 
 
 @torch.library.register_fake("tqcompile::attend", lib=_library)
@@ -184,4 +195,5 @@ def _(q, keys, codec, head_dim):
 
 @torch.library.register_fake("tqcompile::mix", lib=_library)
 def _(weights, values, codec, head_dim):
-    return weights.new_empty((*weights.shape[:-1], head_dim), dtype=torch.float32)
+    coordinates = formats.codec(codec).coordinates(head_dim)
+    return weights.new_empty((*weights.shape[:-1], coordinates), dtype=torch.float32)

@@ -1,16 +1,18 @@
-"""Every number a format needs, derived from its definition: rotations and Lloyd-Max codebooks."""
+"""Every number a format needs, derived from its definition: bases and Lloyd-Max codebooks."""
 
 from functools import cache
 from itertools import pairwise
 
 import numpy as np
 import torch
+from scipy.linalg import hadamard
 from scipy.optimize import root
 from scipy.special import betainc, betaincinv, gammaln
 
-from tqcompile.codec import Codec, Lookup
+from tqcompile.codec import Basis, Codec, Lookup
 
 ROTATION_SEED = 2504_19874
+SKETCH_SEED = 2406_03482
 POLYNOMIAL_TERMS = 5
 
 
@@ -72,8 +74,86 @@ def rotation(head_dim: int, seed: int = ROTATION_SEED) -> torch.Tensor:
 def basis_matrix(
     codec: Codec, head_dim: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> torch.Tensor | None:
-    """The matrix whose rows are the codec's basis, or None where that is the model's own."""
-    return rotation(head_dim).to(device, dtype) if codec.basis == "rotation" else None
+    """The rows of the bases of a codec's terms, in order, [coordinates, head_dim]; None for the model's own basis."""
+    if all(term.basis == "standard" and term.share == 1 for term in codec.terms):
+        return None
+    rows, left = [], np.arange(head_dim)
+    for term, band in zip(codec.terms, codec.bands(head_dim)):
+        count, channels = band.stop - band.start, np.arange(head_dim)
+        if term.share < 1:
+            channels = left[np.arange(count) * len(left) // count]
+            left = np.setdiff1d(left, channels)
+        part = torch.zeros(count, head_dim)
+        part[:, channels] = _BASES[term.basis](count, len(channels))
+        rows.append(part)
+    return torch.cat(rows).to(device, dtype)
+
+
+@cache
+def overlap(codec: Codec, head_dim: int, first: int, second: int) -> torch.Tensor:
+    """What term `second` sees of a vector that term `first` makes: [coordinates of first, coordinates of second]."""
+    bands, basis = codec.bands(head_dim), basis_matrix(codec, head_dim, dtype=torch.float64)
+    return (basis[bands[first]] @ basis[bands[second]].T).float()
+
+
+def _hadamard(rows: int, columns: int) -> torch.Tensor:
+    """Sylvester's matrix, orthonormal, in blocks of the largest power of two that divides `columns`."""
+    size = columns & -columns
+    return torch.block_diag(*[torch.from_numpy(hadamard(size) / np.sqrt(size)).float()] * (columns // size))
+
+
+def _sketch(rows: int, columns: int) -> torch.Tensor:
+    return torch.cat([rotation(columns, SKETCH_SEED + place) for place in range(rows // columns)])
+
+
+def _gaussian(rows: int, columns: int) -> torch.Tensor:
+    return torch.from_numpy(
+        np.random.default_rng((SKETCH_SEED, rows, columns)).standard_normal((rows, columns))
+    ).float()
+
+
+_BASES = {
+    "standard": lambda rows, columns: torch.eye(rows),
+    "rotation": lambda rows, columns: rotation(columns),
+    "hadamard": _hadamard,
+    "sketch": _sketch,
+    "gaussian": _gaussian,
+}
+
+
+def sign_gain(basis: Basis, rows: int, head_dim: int) -> float:
+    """What |x| sum_i s_i sign(<s_i, x>), over `rows` rows s_i, is multiplied by to be x on average.
+
+    QJL (arXiv 2406.03482, eq. 3) for Gaussian rows; for rows on the unit sphere, 1 / (rows E|s_1|).
+    """
+    if basis == "gaussian":
+        return float(np.sqrt(np.pi / 2) / rows)
+    return float(np.sqrt(np.pi) * np.exp(gammaln((head_dim + 1) / 2) - gammaln(head_dim / 2)) / rows)
+
+
+@cache
+def angles(level: int, bits: int) -> tuple[float, ...]:
+    """Lloyd-Max centroids of the angle at a level of the polar transform of a Gaussian vector, ascending, in radians.
+
+    At level 1 the angle of two coordinates is uniform on [0, 2 pi). Above, that of two radii lies on [0, pi / 2] with
+    density ~ sin(2 psi)^(2^(level - 1) - 1) (PolarQuant, arXiv 2502.02617, lemma 2).
+    """
+    count = 2**bits
+    if level == 1:
+        return tuple(float(a) for a in (np.arange(count) + 0.5) * 2 * np.pi / count)
+    nodes, weights = np.polynomial.legendre.leggauss(64)
+
+    def means(centroids: np.ndarray) -> np.ndarray:
+        edges = np.concatenate([[0.0], (centroids[1:] + centroids[:-1]) / 2, [np.pi / 2]])
+        middle, half = (edges[1:] + edges[:-1]) / 2, np.diff(edges) / 2
+        psi = middle[:, None] + half[:, None] * nodes
+        density = np.sin(2 * psi) ** (2 ** (level - 1) - 1) * weights
+        return (psi * density).sum(1) / density.sum(1)
+
+    start = np.pi / 4 + (np.arange(count) - (count - 1) / 2) * 1.2 / (count * 2 ** (level / 2 - 1))
+    solution = root(lambda c: means(c) - c, start, tol=1e-13)
+    assert np.abs(means(solution.x) - solution.x).max() < 1e-9, f"no codebook of angles at level {level}, {bits} bits"
+    return tuple(float(a) for a in solution.x)
 
 
 @cache
@@ -123,16 +203,44 @@ def integers(lookup: Lookup, head_dim: int) -> tuple[tuple[int, ...], float] | N
 
 
 @cache
-def numbers(lookup: Lookup, head_dim: int) -> tuple[float, ...]:
-    """The table of a codebook look-up: the number of each code, in order of the code."""
-    whole, bits = integers(lookup, head_dim), lookup.plane.bits
+def numbers(lookup: Lookup, coordinates: int) -> tuple[float, ...]:
+    """The table of a look-up that has one, in order of the code: a codebook's numbers; of angles, cosine and sine."""
+    if lookup.table == "angle":
+        found = angles(lookup.plane.per.bit_length() - 1, lookup.plane.bits)
+        return tuple(float(number) for angle in found for number in (np.cos(angle), np.sin(angle)))
+    whole, bits = integers(lookup, coordinates), lookup.plane.bits
     if whole is not None:
         return tuple(place * whole[1] for place in whole[0])
-    coefficients = polynomial(lookup, head_dim)
+    coefficients = polynomial(lookup, coordinates)
     if coefficients is None:
-        return sphere_codebook(bits, head_dim)
+        return sphere_codebook(bits, coordinates)
     x = np.arange(2**bits) - (2**bits - 1) / 2
     return tuple(float(c) for c in sum(a * x ** (2 * i + 1) for i, a in enumerate(coefficients)))
+
+
+def tabled(codec: Codec) -> tuple[Lookup, ...]:
+    """The look-ups of a codec that take numbers from a table."""
+    return tuple(factor for factor in codec.factors if factor.table in ("codebook", "angle"))
+
+
+@cache
+def table_offsets(codec: Codec, head_dim: int) -> dict[str, int]:
+    """Where the table of each plane begins, in the tables of a codec laid end to end."""
+    lengths = [len(numbers(factor, coordinates)) for factor, coordinates in _sized(codec, head_dim)]
+    return dict(zip((factor.plane.name for factor in tabled(codec)), np.cumsum([0, *lengths]).tolist()))
+
+
+@cache
+def all_numbers(codec: Codec, head_dim: int) -> tuple[float, ...]:
+    """The tables of a codec's look-ups, end to end; one unused zero where there are none."""
+    found = [numbers(factor, coordinates) for factor, coordinates in _sized(codec, head_dim)]
+    return tuple(number for each in found for number in each) or (0.0,)
+
+
+def _sized(codec: Codec, head_dim: int) -> list[tuple[Lookup, int]]:
+    counts = [band.stop - band.start for band in codec.bands(head_dim)]
+    pairs = [(factor, count) for term, count in zip(codec.terms, counts) for factor in term.factors]
+    return [(factor, count) for factor, count in pairs if factor in tabled(codec)]
 
 
 def unit(lookup: Lookup, head_dim: int) -> float:

@@ -6,7 +6,7 @@ from cases import close, planes_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tqcompile import formats, reference, tables
+from tqcompile import coding, formats, reference, tables
 from tqcompile.kernels import append, attend
 from tqcompile.layout import layout_of
 
@@ -31,14 +31,14 @@ def near_a_tie(codec, y):
         edges = torch.tensor(tables.boundaries(tables.numbers(codec.codes, y.shape[-1])), device=y.device)
         unit = y / y.norm(dim=-1, keepdim=True) * math.sqrt(y.shape[-1])
         return ((unit.unsqueeze(-1) - edges).abs() < TIE).any(-1)
-    scale = reference.split(codec, reference.encode(codec, y))[1].float()
+    scale = coding.split(codec, coding.encode(codec, y))[1].float()
     ratio = y / scale.repeat_interleave(codec.scale.plane.per, -1)[..., : y.shape[-1]]
     return ((ratio - ratio.floor() - 0.5).abs() < TIE * ratio.abs().clamp_min(1)) | ~ratio.isfinite()
 
 
 def agree(codec, planes, y, positions):
     """Codes equal save at ties; scalars within one step of float16; a codec without codes equal bit for bit."""
-    (mine, scale), (theirs, expected) = (reference.split(codec, side) for side in planes)
+    (mine, scale), (theirs, expected) = (coding.split(codec, side) for side in planes)
     if codec.scale is None:
         assert torch.equal(mine.nan_to_num(1.5), theirs.nan_to_num(1.5))
         return

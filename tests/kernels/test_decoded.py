@@ -6,7 +6,7 @@ import pytest
 import torch
 from cases import close, compressed
 
-from tqcompile import formats, reference, tables
+from tqcompile import coding, formats, reference, tables
 from tqcompile.kernels import attend, decoded, tune
 
 CODECS = list(formats.REGISTRY)
@@ -20,7 +20,7 @@ def many_rows(monkeypatch):
 
 
 def look_up(codec, head_dim, dtype, device):
-    return attend.table_of(codec.codes, head_dim, dtype, torch.device(device))
+    return attend.table_of(codec, head_dim, dtype, torch.device(device))
 
 
 @pytest.mark.parametrize("head_dim", [16, 48, 80, 128, 256])
@@ -30,7 +30,7 @@ def test_every_codec_is_decoded_as_the_reference_does(device, name, head_dim):
     codec, x = formats.codec(name), torch.randn(2, 3, 77, head_dim, device=device)
     planes = [plane[:, :, 5:] for plane in compressed(codec, x, growing=True)]
     numbers = decoded.decode(codec, planes, look_up(codec, head_dim, torch.float32, device), head_dim, torch.float32)
-    torch.testing.assert_close(numbers, reference.decode(codec, planes, head_dim), rtol=3e-6, atol=1e-6)
+    torch.testing.assert_close(numbers, coding.decode(codec, planes, head_dim), rtol=3e-6, atol=1e-6)
 
 
 def run(device, q, keys, values, mask, causal, codecs, dims, score_mod="", sinks=None):

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_append import agree
 
-from tqcompile import formats, reference, tables
+from tqcompile import coding, formats, reference, tables
 from tqcompile.kernels import step
 
 KEYS = [name for name, codec in formats.REGISTRY.items() if codec.basis == "rotation"]
@@ -54,7 +54,7 @@ def test_a_basis_in_half_precision_rotates_into_it(device):
     turned = step.append_step((codec, codec), planes, (k, k), q, None, (basis, basis))
     assert turned.dtype == dtype
     assert distance(turned, q.float() @ basis.float().T) < 4e-3
-    back = reference.decode(codec, planes[0], 64) @ basis.float()
+    back = coding.decode(codec, planes[0], 64) @ basis.float()
     assert torch.equal(planes[0][0], planes[1][0]) and distance(back, k) < 0.12
 
 

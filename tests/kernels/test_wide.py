@@ -4,7 +4,7 @@ import pytest
 import torch
 from cases import TOLERANCE, close
 
-from tqcompile import formats, reference, tables
+from tqcompile import coding, formats, reference, tables
 from tqcompile.kernels import append, attend, integer, logits, step
 from tqcompile.layout import layout_of
 from tqcompile.passes import rewrite
@@ -63,7 +63,7 @@ def test_the_last_token_is_written(wide):
     basis = tables.basis_matrix(codec, 128, "cuda")
     k, q = torch.randn(1, 8, 1, 128, device="cuda"), torch.randn(1, 16, 1, 128, device="cuda")
     step.append_step((codec, codec), planes, (k, k), q, torch.tensor([LENGTH - 1], device="cuda"), (basis, basis))
-    expected = reference.encode(codec, reference.rotate(k, basis))
+    expected = coding.encode(codec, reference.rotate(k, basis))
     for side in planes:
-        last = reference.decode(codec, [plane[:, :, LENGTH - 1 :] for plane in side], 128)
-        torch.testing.assert_close(last, reference.decode(codec, expected, 128), rtol=1e-3, atol=1e-3)
+        last = coding.decode(codec, [plane[:, :, LENGTH - 1 :] for plane in side], 128)
+        torch.testing.assert_close(last, coding.decode(codec, expected, 128), rtol=1e-3, atol=1e-3)

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import torch
 
-from tqcompile import reference
+from tqcompile import coding, reference
 from tqcompile.bench.shapes import Shape
 from tqcompile.codec import Codec
 
@@ -75,6 +75,6 @@ def encoded(what: str, planes, x: torch.Tensor, codec: Codec, shape: Shape, last
     count = min(TOKENS, x.shape[2])
     for row, head, _ in corners(shape):
         token = x[row, head, -count:].float()
-        found = reference.decode(codec, [plane[row, head, last - count : last] for plane in planes], shape.head_dim)
-        best = reference.decode(codec, reference.encode(codec, token), shape.head_dim)
+        found = coding.decode(codec, [plane[row, head, last - count : last] for plane in planes], shape.head_dim)
+        best = coding.decode(codec, coding.encode(codec, token), shape.head_dim)
         require(what, found, token, distance(best, token) * (1 + TOLERANCE) + TOLERANCE / 10)
