@@ -14,7 +14,8 @@ ROOT = pathlib.Path(__file__).parent.parent
 FLOORS = (
     ("codec", "scores"),
     ("tables", "layout"),
-    ("formats", "reference", "coding"),
+    ("formats", "coding"),
+    ("reference",),
     ("options",),
     ("kernels", "cpu"),
     ("ops",),
