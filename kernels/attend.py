@@ -215,7 +215,7 @@ def attend(
         left = launch(built, q, (key_codes, key_scale), (value_codes, value_scale), mask, reach, scale, codecs, place)
     sinks = None if sinks is None else sinks.float().expand(batch, query_heads, queries, 1).contiguous()
     if basis is None or value_codec.is_plain:
-        return combine(left, place, folder, basis, dtype, sinks).view(shape)
+        return combine(left, place, folder, basis, dtype, sinks).view(*shape[:3], -1)
     # The last kernel rotates by square matrices.
     mixed = combine(left, place, folder, sinks=sinks)
     return rotate_back(mixed, basis, dtype).view(shape)
@@ -232,7 +232,8 @@ def launch(built: ModuleType, q, keys, values, mask, reach, scale: float, codecs
     part, strides = mask if mask is not None else (q, (0, 0, 0, 0))
     sides = []
     for (codes, scales), codec, dim, dtype in zip((keys, values), codecs, (key_dim, value_dim), types):
-        sides += [codes, codes if scales is None else scales, table_of(codec, dim, dtype, q.device)]
+        numbers = table_of(codec, codec.head_dim(dim), dtype, q.device)
+        sides += [codes, codes if scales is None else scales, numbers]
     # The interpreter multiplies bfloat16 by its bits; there the rounded numbers go to the product as float32.
     products = [torch.float32 if q.device.type == "cpu" else dtype for dtype in types]
     built.attend_split[(heads, triton.cdiv(rows, plan.block_rows), plan.splits)](

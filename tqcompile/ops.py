@@ -49,9 +49,9 @@ def prepare(codec: Codec, head_dim: int, device: torch.device) -> None:
 
 def writes(codec: Codec, head_dim: int) -> bool:
     """Whether a GPU has a kernel that writes tokens of a codec; elsewhere a graph had better spell that out."""
-    from tqcompile.kernels import append as kernel
+    from tqcompile.kernels import writers
 
-    return kernel.writes(codec, head_dim)
+    return writers.writes(codec, head_dim)
 
 
 def kernel_of(key_codec: str, value_codec: str, head_dims: tuple[int, int]) -> str:
@@ -78,7 +78,7 @@ def _append_cuda(planes: Tensors, y: torch.Tensor, positions, basis, codec: str)
 
     codec, y = formats.codec(codec), reference.rotate(y, basis)
     with torch.cuda.device(y.device):
-        if kernel.writes(codec, codec.head_dim(y.shape[-1])):
+        if writes(codec, codec.head_dim(y.shape[-1])):
             kernel.append(codec, planes, y, positions)
         else:
             reference.append(codec, planes, y, positions)
