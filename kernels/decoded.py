@@ -4,6 +4,7 @@ Where hundreds of rows share a token, its product with them costs more than read
 """
 
 import math
+import warnings
 from collections.abc import Iterator
 from functools import cache
 from types import ModuleType
@@ -193,7 +194,9 @@ def mix(
 def dense(q, k, v, mask, causal: bool, scale: float) -> torch.Tensor:
     """The attention of PyTorch, by a fused kernel: where none takes grouped heads they are repeated."""
     groups, options = q.shape[1] // k.shape[1], {"is_causal": causal, "scale": scale}
-    with sdpa_kernel(FUSED):
+    # PyTorch warns of each kernel that it does not take before it raises.
+    with sdpa_kernel(FUSED), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
         try:
             return torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, enable_gqa=groups > 1, **options)
         except torch.OutOfMemoryError:
