@@ -44,9 +44,48 @@ def test_a_name_like_no_other_still_gets_an_answer(given):
 
 
 @pytest.mark.parametrize("head_dim", [64, 80, 128])
-@pytest.mark.parametrize("bits", formats.WIDTHS["turboquant"])
-def test_a_rotated_codebook_costs_its_bits_and_one_half_a_vector(bits, head_dim):
-    assert bits_per_element(f"turboquant:{bits}", head_dim) == bits + 16 / head_dim
+@pytest.mark.parametrize("scalar", ["", ":norm"])
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_a_rotated_codebook_costs_its_bits_and_one_half_a_vector(bits, scalar, head_dim):
+    if f"turboquant:{bits}{scalar}" in formats.REGISTRY:
+        assert bits_per_element(f"turboquant:{bits}{scalar}", head_dim) == bits + 16 / head_dim
+
+
+def test_every_whole_width_up_to_eight_is_there():
+    assert {f"turboquant:{bits}" for bits in range(1, 9)} <= set(formats.REGISTRY)
+
+
+# Of arXiv 2504.19874 section 4.3, 2502.02617 section 4 and llama.cpp's block_q4_0.
+PUBLISHED_BITS = {"turboquant:2.5": 2.5, "turboquant:3.5": 3.5, "polarquant": 3.875, "q4_0": 4.5, "q8_0": 8.5}
+
+
+@pytest.mark.parametrize("name", PUBLISHED_BITS)
+def test_bits_at_128_dims_are_the_published_ones(name):
+    assert bits_per_element(name, 128) == PUBLISHED_BITS[name]
+
+
+def test_a_quarter_of_the_channels_of_a_fraction_get_one_bit_more():
+    for name, bits in (("turboquant:2.5", (3, 2)), ("turboquant:3.5", (4, 3)), ("turboquant:2.5:norm", (3, 2))):
+        codec = formats.codec(name)
+        assert [term.codes.plane.bits for term in codec.terms] == [*bits]
+        assert codec.bands(128) == (slice(0, 32), slice(32, 128))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5])
+def test_a_residual_s_signs_replace_one_bit_and_bring_their_norm(bits):
+    assert bits_per_element(f"turboquant_prod:{bits}", 128) == bits + 2 * 16 / 128
+
+
+@pytest.mark.parametrize("rows", [1, 2, 4])
+def test_a_sign_sketch_costs_its_rows_and_a_norm(rows):
+    assert bits_per_element(f"qjl:{rows}", 128) == rows + 16 / 128
+
+
+def test_only_sketches_of_keys_are_no_good_for_values():
+    refused = {codec.name for codec in formats.REGISTRY.values() if not codec.for_values}
+    assert refused == {"qjl:1", "qjl:2", "qjl:4"}
+    for _, values in formats.PRESETS.values():
+        assert formats.codec(values).for_values
 
 
 def test_blocks_of_signed_bytes_cost_eight_and_a_half_bits():

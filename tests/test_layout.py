@@ -7,19 +7,19 @@ import sympy
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from vectors import EVERY_CODEC, into
 
 from tqcompile import coding
 from tqcompile.codec import Codec, Lookup, Plane, Term
 from tqcompile.formats import REGISTRY
 from tqcompile.layout import COORDINATE, layout_of
 
-EVERY_CODEC = pytest.mark.parametrize("codec", REGISTRY.values(), ids=REGISTRY)
 COUNTS = (1, 2, 3, 5, 7, 8, 9, 31, 48, 80, 96, 100, 128, 255, 256)
 
 
 def plane_layout(bits, count):
     """The layout of a plane of `bits`-bit codes for `count` coordinates, whatever format may use it."""
-    codec = Codec("probe", (Term("standard", (Lookup(Plane("codes", bits), "signed"),)),), "absmax", False, "")
+    codec = Codec("probe", (Term("standard", (Lookup(Plane("codes", bits), "signed"),), "absmax"),), False, "")
     return layout_of(codec, count, torch.float32, "cpu").plane("codes")
 
 
@@ -108,7 +108,7 @@ def test_packing_wastes_less_than_a_byte_a_section(bits):
 
 
 def test_planes_of_numbers_are_not_packed():
-    codec = next(codec for codec in REGISTRY.values() if codec.scale is not None)
+    codec = next(codec for codec in REGISTRY.values() if codec.is_plain and codec.scale is not None)
     layout = layout_of(codec, 64, torch.float32, "cpu").plane(codec.scale.plane.name)
     with pytest.raises(AssertionError, match="stores numbers, not codes"):
         layout.pack(torch.zeros(1, dtype=torch.int32))
@@ -120,7 +120,35 @@ def test_allocated_planes_have_the_bytes_the_layout_states_and_decode_to_zeros(c
     layout = layout_of(codec, 80, dtype, "cpu")
     planes = layout.allocate((2, 3, 5), "cpu")
     assert sum(plane.nbytes for plane in planes) == 2 * 3 * 5 * layout.bytes_per_token
-    assert torch.equal(coding.decode(codec, planes, 80).float(), torch.zeros(2, 3, 5, 80))
+    assert torch.equal(coding.decode(codec, planes, 80).float(), torch.zeros(2, 3, 5, codec.coordinates(80)))
+
+
+@EVERY_CODEC
+@pytest.mark.parametrize("head_dim", [8, 33, 64, 80, 128])
+def test_planes_of_a_store_lie_side_by_side_and_leave_nothing_free(codec, head_dim):
+    layout = layout_of(codec, head_dim, torch.float32, "cpu")
+    for store in layout.stores:
+        planes = [layout.plane(factor.plane.name) for factor in codec.factors if factor.store == store.name]
+        taken = sorted((plane.offset, plane.offset + plane.width) for plane in planes)
+        assert [start for start, _ in taken] == [0, *(stop for _, stop in taken[:-1])]
+        assert taken[-1][1] == store.width
+        assert {plane.dtype for plane in planes} == {store.dtype}
+        for plane in planes:
+            sections = [(section.offset, section.offset + section.run) for section in plane.sections]
+            edges = [plane.offset, *(stop for _, stop in sections)]
+            assert [start for start, _ in sections] == edges[:-1] and (
+                not sections or edges[-1] == plane.offset + plane.width
+            )
+
+
+@EVERY_CODEC
+def test_each_plane_of_a_store_is_unpacked_from_its_own_bytes(codec):
+    layout = layout_of(codec, 80, torch.float32, "cpu")
+    planes = [plane for plane in layout.planes if plane.sections]
+    codes = [random_codes(plane.plane.bits, (7, plane.count), seed) for seed, plane in enumerate(planes)]
+    if planes:
+        store = torch.cat([plane.pack(code) for plane, code in zip(planes, codes)], -1)
+        assert all(torch.equal(plane.unpack(store), code) for plane, code in zip(planes, codes))
 
 
 @EVERY_CODEC
@@ -128,7 +156,7 @@ def test_allocated_planes_have_the_bytes_the_layout_states_and_decode_to_zeros(c
 def test_the_encoder_fills_the_planes_that_the_layout_allocates(codec, dtype):
     for head_dim in (codec.minimum_head_dim, 33, 48, 80, 256):
         planes = layout_of(codec, head_dim, dtype, "cpu").allocate((4,), "cpu")
-        encoded = coding.encode(codec, torch.ones(4, head_dim, dtype=dtype))
+        encoded = coding.encode(codec, into(codec, torch.ones(4, head_dim)).to(dtype))
         assert [(p.shape, p.dtype) for p in encoded] == [(p.shape, p.dtype) for p in planes]
 
 

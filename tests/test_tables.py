@@ -7,6 +7,7 @@ import mpmath
 import numpy as np
 import pytest
 import torch
+from vectors import EVERY_CODEC, every
 
 from tqcompile import coding, tables
 from tqcompile.codec import Lookup, Plane
@@ -158,19 +159,220 @@ def test_rotations_are_haar_distributed():
     assert traces.square().mean().item() == pytest.approx(1, abs=4 * math.sqrt(2 / 3000))
 
 
-@pytest.mark.parametrize("codec", REGISTRY.values(), ids=REGISTRY)
-def test_only_a_rotated_codec_has_a_basis_matrix(codec):
-    matrix = tables.basis_matrix(codec, 64)
+# --- bases
+
+
+@EVERY_CODEC
+@pytest.mark.parametrize("head_dim", [8, 33, 64, 80])
+def test_a_basis_has_a_row_for_each_coordinate_and_none_where_it_is_the_model_s_own(codec, head_dim):
+    matrix = tables.basis_matrix(codec, head_dim)
     assert (matrix is None) == (codec.basis == "standard")
-    assert matrix is None or torch.equal(matrix, tables.rotation(64))
+    assert matrix is None or matrix.shape == (codec.coordinates(head_dim), head_dim)
 
 
-@pytest.mark.parametrize("codec", REGISTRY.values(), ids=REGISTRY)
-def test_a_codebook_look_up_has_one_number_for_each_code(codec):
+@EVERY_CODEC
+@pytest.mark.parametrize("head_dim", [8, 33, 64, 80, 96])
+def test_terms_that_share_the_channels_out_have_one_orthonormal_basis(codec, head_dim):
+    """And each term of as many coordinates as channels has one of its own; independent rows have none."""
+    matrix = tables.basis_matrix(codec, head_dim)
+    if matrix is None:
+        return
+    matrix = matrix.double()
+    if sum(term.share for term in codec.terms) == 1:
+        assert torch.allclose(matrix.T @ matrix, torch.eye(head_dim, dtype=torch.float64), atol=1e-6)
+        return
+    for term, band in zip(codec.terms, codec.bands(head_dim)):
+        for part in matrix[band].split(head_dim):
+            orthonormal = torch.allclose(part @ part.T, torch.eye(head_dim, dtype=torch.float64), atol=1e-6)
+            assert orthonormal == (term.basis != "gaussian")
+
+
+@every(lambda codec: any(term.share < 1 for term in codec.terms))
+@pytest.mark.parametrize("head_dim", [8, 33, 64, 128])
+def test_terms_that_share_channels_read_each_channel_once_and_lie_evenly(codec, head_dim):
+    matrix, taken = tables.basis_matrix(codec, head_dim), []
+    for band in codec.bands(head_dim):
+        channels = (matrix[band] != 0).any(0).nonzero().flatten()
+        assert len(channels) == band.stop - band.start
+        # A term of a share of the channels has one in each run of 1 / share of them.
+        assert channels.diff().max() <= -(-head_dim // len(channels)) + 1
+        taken += channels.tolist()
+    assert sorted(taken) == list(range(head_dim))
+
+
+@pytest.mark.parametrize("head_dim", [1, 2, 6, 20, 64, 80, 96, 128])
+def test_a_hadamard_basis_is_signs_in_blocks_of_the_largest_power_of_two(head_dim):
+    codec, size = REGISTRY["q4_0:hadamard"], head_dim & -head_dim
+    matrix = tables.basis_matrix(codec, head_dim)
+    expected = torch.ones(1, 1)
+    while len(expected) < size:
+        expected = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]]), expected) / math.sqrt(2)
+    blocks = torch.block_diag(*[expected] * (head_dim // size))
+    torch.testing.assert_close(matrix, blocks)
+
+
+def test_the_blocks_of_a_sketch_are_haar_distributed_and_independent():
+    codec = REGISTRY["qjl:4"]
+    blocks = tables.basis_matrix(codec, 64).view(4, 64, 64)
+    assert torch.equal(blocks, torch.stack([tables.rotation(64, tables.SKETCH_SEED + place) for place in range(4)]))
+    products = (blocks[0] @ blocks[1].T).flatten().double()
+    # Products of independent Haar matrices are Haar: entries of variance 1 / 64 that sum to nothing.
+    assert abs(products.mean()) < 4 / 64**1.5
+    assert not torch.allclose(blocks[0], tables.rotation(64))
+
+
+def test_a_gaussian_sketch_has_independent_standard_normal_entries():
+    codec = REGISTRY["turboquant_prod:4:gaussian"]
+    entries = tables.basis_matrix(codec, 128)[128:].double()
+    count = entries.numel()
+    assert abs(entries.mean()) < 4 / math.sqrt(count)
+    assert entries.square().mean().item() == pytest.approx(1, abs=4 * math.sqrt(2 / count))
+    assert entries.pow(4).mean().item() == pytest.approx(3, abs=4 * math.sqrt(96 / count))
+    rows = entries @ entries.T / 128 - torch.diag((entries**2).mean(1))
+    assert rows.square().sum().item() / (128 * 127) == pytest.approx(1 / 128, rel=4 * math.sqrt(4 / 128**2))
+
+
+@pytest.mark.parametrize(
+    ("name", "golden"),
+    [
+        (
+            "qjl:1",
+            [
+                [0.9021853, -0.0912330, -0.4215901],
+                [-0.4199677, -0.4088167, -0.8102444],
+                [0.0984320, -0.9080449, 0.4071433],
+            ],
+        ),
+        (
+            "turboquant_prod:4:gaussian",
+            [[1.0275292, 0.4233467, -1.1959832], [0.3786919, 0.9485058, 0.9642954], [0.3247253, 0.3983090, -0.3868982]],
+        ),
+    ],
+)
+def test_sketches_are_the_same_in_every_process_and_release(name, golden):
+    assert torch.allclose(tables.basis_matrix(REGISTRY[name], 3)[-3:], torch.tensor(golden), atol=1e-6)
+
+
+@every(lambda codec: sum(term.share for term in codec.terms) > 1 and len(codec.terms) > 1)
+def test_an_overlap_is_what_a_later_term_sees_of_an_earlier_one(codec):
+    first, second = codec.bands(48)
+    matrix = tables.basis_matrix(codec, 48)
+    numbers = torch.randn(5, 48)
+    seen = (numbers @ matrix[first]) @ matrix[second].T
+    torch.testing.assert_close(numbers @ tables.overlap(codec, 48, 0, 1), seen, rtol=1e-4, atol=1e-5)
+
+
+@every(lambda codec: len(codec.terms) > 1 and sum(term.share for term in codec.terms) == 1)
+def test_terms_that_share_the_channels_out_see_nothing_of_each_other(codec):
+    assert not tables.overlap(codec, 48, 0, 1).any()
+
+
+@pytest.mark.parametrize("head_dim", [2, 3, 16, 64, 128])
+@pytest.mark.parametrize("rows", [1, 4])
+def test_the_gain_of_signs_is_that_of_an_integral(head_dim, rows):
+    """1 / (rows * E|s_1|) for s on the unit sphere; sqrt(pi / 2) / rows for normal rows, whatever their length is."""
+    if head_dim > 2:
+        f = density(head_dim)
+        mean = 2 * mpmath.quad(lambda x: x * f(x), [0, 1])
+    else:
+        mean = mpmath.quad(lambda angle: abs(mpmath.cos(angle)), mpmath.linspace(0, 2 * mpmath.pi, 5)) / (2 * mpmath.pi)
+    assert tables.sign_gain("sketch", rows * head_dim, head_dim) == pytest.approx(float(1 / mean) / (rows * head_dim))
+    mean = 2 * mpmath.quad(lambda x: x * mpmath.npdf(x), [0, mpmath.inf])
+    assert tables.sign_gain("gaussian", rows, head_dim) == pytest.approx(float(1 / mean) / rows)
+
+
+# --- angles
+
+
+def angle_density(level):
+    """The density of the angle of two independent norms of 2^(level - 1) normal numbers, from those norms alone.
+
+    The angle is under psi where the second norm is under the first's tan(psi): with u = r2^2 / (r1^2 + r2^2), which is
+    Beta(n / 2, n / 2) for n = 2^(level - 1) numbers a side, the density of psi = asin(sqrt(u)) follows.
+    """
+    half = mpmath.mpf(2 ** (level - 1)) / 2
+    beta = mpmath.beta(half, half)
+    return lambda psi: (
+        mpmath.sin(psi) ** (2 * half - 2)
+        * mpmath.cos(psi) ** (2 * half - 2)
+        / beta
+        * 2
+        * mpmath.sin(psi)
+        * mpmath.cos(psi)
+    )
+
+
+ANGLES = [(level, bits) for level in (2, 3, 4) for bits in (1, 2, 3)]
+
+
+@pytest.mark.parametrize(("level", "bits"), ANGLES)
+def test_each_angle_is_the_mean_of_its_cell(level, bits):
+    f, found = angle_density(level), tables.angles(level, bits)
+    edges = [0.0, *tables.boundaries(found), math.pi / 2]
+    assert float(mpmath.quad(f, [0, mpmath.pi / 4, mpmath.pi / 2])) == pytest.approx(1)
+    for angle, low, high in zip(found, edges, edges[1:]):
+        mean = mpmath.quad(lambda psi: psi * f(psi), [low, high]) / mpmath.quad(f, [low, high])
+        assert angle == pytest.approx(float(mean), abs=1e-8)
+
+
+@pytest.mark.parametrize(("level", "bits"), ANGLES)
+def test_angles_ascend_and_mirror_each_other_about_an_eighth_of_a_turn(level, bits):
+    found = np.array(tables.angles(level, bits))
+    assert len(found) == 2**bits and (np.diff(found) > 0).all() and found[0] > 0
+    assert np.abs(found + found[::-1] - np.pi / 2).max() < 1e-9
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_angles_of_two_coordinates_divide_the_turn_evenly(bits):
+    found = np.array(tables.angles(1, bits))
+    assert len(found) == 2**bits and found[0] == pytest.approx(np.pi / 2**bits)
+    assert np.allclose(np.diff(found), 2 * np.pi / 2**bits)
+
+
+@pytest.mark.parametrize("level", [1, 2, 3, 4])
+def test_angles_have_the_density_of_a_gaussian_vector_s(level):
+    """Lemma 2 of arXiv 2502.02617, against angles that were made: their means by cell, within four standard errors."""
+    count = 20000
+    x = np.random.default_rng(level).standard_normal((count, 2, 2 ** (level - 1)))
+    radius = np.linalg.norm(x, axis=-1) if level > 1 else x[..., 0]
+    psi = np.arctan2(radius[:, 1], radius[:, 0]) % (2 * np.pi)
+    edges = tables.boundaries(tables.angles(level, 2))
+    shares = np.bincount(np.searchsorted(edges, psi), minlength=4) / count
+    f = angle_density(level) if level > 1 else lambda psi: 1 / (2 * mpmath.pi)
+    bounds = [0.0, *edges, math.pi / 2 if level > 1 else 2 * math.pi]
+    for share, low, high in zip(shares, bounds, bounds[1:]):
+        truth = float(mpmath.quad(f, [low, high]))
+        assert abs(share - truth) < 4 * math.sqrt(truth * (1 - truth) / count)
+
+
+# --- look-ups
+
+
+@EVERY_CODEC
+def test_a_look_up_with_a_table_has_numbers_for_each_code(codec):
     for term in codec.terms:
         for factor in term.factors:
             if factor.table == "codebook":
                 assert len(tables.numbers(factor, 64)) == 2**factor.plane.bits
+            elif factor.table == "angle":
+                pairs = np.array(tables.numbers(factor, 64)).reshape(-1, 2)
+                assert len(pairs) == 2**factor.plane.bits
+                assert np.allclose((pairs**2).sum(1), 1)
             else:
                 with pytest.raises(AssertionError, match="computed, not tabled"):
                     tables.numbers(factor, 64)
+
+
+@EVERY_CODEC
+def test_the_tables_of_a_codec_lie_end_to_end(codec):
+    whole, offsets = tables.all_numbers(codec, 64), tables.table_offsets(codec, 64)
+    at = 0
+    for term, band in zip(codec.terms, codec.bands(64)):
+        for factor in term.factors:
+            if factor.table in ("codebook", "angle"):
+                expected = tables.numbers(factor, band.stop - band.start)
+                assert offsets[factor.plane.name] == at
+                assert whole[at : at + len(expected)] == expected
+                at += len(expected)
+    assert len(whole) == max(at, 1)
+    assert len(offsets) == len(tables.tabled(codec))
