@@ -34,9 +34,9 @@ def nearest(unit, edges, bits: tl.constexpr):
 
 @triton.jit
 def lowered(number, step, low: tl.constexpr):
-    """number / step, from the half below it, as an integer within -low .. low - 1; -low where that is no number."""
+    """number * (1 / step), from the half below it, as an integer within -low .. low - 1; -low where it is no number."""
     usable = step != 0.0
-    ratio = tl.where(usable, tl.div_rn(number, tl.where(usable, step, 1.0)), 0.0) + (low + 0.5)
+    ratio = number * tl.where(usable, tl.div_rn(1.0, tl.where(usable, step, 1.0)), 0.0) + (low + 0.5)
     ratio = tl.where(ratio == ratio, ratio, 0.0)
     return tl.minimum(tl.maximum(ratio, 0.0), 2.0 * low - 1.0).to(tl.int32) - low
 

@@ -1,8 +1,8 @@
 """The codecs that tests which compile, or interpret kernels, run over; cheap ones run over the whole registry.
 
-One codec of each kind of terms stands for the others of its kind, which differ in bits and in nothing that is printed or
-compiled another way. Rotated codebooks are all read by special kernels that are printed for their bits: each of the
-widths that a preset or a user is likely to take has its own.
+One codec of each kind of terms stands for the others of its kind, which differ in bits and in nothing that is printed
+or compiled another way. Rotated codebooks are read by kernels that are printed for their bits: each of the widths that a
+preset or a user is likely to take has its own.
 """
 
 from tqcompile.codec import Codec

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from test_reference import EVERY_CODEC, HEAD_DIMS, normal
+from vectors import EVERY_CODEC, HEAD_DIMS, normal, rows
 
 from tqcompile import coding, reference, tables
 from tqcompile.formats import PRESETS, codec
@@ -33,9 +33,9 @@ class Case:
         batch, heads, kv_heads, queries, length = shape
         self.codecs = tuple(codec(name) for name in pair)
         self.dims, self.shape = dims, (batch, heads, queries, length)
-        self.q = normal(batch, heads, queries, dims[0], seed=1, dtype=dtype)
+        self.q = rows(self.codecs[0], batch, heads, queries, dims[0], seed=1, dtype=dtype)
         self.keys, self.values = (
-            coding.encode(c, normal(batch, kv_heads, length, dim, seed=seed, dtype=dtype))
+            coding.encode(c, rows(c, batch, kv_heads, length, dim, seed=seed, dtype=dtype))
             for c, dim, seed in zip(self.codecs, dims, (2, 3))
         )
         self.scale = dims[0] ** -0.5

@@ -149,8 +149,9 @@ class Codec:
 
     @property
     def is_plain(self) -> bool:
-        """Whether it is one term of one code a coordinate, and at most a scalar: what special kernels are made for."""
-        return len(self.terms) == 1 and self.terms[0].share == 1 and self.terms[0].is_plain
+        """Whether it is one term of one number a coordinate, and at most a scalar: what special kernels are made for."""
+        term = self.terms[0]
+        return len(self.terms) == 1 and term.share == 1 and term.is_plain and term.codes.table != "sign"
 
     @property
     def is_exact(self) -> bool:

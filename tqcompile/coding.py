@@ -67,7 +67,8 @@ def _fit_extreme(term: Term, y: torch.Tensor, head_dim: int, size: torch.Tensor 
     for part in y.split(term.scale.plane.per, -1):
         most, least = part.amax(-1, keepdim=True), part.amin(-1, keepdim=True)
         step = torch.where(most > -least, most, least) / -low
-        code = (torch.where(step == 0, 0.0, part / step) + low + 0.5).nan_to_num(0.0).clamp(0, 2 * low - 1)
+        # By the reciprocal, as llama.cpp does: a number halfway between two codes goes where it goes there.
+        code = (part * torch.where(step == 0, 0.0, 1 / step) + (low + 0.5)).nan_to_num(0.0).clamp(0, 2 * low - 1)
         codes.append(code.to(torch.int32) - low)
         scales.append(step.half())
     return torch.cat(scales, -1), torch.cat(codes, -1)

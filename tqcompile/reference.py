@@ -37,13 +37,16 @@ def as_stored(function: Callable) -> Callable:
 
 @as_stored
 def rotate(x: torch.Tensor, basis: torch.Tensor | None) -> torch.Tensor:
-    """x [..., head_dim] -> its coordinates in `basis` (rows of [head_dim, head_dim]), in its dtype; None leaves x."""
+    """x [..., head_dim] -> its coordinates in `basis` [coordinates, head_dim], in its dtype; None leaves x."""
     return x if basis is None else x.to(basis.dtype) @ basis.T
 
 
 @as_stored
 def rotate_back(y: torch.Tensor, basis: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
-    """The inverse of `rotate`, in `dtype`."""
+    """Numbers y [..., coordinates] along the rows of `basis` -> their sum [..., head_dim], in `dtype`.
+
+    The inverse of `rotate` where the basis is orthonormal.
+    """
     return y.to(dtype) if basis is None else (y.to(basis.dtype) @ basis).to(dtype)
 
 
