@@ -3,8 +3,10 @@
 import torch
 from torch import fx
 
+from tqcompile import formats
 from tqcompile.cache import CompressedKV
 from tqcompile.codec import Codec
+from tqcompile.layout import layout_of
 from tqcompile.passes.nodes import sizes_of, spelling
 from tqcompile.passes.places import places_of, roles_of
 from tqcompile.passes.records import Append
@@ -65,6 +67,17 @@ def codec_of(root: fx.Node, role: str, context) -> Codec:
     """
     chosen = context.options.value_codec if role == "values" else context.options.key_codec
     return held_codec(root) or chosen
+
+
+def unfit(value: torch.Tensor, role: str, codec: Codec) -> str | None:
+    """Why a codec cannot hold a cache that is read in this role, or None."""
+    try:
+        layout_of(codec, int(value.shape[-1]), value.dtype, value.device.type)
+        if role != "keys":
+            formats.check_values(codec.name)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def role_behind(survey: Survey, root: fx.Node) -> str | None:

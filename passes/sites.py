@@ -18,13 +18,12 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from tqcompile.adopt import refusal
 from tqcompile.cache import CompressedKV
 from tqcompile.codec import Codec
-from tqcompile.layout import layout_of
 from tqcompile.passes.indices import kept_run
 from tqcompile.passes.nodes import sizes_of, spelling, tensor_of, walk
 from tqcompile.passes.overlooked import Overlooked, overlooked, read_only
 from tqcompile.passes.places import operands_of
 from tqcompile.passes.records import Append, Read
-from tqcompile.passes.roles import along_tokens, codec_of, paged, real, role_behind, role_beside, role_of
+from tqcompile.passes.roles import along_tokens, codec_of, paged, real, role_behind, role_beside, role_of, unfit
 from tqcompile.passes.survey import STATE, TURNED, Survey
 from tqcompile.passes.views import View, written_value
 
@@ -230,10 +229,8 @@ def _obstacle(root, role, in_place, append, context) -> str | None:
         return "gradients flow through it"
     if append is not None and tensor_of(append.node).requires_grad:
         return "gradients flow through it"
-    try:
-        layout_of(codec_of(root, role, context), int(value.shape[-1]), value.dtype, value.device.type)
-    except ValueError as error:
-        return str(error)
+    if (reason := unfit(value, role, codec_of(root, role, context))) is not None:
+        return reason
     if in_place and held is not None and not isinstance(held, CompressedKV):
         return refusal(held)
     return None

@@ -4,12 +4,13 @@ import pytest
 import torch
 from conversations import conversations
 from models import EMBED, Shape
+from representatives import REPRESENTATIVES
 from test_mutations import LOSSLESS, SIZE, Layer, calls
 
 import tqcompile
 from tqcompile import formats
 
-LOSSY = [name for name in formats.REGISTRY if name != "identity"]
+LOSSY = [name for name in REPRESENTATIVES if name != "identity"]
 
 
 @pytest.mark.parametrize("inner", ["eager", "inductor"])
@@ -26,7 +27,7 @@ def test_an_index_past_the_end_is_the_error_that_dense_gives(kind, inner):
 @pytest.mark.parametrize("codec", LOSSY)
 def test_a_bad_number_in_one_token_stays_in_that_token(codec, number):
     clean, dirty = Layer(), Layer()
-    options = {"keys": codec, "values": codec, "inner": "eager"}
+    options = {**dict(zip(("keys", "values"), formats.pair_of(codec))), "inner": "eager"}
     q, k, v, at = next(calls())
     with torch.no_grad():
         torch.compile(clean, backend="turboquant", options=options)(q, k, v, at)
@@ -43,10 +44,10 @@ def test_a_bad_number_in_one_token_stays_in_that_token(codec, number):
         assert torch.equal(mine[rest], theirs[rest])
 
 
-@pytest.mark.parametrize("codec", formats.REGISTRY)
+@pytest.mark.parametrize("codec", REPRESENTATIVES)
 def test_zero_vectors_stay_zero(codec):
-    model = Layer()
-    compiled = torch.compile(model, backend="turboquant", options={"keys": codec, "values": codec, "inner": "eager"})
+    model, (keys, values) = Layer(), formats.pair_of(codec)
+    compiled = torch.compile(model, backend="turboquant", options={"keys": keys, "values": values, "inner": "eager"})
     q, k, v, at = next(calls())
     with torch.no_grad():
         out = compiled(q, k * 0, v * 0, at)

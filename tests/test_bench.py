@@ -188,6 +188,8 @@ def test_the_suite_measures_every_codec_and_no_row_twice():
 WRONG = {
     "no codec": (("--codec", "turboqant:4"), "--codec: codec 'turboqant:4' does not exist; did you mean"),
     "no key codec": (("--keys", "q8"), "--keys: codec 'q8' does not exist; did you mean 'q8_0'?"),
+    "values of what serves keys": (("--values", "qjl:1"), "--values: codec 'qjl:1' serves keys alone"),
+    "both of what serves keys": (("--codec", "qjl:1"), "--codec: codec 'qjl:1' serves keys alone"),
     "heads": (("--heads", 6, "--kv-heads", 4), "heads=6 is no multiple of kv_heads=4"),
     "no tokens": (("--context", 0), "'0' is not a whole number of 1 or more"),
     "weights": (("--weights", "many"), "'many' is no number of bytes; examples are 15GiB"),

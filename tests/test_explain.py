@@ -369,6 +369,7 @@ WRONG = {
     "no file": (("./nowhere", "--json", "."), "--json .: that is a folder"),
     "layers of a script": ((EXAMPLES / "demo.py", "--layers", 2), "--layers: a script makes its own model and caches"),
     "arguments of a model": (("./nowhere", "--arguments", "x"), "--arguments are a script's"),
+    "values of what serves keys": (("./nowhere", "--values", "qjl:1"), "--values='qjl:1': codec 'qjl:1' serves keys"),
     "nothing": ((), "arguments are required: MODEL_OR_SCRIPT"),
 }
 

@@ -84,8 +84,15 @@ def test_a_sign_sketch_costs_its_rows_and_a_norm(rows):
 def test_only_sketches_of_keys_are_no_good_for_values():
     refused = {codec.name for codec in formats.REGISTRY.values() if not codec.for_values}
     assert refused == {"qjl:1", "qjl:2", "qjl:4"}
-    for _, values in formats.PRESETS.values():
-        assert formats.codec(values).for_values
+    assert {*formats.REGISTRY} - {*formats.FOR_VALUES} == refused
+    for _, values in (*formats.PRESETS.values(), *map(formats.pair_of, formats.REGISTRY)):
+        formats.check_values(values)
+    for name in formats.REGISTRY:
+        keys, values = formats.pair_of(name)
+        assert keys == name and (values == name) == (name not in refused)
+    for name in refused:
+        with pytest.raises(ValueError, match=f"'{name}' serves keys alone.*for values one of: identity, q8_0"):
+            formats.check_values(name)
 
 
 def test_blocks_of_signed_bytes_cost_eight_and_a_half_bits():

@@ -4,6 +4,7 @@ import pytest
 import torch
 from conversations import fake_quantised
 from models import EMBED, MODELS, Shape
+from representatives import REPRESENTATIVES
 from test_cache_shapes import CALLS, assert_compressed, talk
 
 import tqcompile
@@ -24,7 +25,7 @@ def on_the_device():
 
 
 CASES = [(kind, ("turboquant:5", "turboquant:3")) for kind in MODELS]
-CASES += [("counter", (name, name)) for name in formats.REGISTRY]
+CASES += [("counter", formats.pair_of(name)) for name in REPRESENTATIVES]
 
 
 @pytest.mark.parametrize("kind, codecs", CASES, ids=lambda part: part if isinstance(part, str) else "/".join(part))

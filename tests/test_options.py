@@ -90,6 +90,10 @@ WRONG = {
     "preset": ({"preset": "smal"}, r"preset='smal'.*did you mean 'small'\?.*balanced, quality"),
     "keys": ({"keys": "turboquant4"}, r"keys='turboquant4'.*did you mean 'turboquant:4'\?.*identity, q8_0"),
     "values": ({"values": "q8"}, r"values='q8'.*did you mean 'q8_0'\?"),
+    "keys alone": (
+        {"values": "qjl:1"},
+        r"values='qjl:1': codec 'qjl:1' serves keys alone.*for values one of: identity",
+    ),
     "no codec": ({"keys": 4}, r"keys=4 is unknown; did you mean 'turboquant:"),
     "a codec itself": ({"keys": formats.codec("q8_0")}, r"keys=Codec.*did you mean"),
     "inner": ({"inner": "aot"}, r"inner='aot'.*did you mean 'aot_eager'\?.*inductor, aot_eager, eager"),
@@ -124,12 +128,22 @@ def test_a_wrong_option_is_told_what_was_given_what_is_allowed_and_what_is_near(
         ("disable=sites+site", r"disable='site'.*did you mean 'sites'\?"),
         ("keys=", r"keys=''.*did you mean"),
         ("dump=", r"dump=''.*path of a folder"),
+        ("values=qjl:2", r"values='qjl:2': codec 'qjl:2' serves keys alone.*give it for keys"),
     ],
 )
 def test_a_wrong_environment_is_named(monkeypatch, text, words):
     monkeypatch.setenv(ENVIRONMENT, text)
     with pytest.raises(ValueError, match=rf"^{ENVIRONMENT}: .*{words}"):
         resolve({"keys": "identity"})
+
+
+@pytest.mark.parametrize("name", [name for name in formats.REGISTRY if name not in formats.FOR_VALUES])
+def test_what_serves_keys_alone_is_taken_for_keys_and_no_list_offers_it_for_values(name):
+    assert codecs(resolve({"keys": name})) == (name, formats.PRESETS["balanced"][1])
+    with pytest.raises(ValueError) as raised:
+        resolve({"keys": name, "values": name})
+    offered = str(raised.value).partition("for values one of: ")[2].split(", ")
+    assert tuple(offered) == formats.FOR_VALUES and name not in offered
 
 
 def test_an_unknown_option_of_the_function_is_a_type_error():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from conversations import conversations, fake_quantised
-from hypothesis import example, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from models import EMBED, MODELS, Shape
 from readers import READERS
@@ -19,7 +19,7 @@ LENGTH = 32
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 8e-2}
 
 head_dims = st.sampled_from([2, 7, 8, 16, 32, 33, 48, 64, 96])
-codecs = st.tuples(*2 * [st.sampled_from(sorted(formats.REGISTRY))])
+codecs = st.tuples(st.sampled_from(sorted(formats.REGISTRY)), st.sampled_from(sorted(formats.FOR_VALUES)))
 
 
 @st.composite
@@ -49,8 +49,14 @@ def calls(draw) -> list:
     return script
 
 
+def assume_defined(codecs: tuple[str, str], head_dim: int) -> None:
+    """A cache whose vectors are too short for its codec stays dense, which tests of refusals look at."""
+    assume(all(head_dim >= formats.codec(name).minimum_head_dim for name in codecs))
+
+
 def talk(kind: str, shape: Shape, codecs: tuple[str, str], script: list, inner: str = "eager") -> None:
     """Hold the same conversation with a compiled model and its twin."""
+    assume_defined(codecs, shape.head_dim)
     torch._dynamo.reset()
     clear()
     ours, twin = conversations(kind, shape, codecs, inner=inner)
@@ -242,6 +248,7 @@ def follow(keys: str, program: dict, codecs: tuple[str, str], heads: int, head_d
     torch._dynamo.reset()
     clear()
     step = spelled({**program, "write": (keys, program["write"])})
+    assume_defined(codecs, head_dim)
     options = {"keys": codecs[0], "values": codecs[1], "inner": "eager"}
     compiled = torch.compile(step, backend="turboquant", options=options)
     generator, start = torch.Generator().manual_seed(7), 0

@@ -156,6 +156,17 @@ def test_one_tensor_as_keys_and_values_has_the_codec_of_keys(values):
     assert isinstance(keys, CompressedKV) and keys.codec.name == "q8_0" and not tqcompile.report().refusals
 
 
+@STEPS
+def test_one_tensor_as_keys_and_values_stays_dense_where_its_codec_serves_keys_alone(step):
+    same, keys, twin = compiled(step, ("qjl:1", "q8_0")), numbers(LENGTH, seed=1), numbers(LENGTH, seed=1)
+    for place in range(3):
+        q, k, at = numbers(1, seed=place), numbers(1, seed=place + 10), torch.tensor([place])
+        with torch.no_grad():
+            torch.testing.assert_close(same(q, k, k, at, keys, keys)[0], step(q, k, k, at, twin, twin)[0])
+    assert type(keys) is torch.Tensor
+    assert any("serves keys alone" in refusal.reason for refusal in tqcompile.report().refusals)
+
+
 def test_one_tensor_that_is_appended_to_twice_goes_on_as_two():
     call, dense = compiled(append, ("q8_0", "q8_0")), numbers(LENGTH, seed=1)
     q, k, v, at = numbers(1, seed=3), numbers(1, seed=4), numbers(1, seed=5), torch.tensor([0])

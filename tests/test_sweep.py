@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 
-from tqcompile import formats, reference
+from tqcompile import coding, formats
 from tqcompile.__main__ import main
 from tqcompile.sweep import document, examine, pool, quantised, verdict
 from tqcompile.sweep.build import Architecture, architectures, make
@@ -105,8 +105,8 @@ def test_a_cache_that_the_twin_cannot_hold_is_not_compared(monkeypatch):
 
 
 def test_a_wrong_number_is_recorded_and_told(tmp_path, monkeypatch, capsys):
-    exact = reference._ENCODERS["exact"]
-    monkeypatch.setitem(reference._ENCODERS, "exact", lambda codec, y: exact(codec, 1.01 * y))
+    encode = coding.encode
+    monkeypatch.setattr(coding, "encode", lambda codec, y: encode(codec, 1.01 * y))
     assert sweep(tmp_path, "--only", "^gpt2$") == 1
     record = records(tmp_path)["causal-lm/gpt2"]
     assert [(problem.scenario, problem.mode) for problem in verdict.problems(record)] == [(SHORT, LOSSLESS)]
@@ -297,6 +297,7 @@ def test_an_error_is_relative_to_the_largest_logit(ours, error):
         (["--only", "("], "no regular expression"),
         (["--only", "no such architecture"], "found in no architecture's name"),
         (["--codec", "q9"], "invalid choice"),
+        (["--codec", "qjl:1"], "invalid choice: 'qjl:1'"),
         (["--compile-time", "lama"], "did you mean 'llama'"),
     ],
 )

@@ -85,7 +85,7 @@ def _fit_sphere(term: Term, y: torch.Tensor, head_dim: int, size: torch.Tensor |
 
 def _fit_norm(term: Term, y: torch.Tensor, head_dim: int, size: torch.Tensor | None) -> Planes:
     peak, size, unit = _on_sphere(y)
-    return (peak * size / math.sqrt(y.shape[-1])).half(), _nearest(term.codes, unit)[0]
+    return (peak * torch.where(size > 0, size, 1.0) / math.sqrt(y.shape[-1])).half(), _nearest(term.codes, unit)[0]
 
 
 def _on_sphere(y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -97,6 +97,9 @@ REGISTRY: dict[str, Codec] = {
     )
 }
 
+# What values can be kept in: the others serve products with a query alone.
+FOR_VALUES = tuple(name for name, codec in REGISTRY.items() if codec.for_values)
+
 # keys, values. Keys want more bits than values at every budget that was measured.
 PRESETS: dict[str, tuple[str, str]] = {
     "balanced": ("turboquant:5", "turboquant:3"),
@@ -117,3 +120,21 @@ def codec(name: str) -> Codec:
         near = difflib.get_close_matches(str(name), REGISTRY, n=1, cutoff=0.0)[0]
         raise ValueError(f"codec {name!r} does not exist; did you mean {near!r}? Codecs: {', '.join(REGISTRY)}")
     return REGISTRY[name]
+
+
+def check_values(name: str) -> None:
+    """Raise unless the codec called `name` can keep values.
+
+    Raises:
+        ValueError: no such codec, or it serves keys alone.
+    """
+    if not codec(name).for_values:
+        raise ValueError(
+            f"codec {name!r} serves keys alone: it keeps inner products on average, and vectors badly; give it for "
+            f"keys, and for values one of: {', '.join(FOR_VALUES)}"
+        )
+
+
+def pair_of(name: str) -> tuple[str, str]:
+    """The codec called `name` for keys and values, or beside the default's values where it serves keys alone."""
+    return name, name if codec(name).for_values else PRESETS["balanced"][1]

@@ -30,7 +30,7 @@ class Options:
     """Codec of the key cache, such as "turboquant:4" or "q8_0"."""
 
     values: str | None = None
-    """Codec of the value cache."""
+    """Codec of the value cache; some codecs serve keys alone."""
 
     strict: bool = False
     """Raise where a cache cannot be compressed, instead of leaving it dense and saying so in the report.
@@ -54,6 +54,11 @@ class Options:
         for name in ("keys", "values"):
             if getattr(self, name) is not None:
                 _one_of(name, getattr(self, name), tuple(formats.REGISTRY))
+        if self.values is not None:
+            try:
+                formats.check_values(self.values)
+            except ValueError as error:
+                raise ValueError(f"values={self.values!r}: {error}") from None
         if not isinstance(self.strict, bool):
             raise ValueError(f"strict={self.strict!r}; allowed are True and False")
         if not isinstance(self.disable, (str, tuple, list, set, frozenset)):

@@ -2,12 +2,17 @@
 
 import torch
 
-from tqcompile import reference
+from tqcompile import reference, tables
 from tqcompile.codec import Codec
 from tqcompile.layout import layout_of
 
 # Relative error of one product's roundings: float32 sums in another order, float16 and bfloat16 operands.
 TOLERANCE = {torch.float32: 3e-6, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}
+
+
+def numbers_of(codec: Codec, *shape: int) -> torch.Tensor:
+    """Normal vectors of shape[-1] numbers in the codec's basis, [..., coordinates] float32."""
+    return reference.rotate(torch.randn(shape), tables.basis_matrix(codec, shape[-1]))
 
 
 def planes_of(codec: Codec, shape, dtype, device, growing: bool = False) -> tuple[torch.Tensor, ...]:
@@ -20,8 +25,8 @@ def planes_of(codec: Codec, shape, dtype, device, growing: bool = False) -> tupl
 
 
 def compressed(codec: Codec, x: torch.Tensor, growing: bool = False) -> tuple[torch.Tensor, ...]:
-    """The planes of x [B, H, S, D], as the reference encodes it."""
-    planes = planes_of(codec, x.shape, x.dtype, x.device, growing)
+    """The planes of x [B, H, S, coordinates], as the reference encodes it."""
+    planes = planes_of(codec, (*x.shape[:3], codec.head_dim(x.shape[3])), x.dtype, x.device, growing)
     reference.append(codec, planes, x, torch.arange(x.shape[2], device=x.device))
     return planes
 

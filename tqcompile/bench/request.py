@@ -144,6 +144,8 @@ def _pair(options: argparse.Namespace) -> tuple[str, str]:
         name = getattr(options, side) or options.codec or codec.name
         try:
             formats.codec(name)
+            if side == "values":
+                formats.check_values(name)
         except ValueError as error:
             flag = side if getattr(options, side) else "codec"
             raise ValueError(f"--{flag}: {error}") from None

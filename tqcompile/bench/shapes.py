@@ -74,8 +74,8 @@ class Case:
     def __post_init__(self):
         if self.task not in TASKS:
             raise ValueError(f"task={self.task!r} is unknown; allowed are {', '.join(TASKS)}")
-        for name in (self.keys, self.values):
-            formats.codec(name)
+        formats.codec(self.keys)
+        formats.check_values(self.values)
         if self.task == "step" and self.layers < 1:
             raise ValueError(f"layers={self.layers}; a step needs one or more")
 
@@ -102,7 +102,7 @@ VARIANTS = (
 )
 OTHERS = tuple(
     pair
-    for pair in (*((name, name) for name in formats.REGISTRY), *formats.PRESETS.values())
+    for pair in (*map(formats.pair_of, formats.REGISTRY), *formats.PRESETS.values())
     if pair not in (FOUR, MIXED, THREE, TWO)
 )
 SUITE_LAYERS = 32
@@ -114,7 +114,7 @@ def suite() -> list[Case]:
     plan = [("attend", LONG, (FOUR, MIXED, THREE, TWO, *dict.fromkeys(OTHERS)))]
     plan += [("attend", shape, (FOUR, MIXED, THREE, TWO)) for shape in SHAPES[1:]]
     plan += [("attend", shape, (FOUR, THREE, TWO)) for shape in VARIANTS]
-    alike = (*((name, name) for name in formats.REGISTRY), default)
+    alike = (*map(formats.pair_of, formats.REGISTRY), default)
     plan += [("logits", Shape(1, 131072), (FOUR, THREE))]
     plan += [("append", LONG, alike), ("prefill", Shape(1, 8192), alike), ("step", LONG, (FOUR, default))]
     return [

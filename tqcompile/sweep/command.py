@@ -38,7 +38,7 @@ def add(commands) -> None:
     what.add_argument("--only", metavar="REGEX", default="", help="architectures whose name REGEX is found in")
     what.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES), help="default: all three")
     what.add_argument("--scenarios", nargs="+", choices=NAMES, default=list(NAMES), help="default: all of them")
-    what.add_argument("--codec", choices=tuple(formats.REGISTRY), help="examine a codec, too, against its dense twin")
+    what.add_argument("--codec", choices=formats.FOR_VALUES, help="examine a codec, too, against its dense twin")
     what.add_argument("--skip-dense", action="store_true", help="compile densely only where ours raises")
     what.add_argument(
         "--compile-time", metavar="NAME", help=f"instead: what a {LAYERS}-layer model of NAME takes to compile"
