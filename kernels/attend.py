@@ -193,11 +193,11 @@ def attend(
             f"q is {q.dtype} with {query_heads} heads over {kv_heads} KV heads; want a float, and a multiple"
         )
     rows = query_heads // max(1, kv_heads) * queries
-    shape = (batch, query_heads, queries, head_dims[1])
+    place = (batch * kv_heads, rows, value_codec.coordinates(head_dims[1]))
+    shape = (batch, query_heads, queries, place[2] if basis is None else head_dims[1])
     if not batch * kv_heads * rows * length:
         return q.new_zeros(shape, dtype=dtype)
     reader, codecs = reader_of(mask, causal, score_mod), (key_codec, value_codec)
-    place = (batch * kv_heads, rows, value_codec.coordinates(head_dims[1]))
     widths = q.shape[3], place[2]
     if rows > tune.most_rows(max(widths)) and q.device.type == "cuda":
         tables = [table_of(codec, dim, q.dtype, q.device) for codec, dim in zip(codecs, head_dims)]
@@ -215,7 +215,7 @@ def attend(
         left = launch(built, q, (key_codes, key_scale), (value_codes, value_scale), mask, reach, scale, codecs, place)
     sinks = None if sinks is None else sinks.float().expand(batch, query_heads, queries, 1).contiguous()
     if basis is None or value_codec.is_plain:
-        return combine(left, place, folder, basis, dtype, sinks).view(*shape[:3], -1)
+        return combine(left, place, folder, basis, dtype, sinks).view(shape)
     # The last kernel rotates by square matrices.
     mixed = combine(left, place, folder, sinks=sinks)
     return rotate_back(mixed, basis, dtype).view(shape)

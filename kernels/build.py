@@ -21,9 +21,11 @@ from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
 from tqcompile.codec import Codec
-from tqcompile.formats import REGISTRY
+from tqcompile.formats import REGISTRY, pair_of
+from tqcompile.formats import codec as codec_named
 from tqcompile.kernels import append, attend, integer, logits, step, tune
 from tqcompile.kernels.emit import Reader
+from tqcompile.kernels.writers import writes
 from tqcompile.layout import layout_of
 
 CAPABILITIES = (80, 90)
@@ -55,9 +57,10 @@ class Usage:
 
 
 def mixed_pairs(registry: dict[str, Codec]) -> list[tuple[Codec, Codec]]:
-    """Each codec with itself, then each as keys with the codec that precedes it as values."""
+    """Each codec with itself, or beside values where it serves keys alone, then with the one that precedes it."""
     codecs = list(registry.values())
-    return [(codec, codec) for codec in codecs] + list(zip(codecs[1:], codecs))[::2]
+    behind = [pair for pair in zip(codecs[1:], codecs) if pair[1].for_values]
+    return [tuple(map(codec_named, pair_of(codec.name))) for codec in codecs] + behind[::2]
 
 
 def attend_usage(
@@ -65,19 +68,20 @@ def attend_usage(
 ) -> Usage:
     """Compile `attend_split` for contiguous planes and queries of `dtype`."""
     kernel = attend.module(*pair, (head_dim, head_dim), reader, None, False).attend_split
-    plan = tune.attend_plan(rows, 8, 4096, head_dim, dtype == torch.float32, torch.device("cpu"))
-    pointers = {"q": dtype, "key_table": dtype, "value_table": dtype, "mask": dtype}
+    widths = [codec.coordinates(head_dim) for codec in pair]
+    plan = tune.attend_plan(rows, 8, 4096, max(widths), dtype == torch.float32, torch.device("cpu"))
+    pointers = {"q": dtype, "mask": dtype}
     types = {"scale": "fp32", "reach": "*i32"}
     if reader.mask == "bool":
         pointers["mask"] = torch.uint8
     for side, codec in zip(("key", "value"), pair):
-        pointers[f"{side}_codes"] = dtype if codec.scale is None else torch.uint8
-        pointers[f"{side}_scale"] = dtype if codec.scale is None else torch.float16
+        pointers |= planes_of(f"{side}_", codec, dtype)
+        pointers[f"{side}_table"] = attend.table_of(codec, head_dim, dtype, torch.device("cpu")).dtype
     kind = attend.TRITON_DTYPES[dtype]
     constants = {
-        **{"q_d": 1, "mask_s": 1, "KEY_DIM": head_dim, "VALUE_DIM": head_dim},
+        **{"q_d": 1, "mask_s": 1, "KEY_DIM": widths[0], "VALUE_DIM": widths[1]},
         **{"BLOCK_R": plan.block_rows, "BLOCK_T": plan.block_tokens},
-        **{"BLOCK_K": tune.extent(head_dim), "BLOCK_V": tune.extent(head_dim)},
+        **{"BLOCK_K": tune.extent(widths[0]), "BLOCK_V": tune.extent(widths[1])},
         **{"KEY_TYPE": kind, "VALUE_TYPE": kind, "KEY_DOT": kind, "VALUE_DOT": kind},
         "REACH": reader.mask != "none",
         "SHRINK": dtype == torch.float16,
@@ -85,6 +89,14 @@ def attend_usage(
     name = f"attend {pair[0].name} {pair[1].name} d{head_dim} {reader.mask}{' causal' * reader.causal}"
     label = f"{name} {str(dtype)[6:]} {plan.block_rows} rows"
     return compiled(label, kernel, pointers, constants, types, plan.warps, plan.registers, capability)
+
+
+def planes_of(side: str, codec: Codec, dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """The dtypes of a side's codes and scales, for a cache of `dtype`."""
+    return {
+        f"{side}codes": dtype if codec.is_exact else torch.uint8,
+        f"{side}scale": dtype if codec.is_exact else torch.float16,
+    }
 
 
 def integer_usage(pair: tuple[Codec, Codec], head_dim: int, reader: Reader, rows: int, capability: int) -> Usage:
@@ -132,8 +144,7 @@ def append_usage(codec: Codec, head_dim: int, dtype: torch.dtype, tokens: int, c
     """Compile `append_tokens` for contiguous tokens of `dtype`."""
     kernel = append.module(codec, head_dim, None, False).append_tokens
     block, warps = tune.append_plan(tokens, head_dim)
-    pointers = {"y": dtype, "codes": dtype if codec.scale is None else torch.uint8}
-    pointers["scale"] = dtype if codec.scale is None else torch.float16
+    pointers = {"y": dtype, **planes_of("", codec, dtype)}
     constants = {"y_d": 1, "POSITIONED": True, "BLOCK_T": block, "BLOCK_D": tune.extent(head_dim)}
     label = f"append {codec.name} d{head_dim} {str(dtype)[6:]} {block} tokens"
     return compiled(label, kernel, pointers, constants, {"positions": "*i64"}, warps, tune.APPEND_REGISTERS, capability)
@@ -145,12 +156,11 @@ def step_usage(pair: tuple[Codec, Codec], head_dim: int, dtype: torch.dtype, cap
     pointers = {name: dtype for name in ("k", "v", "q", "turned", "key_basis", "value_basis")}
     types = {"positions": "*i64", "scratch": "*fp32"}
     for side, codec in zip(("key", "value"), pair):
-        pointers[f"{side}_codes"] = dtype if codec.scale is None else torch.uint8
-        pointers[f"{side}_scale"] = dtype if codec.scale is None else torch.float16
+        pointers |= planes_of(f"{side}_", codec, dtype)
         types |= {f"{side}_edges": "*fp32", f"{side}_table": "*fp32"}
     extent, turned = tune.extent(head_dim), tune.turned_dims(head_dim)
     constants = {
-        **{"k_d": 1, "v_d": 1, "q_d": 1, "POSITIONED": True, "TURNED": pair[1].basis == "rotation"},
+        **{"k_d": 1, "v_d": 1, "q_d": 1, "POSITIONED": True, "TURNED": pair[1].basis != "standard"},
         **{"KEY_DIM": head_dim, "VALUE_DIM": head_dim, "BLOCK_K": extent, "BLOCK_V": extent},
         **{"KEY_J": turned, "VALUE_J": turned},
     }
@@ -212,26 +222,26 @@ def every_usage() -> Iterator[Usage]:
     for capability in CAPABILITIES:
         for head_dim in HEAD_DIMS:
             for codec in REGISTRY.values():
-                for tokens in (1, 4096):
+                for tokens in (1, 4096) if writes(codec, head_dim) else ():
                     yield append_usage(codec, head_dim, torch.bfloat16, tokens, capability)
             for pair in mixed_pairs(REGISTRY):
-                for reader in READERS if pair[0] is pair[1] else READERS[:1]:
+                for reader in READERS if pair[0] is pair[1] and pair[0].is_plain else READERS[:1]:
                     yield attend_usage(pair, head_dim, reader, torch.bfloat16, 4, capability)
-            for codec in REGISTRY.values():
+            for pair in mixed_pairs(REGISTRY)[: len(REGISTRY)]:
                 for dtype, rows in (
                     (torch.bfloat16, 512),
                     (torch.float16, 4),
                     (torch.float32, 4),
                     (torch.float32, 512),
                 ):
-                    yield attend_usage((codec, codec), head_dim, READERS[0], dtype, rows, capability)
+                    yield attend_usage(pair, head_dim, READERS[0], dtype, rows, capability)
         for head_dim in (64, 96, 128, 256):
             for codec in REGISTRY.values():
                 if logits.side_of(codec, head_dim):
                     for dtype, rows in ((torch.float32, 4), (torch.bfloat16, 4), (torch.bfloat16, 8)):
                         yield logits_usage(codec, head_dim, dtype, rows, capability)
             for pair in mixed_pairs(REGISTRY):
-                if pair[0].basis == "rotation":
+                if pair[0].basis != "standard" and all(writes(codec, head_dim) for codec in pair):
                     for dtype in (torch.bfloat16, torch.float32):
                         yield step_usage(pair, head_dim, dtype, capability)
                 if integer.sides_of(pair, (head_dim, head_dim)):
