@@ -26,6 +26,7 @@ FLOORS = (
     ("__init__",),
     ("bench",),
     ("explain",),
+    ("paper",),
     ("sweep",),
     ("__main__",),
 )
@@ -47,7 +48,7 @@ KERNEL_LINES = 100
 def modules():
     """Every module of the package by its name inside it: `codec`, `passes.sites`."""
     files = {path.stem: path for path in (ROOT / "tqcompile").glob("*.py")}
-    for room in ("passes", "kernels", "tqcompile/bench", "tqcompile/explain", "tqcompile/sweep"):
+    for room in ("passes", "kernels", "tqcompile/bench", "tqcompile/explain", "tqcompile/paper", "tqcompile/sweep"):
         files |= {f"{pathlib.Path(room).name}.{path.stem}": path for path in (ROOT / room).glob("*.py")}
     return dict(sorted(files.items()))
 

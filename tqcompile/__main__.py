@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from tqcompile.bench import command as bench
 from tqcompile.bench import tune
 from tqcompile.explain import command as explain
+from tqcompile.paper import command as paper
 from tqcompile.sweep import command as sweep
 
-COMMANDS = (bench, explain, sweep, tune)
+COMMANDS = (bench, explain, paper, sweep, tune)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
