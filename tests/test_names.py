@@ -33,8 +33,8 @@ OF_THE_FIELD = {
     "transformers": "the package",
     "vision": "fields of configurations are called vision_config, ...",
 }
-# Not the model: the program that a format comes from.
-PROGRAMS = ("llama.cpp",)
+# Not the model: the program, or the paper, that a format comes from.
+PROGRAMS = ("llama.cpp", "TurboQuant")
 
 
 def words(text: str) -> set[str]:

@@ -22,6 +22,7 @@ SHIPPED = {
         ("", "kernels"),
         ("tqcompile", "bench"),
         ("tqcompile", "explain"),
+        ("tqcompile", "paper"),
         ("tqcompile", "sweep"),
     )
     for path in (ROOT / home / room).rglob("*.py")

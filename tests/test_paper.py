@@ -179,6 +179,11 @@ def test_a_figure_deviates_beyond_rounding_and_three_standard_errors(row, excess
     assert row.excess == pytest.approx(excess, abs=1e-6)
 
 
+@pytest.mark.parametrize(("limit", "is_right"), [(0.1249, True), (0.12505, True), (0.1253, False), (None, False)])
+def test_a_limit_is_what_was_printed_but_for_a_digit_that_nobody_prints(limit, is_right):
+    assert figure(Published.digits("0.12"), 0.1, limit=limit).is_of_large_vectors == is_right
+
+
 def test_what_deviates_is_named_with_its_reason():
     said = command.summary(
         {
