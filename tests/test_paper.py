@@ -269,8 +269,7 @@ def test_the_command_prints_tables_and_writes_records(capsys, tmp_path):
 
 def test_the_page_is_what_write_writes(tmp_path, capsys):
     page = tmp_path / "page.md"
-    assert main(["paper", "--dim", "32", "--vectors", "300", "--write", str(page)]) == 0
-    assert capsys.readouterr().out == ""
+    assert main(["paper", "--dim", "32", "--vectors", "300", "--write", str(page)]) == 0 and not capsys.readouterr().out
     assert page.read_text().startswith(PAGE.read_text().partition("Ours is")[0])
 
 
