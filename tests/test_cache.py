@@ -8,7 +8,7 @@ from conversations import fake_quantised
 from tqcompile import CompressedKV, coding, formats, reference
 
 F = torch.nn.functional
-CODECS = ("identity", "q8_0", "turboquant:3")
+CODECS = ("identity", "q8_0", "turboquant:3", "turboquant_prod:2")
 SIZE = (2, 3, 6, 48)
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 

@@ -154,11 +154,14 @@ def test_a_query_that_sees_nothing_gets_zeros(device):
     close(*both(q, keys, values, uniform, False, codecs, (64, 64)), torch.bfloat16)
 
 
-def test_an_empty_cache_gives_zeros(device):
-    codecs = ("turboquant:4", "turboquant:4")
-    q, keys, values = random_case(device, torch.float32, codecs, length=0)
-    out = attend.attend(q, keys, values, None, False, 0.125, *map(formats.codec, codecs), (64, 64))
-    assert torch.equal(out, torch.zeros(2, 6, 2, 64, device=device))
+@pytest.mark.parametrize("name", ["turboquant:4", "turboquant_prod:2"])
+def test_an_empty_cache_gives_zeros(device, name):
+    codec = formats.codec(name)
+    q, keys, values = random_case(device, torch.float32, (name, name), length=0)
+    arguments = (q, keys, values, None, False, 0.125, codec, codec, (64, 64))
+    assert torch.equal(attend.attend(*arguments), torch.zeros(2, 6, 2, codec.coordinates(64), device=device))
+    back = attend.attend(*arguments, basis=tables.basis_matrix(codec, 64, device), dtype=torch.float16)
+    assert torch.equal(back, torch.zeros(2, 6, 2, 64, device=device, dtype=torch.float16))
 
 
 def test_an_unwritten_cache_gives_zeros(device):
@@ -238,12 +241,16 @@ def test_one_reach_serves_all_sequences(device):
     close(attend.attend(q, *planes, *arguments, reach=reach[:1], basis=basis), expected, torch.float32)
 
 
+ROTATED = [("turboquant:3", dim) for dim in (32, 48, 128, 256)]
+ROTATED += [(name, 48) for name in ("turboquant:2.5", "turboquant_prod:2", "qjl:2", "polarquant")]
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("head_dim", [32, 48, 128, 256])
-def test_attention_rotates_back_into_any_dtype(device, head_dim, dtype):
+@pytest.mark.parametrize(("name", "head_dim"), ROTATED)
+def test_attention_rotates_back_into_any_dtype(device, name, head_dim, dtype):
     torch.manual_seed(5)
-    codec = formats.codec("turboquant:3")
-    q, keys, values = random_case(device, torch.float32, ("turboquant:3",) * 2, head_dims=(head_dim, head_dim))
+    codec = formats.codec(name)
+    q, keys, values = random_case(device, torch.float32, (name, name), head_dims=(head_dim, head_dim))
     basis = tables.basis_matrix(codec, head_dim, device)
     arguments = (q, keys, values, None, False, 0.125, codec, codec, (head_dim, head_dim))
     out = attend.attend(*arguments, basis=basis, dtype=dtype)
