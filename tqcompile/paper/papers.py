@@ -71,7 +71,7 @@ def _bias_figures(sample: Sample) -> Iterator[Figure]:
         what = f"bias of <y, x>, mse, {bits_said(bits)}: -D_mse"
         if bits == 1:
             published = Published(2 / math.pi - 1)
-            yield Figure(what, "section 3.2", "exact", published, ours, exact, published.value)
+            yield Figure(what, "text", "exact", published, ours, exact, published.value)
         else:
             yield Figure(what, "", "", None, ours, exact)
     for bits in BITS:
@@ -140,16 +140,16 @@ def _fraction_figures(sample: Sample) -> Iterator[Figure]:
     codes = sum(term.share * term.codes.plane.bits for term in half.terms)
     said = Published(2.5)
     what, wrong = "bits: (32 x 3 + 96 x 2) / 128", "that is 2.25; with two float16 norms it is 2.5"
-    yield Figure(what, "section 4.3", "counted", said, Estimate(float(codes)), because=wrong)
+    yield Figure(what, "text", "counted", said, Estimate(float(codes)), because=wrong)
     yield Figure("bits of that, two float16 norms included", "Table 1", "counted", said, bits_of(half))
     yield Figure("bits of 32 channels at 4, 96 at 3, norms", "Table 1", "counted", Published(3.5), bits_of(more))
     for codec, name in ((half, "2.5"), (more, "3.5")):
         exact = theory.split_distortion(codec, sample.head_dim)
         yield Figure(f"D_mse, {name} bits, no outliers", "", "", None, sample.damage(codec).distortion, exact)
     for codec, name in ((half, "2.5 bits"), (more, "3.5 bits")):
-        yield Figure(f"times smaller, {name}", "section 4.3", "claimed", Published(4.5, relation=">="), smaller(codec))
+        yield Figure(f"times smaller, {name}", "text", "claimed", Published(4.5, relation=">="), smaller(codec))
     what, claim, wrong = "times smaller, 3 bits", Published(6.0, relation=">="), "16 / 3 is 5.33, without any norm"
-    yield Figure(what, "Google Research, 2026", "claimed", claim, smaller(_norm(3)), because=wrong)
+    yield Figure(what, "as announced", "claimed", claim, smaller(_norm(3)), because=wrong)
 
 
 def _turboquant(sample: Sample) -> Iterator[Figure]:
@@ -160,7 +160,7 @@ def _turboquant(sample: Sample) -> Iterator[Figure]:
 def _polar(sample: Sample) -> Iterator[Figure]:
     codec = formats.polarquant()
     cosine, damage = theory.polar_cosine(codec), sample.damage(codec)
-    yield Figure("bits: 62 for 16 numbers", "section 4", "counted", Published(3.875), bits_of(codec))
+    yield Figure("bits: 62 for 16 numbers", "text", "counted", Published(3.875), bits_of(codec))
     claim, wrong = Published(4.2, relation=">="), "16 / 3.875 is 4.13"
     yield Figure("times smaller", "abstract", "claimed", claim, smaller(codec), because=wrong)
     yield Figure("distortion", "", "", None, damage.distortion, 2 - 2 * cosine)
@@ -169,7 +169,7 @@ def _polar(sample: Sample) -> Iterator[Figure]:
 
 def _qjl(sample: Sample) -> Iterator[Figure]:
     dim = sample.head_dim
-    yield Figure("bits of keys, m = 256", "Algorithm 1", "counted", Published(2.125), bits_of(formats.qjl(2)))
+    yield Figure("bits of keys, m = 256", "text", "counted", Published(2.125), bits_of(formats.qjl(2)))
     for rows in (1, 2, 4):
         codec = formats.qjl(rows)
         bias, variance = theory.signs(codec, dim)
