@@ -49,7 +49,7 @@ class Caches(RuleBasedStateMachine):
         self.entries: list[Entry] = []
 
     @initialize(
-        codec=st.sampled_from(("identity", "q8_0", "turboquant:2", "turboquant:5", "turboquant_prod:3", "polarquant")),
+        codec=st.sampled_from(("identity", "q8_0", "turboquant:2", "turboquant:5", "turboquant:2.5", "polarquant")),
         head_dim=st.sampled_from((32, 33, 48, 80, 96)),
         dtype=st.sampled_from(DTYPES),
         size=st.tuples(st.integers(0, 3), st.integers(1, 3), st.integers(0, 4)),

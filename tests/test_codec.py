@@ -70,7 +70,7 @@ def test_bands_lie_one_behind_the_other_and_share_the_coordinates_out(codec):
         bands, at = codec.bands(head_dim), 0
         for term, band in zip(codec.terms, bands):
             assert band.start == at and band.stop > at
-            assert abs(band.stop - band.start - term.share * head_dim) < 1
+            assert abs(band.stop - band.start - term.share * head_dim) <= 0.5
             at = band.stop
         assert codec.coordinates(head_dim) == at == head_dim * sum(term.share for term in codec.terms)
         assert codec.head_dim(codec.coordinates(head_dim)) == head_dim

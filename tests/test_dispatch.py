@@ -13,7 +13,7 @@ from tqcompile.readonly import ReadOnly
 
 F = torch.nn.functional
 aten = torch.ops.aten
-CODECS = ("identity", "q8_0", "turboquant:3", "turboquant_prod:2")
+CODECS = ("identity", "q8_0", "turboquant:3", "turboquant:2.5")
 SIZE = (2, 3, 6, 48)
 
 EVERY_CODEC = pytest.mark.parametrize("codec", CODECS)

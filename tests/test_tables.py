@@ -195,7 +195,8 @@ def test_terms_that_share_channels_read_each_channel_once_and_lie_evenly(codec, 
         channels = (matrix[band] != 0).any(0).nonzero().flatten()
         assert len(channels) == band.stop - band.start
         # A term of a share of the channels has one in each run of 1 / share of them.
-        assert channels.diff().max() <= -(-head_dim // len(channels)) + 1
+        edges = torch.tensor([-1]), channels, torch.tensor([head_dim])
+        assert torch.cat(edges).diff().max() <= -(-head_dim // len(channels)) + 1
         taken += channels.tolist()
     assert sorted(taken) == list(range(head_dim))
 
