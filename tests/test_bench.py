@@ -77,10 +77,17 @@ def test_caps_and_sinks_are_measured(capsys):
     assert "softcap 30, sinks" in capsys.readouterr().out
 
 
+MEASURED: list[str] = []
+
+
 @pytest.fixture
 def kept(tmp_path):
+    """Rows that are measured once; each test gets a file of its own, which it may change."""
     file = tmp_path / "rows.json"
-    bench(*SHAPE, *FAST, *PAIR, "--tasks", "attend", "logits", "append", "--json", file)
+    if not MEASURED:
+        bench(*SHAPE, *FAST, *PAIR, "--tasks", "attend", "logits", "append", "--json", file)
+        MEASURED.append(file.read_text())
+    file.write_text(MEASURED[0])
     return file
 
 

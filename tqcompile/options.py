@@ -51,9 +51,9 @@ class Options:
 
     def __post_init__(self):
         _one_of("preset", self.preset, tuple(formats.PRESETS))
-        for name in ("keys", "values"):
-            if getattr(self, name) is not None:
-                _one_of(name, getattr(self, name), tuple(formats.REGISTRY))
+        for name, allowed in (("keys", tuple(formats.REGISTRY)), ("values", formats.FOR_VALUES)):
+            if getattr(self, name) is not None and getattr(self, name) not in tuple(formats.REGISTRY):
+                _one_of(name, getattr(self, name), allowed)
         if self.values is not None:
             try:
                 formats.check_values(self.values)
