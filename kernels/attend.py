@@ -227,7 +227,8 @@ def launch(built: ModuleType, q, keys, values, mask, reach, scale: float, codecs
     key_dim, queries = q.shape[-1], q.shape[2]
     types = [product_dtype(q.dtype, codes) for codes, _ in (keys, values)]
     kv_heads, length = keys[0].shape[1], keys[0].shape[2]
-    plan = tune.attend_plan(rows, heads, length, max(key_dim, value_dim), torch.float32 in types, q.device)
+    how = (max(key_dim, value_dim), torch.float32 in types, q.device)
+    plan = tune.attend_plan(rows, heads, length, *how, crowded=any(map(crowded, codecs)))
     left = parts(q, *place, plan.splits)
     part, strides = mask if mask is not None else (q, (0, 0, 0, 0))
     sides = []
@@ -249,6 +250,13 @@ def launch(built: ModuleType, q, keys, values, mask, reach, scale: float, codecs
         maxnreg=plan.registers,
     )
     return left
+
+
+def crowded(codec: Codec) -> bool:
+    """Whether a number takes more than the load of a byte, and a scalar of its token."""
+    if not codec.is_plain or codec.is_exact:
+        return not codec.is_exact
+    return codec.scale.plane.per is not None and codec.codes.plane.bits < 8
 
 
 def product_dtype(query: torch.dtype, codes: torch.Tensor) -> torch.dtype:

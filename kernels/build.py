@@ -69,7 +69,8 @@ def attend_usage(
     """Compile `attend_split` for contiguous planes and queries of `dtype`."""
     kernel = attend.module(*pair, (head_dim, head_dim), reader, None, False).attend_split
     widths = [codec.coordinates(head_dim) for codec in pair]
-    plan = tune.attend_plan(rows, 8, 4096, max(widths), dtype == torch.float32, torch.device("cpu"))
+    how = (max(widths), dtype == torch.float32, torch.device("cpu"))
+    plan = tune.attend_plan(rows, 8, 4096, *how, crowded=any(map(attend.crowded, pair)))
     pointers = {"q": dtype, "mask": dtype}
     types = {"scale": "fp32", "reach": "*i32"}
     if reader.mask == "bool":

@@ -100,11 +100,15 @@ def attend_plan(
     float32: bool,
     device: torch.device,
     processors: int | None = None,
+    crowded: bool = False,
 ) -> AttendPlan:
-    """The plan for `rows` query rows on each of `heads` KV heads over `length` tokens."""
+    """The plan for `rows` query rows on each of `heads` KV heads over `length` tokens.
+
+    `crowded` numbers take several loads each, and more registers than others of their head_dim.
+    """
     block_rows, block_tokens, warps, registers = ATTEND[16 if rows <= 16 else 64, float32]
-    if head_dim > 128:
-        block_tokens, warps, registers = max(16, block_tokens // 2), 8, 255
+    if head_dim > 128 or crowded:
+        block_tokens, warps, registers = 16 if crowded else max(16, block_tokens // 2), 8, 255
     wanted = (processors or processors_of(device)) * PROGRAMS_PER_PROCESSOR
     blocks = -(-length // block_tokens)
     splits = max(1, min(blocks, wanted // (heads * -(-rows // block_rows))))

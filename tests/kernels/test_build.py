@@ -10,6 +10,9 @@ FEW = [
     (("turboquant:5", "turboquant:5"), 128, Reader("additive"), torch.float16, 4, 80),
     (("q8_0", "q8_0"), 128, Reader("none", True), torch.bfloat16, 512, 90),
     (("q8_0", "turboquant:2"), 64, Reader(), torch.float32, 4, 80),
+    (("polarquant", "polarquant"), 128, Reader("bool"), torch.bfloat16, 4, 90),
+    (("q4_0", "turboquant:2.5"), 128, Reader(), torch.bfloat16, 4, 90),
+    (("qjl:2", "turboquant_prod:3"), 64, Reader("additive"), torch.float16, 4, 80),
 ]
 
 
@@ -58,7 +61,7 @@ def test_scores_take_few_instructions_a_number_of_a_key():
     assert 0 < usage.instructions < 2
 
 
-@pytest.mark.parametrize("name", ["q8_0", "turboquant:5"])
+@pytest.mark.parametrize("name", ["q8_0", "turboquant:5", "q4_0:hadamard", "turboquant:3:norm"])
 def test_append_compiles_without_a_device_and_spills_nothing(name):
     assert build.append_usage(formats.codec(name), 128, torch.bfloat16, 4096, 90).spills == 0
 
