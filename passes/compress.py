@@ -106,9 +106,19 @@ class _Rewriter(Writer):
                 node.meta = {"example_value": fake, "tensor_dict": dict(root.meta.get("tensor_dict", {}))}
                 nodes.append(node)
                 strides.append(tuple(fake.stride()))
+            centring = self.context.centres.get(root)
+            if centring is not None:
+                self.means[root] = self._open_mean(root, value, centring.dim)
         tokens = tensor_of(site.append.tokens).shape[site.append.dim] if site.append else None
-        self.context.inputs.append(CacheInput(index, site, name_of(root), tuple(strides), tokens))
+        self.context.inputs.append(CacheInput(index, site, name_of(root), tuple(strides), tokens, centring=centring))
         self.planes[root] = tuple(nodes)
+
+    def _open_mean(self, root: fx.Node, value: torch.Tensor, dim: int) -> fx.Node:
+        mean = self.graph.placeholder(f"{root.name}_mean")
+        shape = [1 if place == dim else size for place, size in enumerate(value.shape)]
+        fake = value.new_empty_strided(shape, rewrite.strides(shape, None), dtype=torch.float32)
+        mean.meta = {"example_value": fake, "tensor_dict": dict(root.meta.get("tensor_dict", {}))}
+        return mean
 
     def _move(self, node: fx.Node, view: View) -> None:
         """A view on the planes: the same operator on each of them where it moves tokens, nothing where it relabels."""
@@ -174,6 +184,7 @@ class _Rewriter(Writer):
         hides = tuple(each for each in read.masks if each.node not in self.survey.reads)
         hiding = mask if len(hides) == len(read.masks) else self._mask(hides, folding)
         reach = None if folds or hiding is None else self._reach(hiding)
+        mask = self.centred_mask(read, query, planes[0], mask)
         sinks = None if read.sinks is None else self._numbers(read.sinks, folding, tokens=False)
         return self.call(
             ops.attend,
@@ -270,9 +281,9 @@ class _Rewriter(Writer):
 
     def _emit_planes(self, values: list[fx.Node], planes, site: Site, original: fx.Node) -> None:
         value = tensor_of(original)
-        self.context.outputs.append(
-            Output("planes", len(values), len(planes), site.codec, int(value.shape[-1]), value.dtype, name_of(original))
-        )
+        of = site.codec, int(value.shape[-1]), value.dtype, name_of(original)
+        centring = self.context.centres.get(site.root)
+        self.context.outputs.append(Output("planes", len(values), len(planes), *of, centring=centring))
         values.extend(planes)
         self.changed += 1
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import fx
 
+from tqcompile.centre import Centring
 from tqcompile.codec import Codec
 from tqcompile.options import Options
 from tqcompile.passes.sites import Refusal, Site
@@ -17,6 +18,15 @@ class Fallback:
 
     name: str
     operator: str
+    where: str
+
+
+@dataclass(frozen=True)
+class Uncentred:
+    """Keys that are encoded as they are, where the options ask for centred ones."""
+
+    name: str
+    reason: str
     where: str
 
 
@@ -34,6 +44,7 @@ class CacheInput:
     strides: tuple[tuple, ...]
     tokens: object = None
     writes_back: bool = False
+    centring: Centring | None = None
 
 
 @dataclass(frozen=True)
@@ -42,7 +53,7 @@ class Output:
 
     `tensor`: value `index` of the compiled graph. `argument`: argument `index`, as it is. `appended`: of the cache that
     grew out of argument `index`, the tokens `run` along a dimension. `planes`: a new cache of the values
-    `index .. index + count`.
+    `index .. index + count`, the last of which is the mean of its centre where it has a `centring`.
     """
 
     kind: str
@@ -53,6 +64,7 @@ class Output:
     dtype: torch.dtype | None = None
     name: str = ""
     run: tuple[int, slice] | None = None
+    centring: Centring | None = None
 
 
 @dataclass
@@ -66,6 +78,8 @@ class Context:
     decoded_inputs: set[fx.Node] = field(default_factory=set)
     foreign: dict[int, list] = field(default_factory=dict)
     fallbacks: list[Fallback] = field(default_factory=list)
+    centres: dict[fx.Node, Centring] = field(default_factory=dict)
+    uncentred: list[Uncentred] = field(default_factory=list)
     reads: int = 0
     inputs: list[CacheInput] = field(default_factory=list)
     outputs: list[Output] = field(default_factory=list)

@@ -4,6 +4,7 @@ from torch import fx
 
 from tqcompile.passes.absorb import absorb
 from tqcompile.passes.canonicalize import canonicalize
+from tqcompile.passes.centre import centre
 from tqcompile.passes.compress import compress
 from tqcompile.passes.context import Context
 from tqcompile.passes.flex import flex
@@ -16,6 +17,7 @@ PIPELINE = (
     canonicalize,
     absorb,
     sites,
+    centre,
     compress,
     fuse,
     verify,

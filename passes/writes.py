@@ -6,8 +6,8 @@ import torch
 from torch import fx
 
 from tqcompile.passes import rewrite
+from tqcompile.passes.centred import Centrer
 from tqcompile.passes.context import Context
-from tqcompile.passes.editor import Editor
 from tqcompile.passes.indices import full, index_items, same_size
 from tqcompile.passes.nodes import memory_of, spelling, tensor_of, written_operands
 from tqcompile.passes.records import Join
@@ -16,7 +16,7 @@ from tqcompile.passes.tokens import source_of
 from tqcompile.passes.views import View
 
 
-class Writer(Editor):
+class Writer(Centrer):
     """`changed` counts the nodes that were rewritten; `overwritten` is memory that any node writes into."""
 
     changed = 0
@@ -36,6 +36,8 @@ class Writer(Editor):
             end = self.call(torch.ops.aten.sym_size.int, plane, append.dim)
             start = self.call(operator.sub, end, tokens)
             region.append(self.call(torch.narrow, plane, append.dim, start, tokens))
+        if site.root in self.context.centres:
+            dense = self.less(dense, site, self.run_of(start, end, tensor_of(dense)))
         self.encode(region, dense, None, site)
         self.planes[node] = self.planes[site.root]
         self.changed += 1
@@ -55,8 +57,11 @@ class Writer(Editor):
         self.changed += 1
 
     def encoded(self, tokens: fx.Node, site: Site) -> list[fx.Node]:
+        """Planes of a cache's first tokens, and behind them the mean that these are less where they are centred."""
+        mean, tokens = self.learned(tokens, site) if site.root in self.context.centres else (None, tokens)
         planes = self.call(rewrite.encode, self.rotated(tokens, site), site.codec.name)
-        return [self.call(operator.getitem, planes, place) for place in range(len(site.codec.stores))]
+        planes = [self.call(operator.getitem, planes, place) for place in range(len(site.codec.stores))]
+        return planes if mean is None else [*planes, mean]
 
     def write(self, node: fx.Node, view: View) -> None:
         site, name, source = self.sites[view.root], spelling(node), source_of(node)
@@ -70,12 +75,25 @@ class Writer(Editor):
             self._write_codes(node, planes, self.planes[shown.base], view)
             return
         source = self._as_stored(source, view)
+        if site.root in self.context.centres:
+            source = self.less(source, site, self._slots(node, site))
         if name == "index_copy_":
             self._write_positions(planes, node.args[1] % len(view.axes), node.args[2], source, site)
         elif name == "copy_":
             self._write_region(planes, source, site)
         else:
             self._write_items(planes, view, node.args[1], source, site)
+
+    def _slots(self, node: fx.Node, site: Site) -> fx.Node:
+        """The places along the tokens of a cache that a write of centred keys goes to."""
+        if spelling(node) == "index_copy_":
+            return node.args[2]
+        cache, dim = tensor_of(site.root), self.context.centres[site.root].dim
+        index, plane = index_items(node.args[1], cache.dim())[dim], self.planes[site.root][0]
+        if tensor_of(index) is not None:
+            return self._wrapped(index, plane, dim, str(cache.shape[dim]))
+        length = self.call(torch.ops.aten.sym_size.int, plane, dim)
+        return self.call(operator.getitem, self.run_of(0, length, cache), index)
 
     def _write_codes(self, node: fx.Node, planes: list[fx.Node], source: tuple[fx.Node, ...], view: View) -> None:
         """A write of tokens that are copies of the cache's own: the same operator on their codes."""

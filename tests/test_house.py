@@ -19,7 +19,7 @@ FLOORS = (
     ("options",),
     ("kernels", "cpu"),
     ("ops",),
-    ("cache+adopt+buffer+centre+dispatch+readonly",),
+    ("cache+adopt+buffer+centre+centred+dense+dispatch+readonly",),
     ("report",),
     ("passes",),
     ("backend+runtime+dump+facts",),

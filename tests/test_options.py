@@ -32,6 +32,7 @@ def test_defaults():
         "keys": None,
         "values": None,
         "strict": False,
+        "centre": False,
         "disable": (),
         "inner": "inductor",
         "dump": None,
@@ -61,6 +62,7 @@ def test_a_preset_is_a_pair_and_each_half_can_be_replaced(preset):
         ("dump=some/folder", {"dump": Path("some/folder")}),
         *((f"strict={word}", {"strict": True}) for word in ("1", "true", "True", "yes")),
         *((f"strict={word}", {"strict": False}) for word in ("0", "false", "No")),
+        ("centre=1", {"centre": True}),
     ],
 )
 def test_the_environment_is_read(monkeypatch, text, expected):
@@ -100,6 +102,7 @@ WRONG = {
     "inner": ({"inner": "aot"}, r"inner='aot'.*did you mean 'aot_eager'\?.*inductor, aot_eager, eager"),
     "strict": ({"strict": "yes"}, r"strict='yes'.*True and False"),
     "strict number": ({"strict": 1}, r"strict=1.*True and False"),
+    "centre": ({"centre": "yes"}, r"centre='yes'.*True and False"),
     "disable": ({"disable": ("site",)}, r"disable='site'.*did you mean 'sites'\?.*flex, canonicalize, absorb, sites"),
     "disable one": ({"disable": "compres"}, r"disable='compres'.*did you mean 'compress'\?"),
     "disable nothing": ({"disable": None}, r"disable=None.*flex, canonicalize, absorb, sites, compress"),
@@ -182,6 +185,7 @@ def test_a_digest_tells_apart_what_compiles_differently_only():
     both = Options(disable=("sites", "compress"))
     assert both.digest() == Options(disable=("compress", "sites")).digest()
     others = [Options(preset="small"), Options(keys="q8_0"), Options(values="q8_0"), Options(strict=True)]
+    others.append(Options(centre=True))
     others += [Options(disable="sites"), Options(inner="eager"), both, Options(keys=values, values=keys)]
     assert len({digest, *(other.digest() for other in others)}) == 1 + len(others)
 

@@ -5,6 +5,7 @@ import math
 import torch
 
 from tqcompile.cache import CompressedKV
+from tqcompile.centre import Centring
 from tqcompile.codec import Codec
 
 
@@ -25,7 +26,7 @@ def refusal(tensor: torch.Tensor) -> str | None:
     return None
 
 
-def adopt(tensor: torch.Tensor, codec: Codec) -> str | None:
+def adopt(tensor: torch.Tensor, codec: Codec, centring: Centring | None = None) -> str | None:
     """Turn a dense cache into a `CompressedKV`, the same Python object: every holder sees it, its memory is freed.
 
     Returns why it could not be done, and leaves the tensor as it was; None when it was.
@@ -34,7 +35,7 @@ def adopt(tensor: torch.Tensor, codec: Codec) -> str | None:
     if reason is not None:
         return reason
     kept = dict(tensor.__dict__)
-    shell = CompressedKV.encode(tensor, codec)
+    shell = CompressedKV.encode(tensor, codec, centring)
     try:
         torch._C._swap_tensor_impl(tensor, shell)
     except RuntimeError as error:

@@ -13,7 +13,7 @@ import torch
 from torch import fx
 from torch._dynamo.source import AttrSource, ConstantSource, LocalSource
 
-from tqcompile import cpu, formats, ops, reference
+from tqcompile import centre, cpu, formats, ops, reference
 from tqcompile import report as reports
 from tqcompile.dump import Dump, texts
 from tqcompile.facts import facts
@@ -61,6 +61,7 @@ def turboquant(
     keys: str | None = None,
     values: str | None = None,
     strict: bool | None = None,
+    centre: bool | None = None,
     disable: Sequence[str] | None = None,
     inner: str | None = None,
     dump: str | Path | None = None,
@@ -168,6 +169,7 @@ def _name_sources(gm: fx.GraphModule, copy: fx.GraphModule, context: Context) ->
             root = originals[entry.index]
             for name in entry.site.codec.stores:
                 plane_source[f"{root.name}_{name}"] = AttrSource(root._dynamo_source, name)
+            plane_source[f"{root.name}_mean"] = AttrSource(root._dynamo_source, "mean")
     for node in _placeholders(copy):
         if not hasattr(node, "_dynamo_source"):
             node._dynamo_source = plane_source[node.target]
@@ -205,7 +207,7 @@ def _cacheable(gm: fx.GraphModule) -> dict[str, str]:
     return {**config.unsafe_marked_cacheable_functions, **marked}
 
 
-_OWN = (reference.__name__, rewrite.__name__)
+_OWN = (centre.__name__, reference.__name__, rewrite.__name__)
 
 
 @cache
@@ -279,6 +281,7 @@ def _record(gm: fx.GraphModule, copy: fx.GraphModule, context: Context) -> repor
         sites=context.sites,
         refusals=context.refusals,
         fallbacks=tuple(context.fallbacks),
+        uncentred=tuple(context.uncentred),
         facts=facts(gm, copy, context),
         texts=texts(gm, copy, context.sites),
         counts=context.counts,

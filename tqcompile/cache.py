@@ -11,16 +11,17 @@ import torch
 
 from tqcompile import coding, formats, reference, tables
 from tqcompile.buffer import Buffer, Planes
+from tqcompile.centre import Centre, Centring, Rotation
 from tqcompile.codec import Codec
-from tqcompile.layout import layout_of
+from tqcompile.dense import encode_dense
 
 
 class CompressedKV(torch.Tensor):
     """A cache of keys or values [..., head_dim] kept as the planes [..., width] of a codec.
 
-    `part_of` are the caches it was taken from, and `family` they and all views of them. `copied` says that it should
-    show their memory but its planes could only be copied: a write would be lost. `counted` takes what eager code makes
-    of it, for the report.
+    `centre` is what was taken off its tokens, or None. `part_of` are the caches it was taken from, and `family` they
+    and all views of them. `copied` says that it should show their memory but its planes could only be copied: a write
+    would be lost. `counted` takes what eager code makes of it, for the report.
     """
 
     __torch_function__ = torch._C._disabled_torch_function_impl
@@ -29,6 +30,7 @@ class CompressedKV(torch.Tensor):
     codec: Codec
     buffer: Buffer | None
     start: int
+    centre: Centre | None
     part_of: tuple[weakref.ref, ...]
     family: list[weakref.ref]
     copied: bool
@@ -51,12 +53,12 @@ class CompressedKV(torch.Tensor):
             self = torch.Tensor._make_wrapper_subclass(cls, shape, strides, dtype=dtype, device=device)
         torch._C._set_throw_on_mutable_data_ptr(self)
         self.planes, self.codec, self.buffer, self.start = tuple(planes), codec, buffer, start
-        self.part_of, self.family, self.copied, self.counted = (), [], False, None
+        self.centre, self.part_of, self.family, self.copied, self.counted = None, (), [], False, None
         return self
 
     @classmethod
-    def encode(cls, dense: torch.Tensor, codec: Codec) -> "CompressedKV":
-        """A compressed copy of `dense` [..., head_dim].
+    def encode(cls, dense: torch.Tensor, codec: Codec, centring: Centring | None = None) -> "CompressedKV":
+        """A compressed copy of `dense` [..., head_dim]; of what is left of it where it is centred.
 
         Raises:
             TypeError: `dense` is no tensor, or `codec` no codec.
@@ -68,15 +70,29 @@ class CompressedKV(torch.Tensor):
         if not isinstance(codec, Codec):
             raise TypeError(f"codec={codec!r} is no codec; tqcompile.formats.codec(name) makes one")
         dense = dense.decode() if isinstance(dense, CompressedKV) else dense
-        return cls(encode_dense(dense, codec), codec, dense.shape[-1], dense.dtype)
+        centre = None if centring is None else centring.of(dense)
+        left = dense if centre is None else centre.less(dense)
+        return cls(encode_dense(left, codec), codec, dense.shape[-1], dense.dtype).centred(centre)
 
     @reference.as_stored
     def decode(self) -> torch.Tensor:
         """The dense tensor this cache stands for, decoded anew: [..., head_dim] in the cache's dtype."""
         basis = tables.basis_matrix(self.codec, self.shape[-1], self.device)
         rows = coding.decode(self.codec, self.planes, self.shape[-1])
+        if self.centre is not None:
+            return self.centre.more(reference.rotate_back(rows, basis, torch.float32)).to(self.dtype)
         dense = reference.rotate_back(rows, basis, self.dtype)
         return dense.clone(memory_format=torch.contiguous_format) if self.codec.is_exact else dense.contiguous()
+
+    def centred(self, centre: Centre | None) -> "CompressedKV":
+        """This cache, as one whose tokens `centre` was taken off."""
+        self.centre = centre
+        return self
+
+    @property
+    def parts(self) -> Planes:
+        """What a compiled graph is given: the planes, and the mean of the centre where there is one."""
+        return self.planes if self.centre is None else (*self.planes, self.centre.mean)
 
     def decoded_for(self, reader: str) -> torch.Tensor:
         """`decode()` for an operator that is not compiled, which the report tells of."""
@@ -136,7 +152,7 @@ class CompressedKV(torch.Tensor):
         planes = buffer.view(start, start + length + tokens)
         grown = CompressedKV(planes, self.codec, self.shape[-1], self.dtype, buffer, start)
         buffer.hold(grown)
-        return grown
+        return grown.centred(self.centre)
 
     def kept(self, seq_dim: int, run: slice) -> "CompressedKV":
         """The tokens `run` of a cache that lies in a buffer, which the next tokens go behind.
@@ -159,7 +175,7 @@ class CompressedKV(torch.Tensor):
         if all(plane.is_contiguous() for plane in self.planes):
             return self
         planes = tuple(plane.contiguous() for plane in self.planes)
-        return CompressedKV(planes, self.codec, self.shape[-1], self.dtype)
+        return CompressedKV(planes, self.codec, self.shape[-1], self.dtype).centred(self.centre)
 
     def own(self, strides: tuple[tuple[int, ...], ...]) -> str | None:
         """Make the planes this cache's alone, and of these strides, before a compiled graph writes into them.
@@ -193,9 +209,10 @@ class CompressedKV(torch.Tensor):
         return False
 
     def __tensor_flatten__(self):
-        # Dynamo sees a dense tensor of this shape, and guards on the codec alone. It wants an inner tensor (torch 2.11
-        # takes one without for fake); the planes would bring guards on their sizes.
-        return ["anchor"], (self.codec.name, self.dtype, self.device)
+        # Dynamo sees a dense tensor of this shape, and guards on the codec and how it is centred. It wants an inner
+        # tensor (torch 2.11 takes one without for fake); the planes would bring guards on their sizes.
+        centre = None if self.centre is None else (self.centre.rotation, self.centre.dim)
+        return ["anchor"], (self.codec.name, self.dtype, self.device, centre)
 
     @classmethod
     def __metadata_guard__(cls, expected, found) -> bool:
@@ -210,9 +227,9 @@ class CompressedKV(torch.Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
-        from tqcompile import dispatch
+        from tqcompile import centred
 
-        return dispatch.run(func, args, kwargs or {})
+        return centred.run(func, args, kwargs or {})
 
     def __repr__(self, *, tensor_contents=None) -> str:
         shape = tuple(self.shape)
@@ -236,7 +253,7 @@ class CompressedKV(torch.Tensor):
 
     def __reduce_ex__(self, protocol):
         planes = tuple(plane.clone(memory_format=torch.contiguous_format) for plane in self.planes)
-        return _rebuild, (planes, self.codec.name, self.shape[-1], self.dtype)
+        return _rebuild, (planes, self.codec.name, self.shape[-1], self.dtype, self.centre)
 
     def numpy(self, *, force: bool = False):
         """A decoded array; read-only, because what is written there would not reach the cache."""
@@ -254,40 +271,15 @@ class CompressedKV(torch.Tensor):
         raise RuntimeError("a compressed cache has no dense memory to share; call .decode() first")
 
 
-def _rebuild(planes: Planes, codec: str, head_dim: int, dtype: torch.dtype) -> CompressedKV:
-    return CompressedKV(planes, formats.codec(codec), head_dim, dtype)
+def _rebuild(planes: Planes, codec: str, head_dim: int, dtype: torch.dtype, centre=None) -> CompressedKV:
+    return CompressedKV(planes, formats.codec(codec), head_dim, dtype).centred(centre)
 
 
-torch.serialization.add_safe_globals([_rebuild])
+torch.serialization.add_safe_globals([_rebuild, Centre, Rotation])
 
 
 def storages(cache: torch.Tensor) -> dict[int, torch.UntypedStorage]:
     """The live storages behind a dense or compressed cache, by identity: empty ones share an address."""
-    planes = cache.planes if isinstance(cache, CompressedKV) else (cache,)
+    planes = cache.parts if isinstance(cache, CompressedKV) else (cache,)
     found = (plane.untyped_storage() for plane in planes)
     return {storage._cdata: storage for storage in found}
-
-
-@reference.as_stored
-def encode_dense(dense: torch.Tensor, codec: Codec) -> Planes:
-    """Planes [..., width] of a dense tensor [..., head_dim], encoded a block at a time."""
-    head_dim = dense.shape[-1]
-    layout = layout_of(codec, head_dim, dense.dtype, dense.device.type)
-    basis = tables.basis_matrix(codec, head_dim, dense.device)
-    with torch.inference_mode(False), torch.no_grad():
-        planes = layout.allocate(tuple(dense.shape[:-1]), dense.device)
-    if dense.numel() == 0:
-        return planes
-    longest = max(range(dense.dim() - 1), key=lambda dim: dense.shape[dim]) if dense.dim() > 1 else None
-    if longest is None:
-        parts: list[Callable] = [lambda x: x]
-    else:
-        step = max(1, reference.BLOCK_ELEMENTS * dense.shape[longest] // dense.numel())
-        starts = range(0, dense.shape[longest], step)
-        parts = [lambda x, at=at: x.narrow(longest, at, min(step, x.shape[longest] - at)) for at in starts]
-    with torch.no_grad():
-        for part in parts:
-            block = coding.encode(codec, reference.rotate(part(dense.detach()), basis))
-            for plane, code in zip(planes, block):
-                part(plane).copy_(code)
-    return planes

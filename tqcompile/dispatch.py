@@ -37,11 +37,12 @@ def run(func, args: tuple, kwargs: dict):
         result = _COPIES[func](func, *args, **kwargs)
         if result is not NotImplemented:
             return result
+    return decoded(func, args, kwargs)
+
+
+def decoded(func, args: tuple, kwargs: dict):
+    """Run an operator on decoded copies of the caches among its arguments."""
     _refuse_lost_writes(func, args, kwargs)
-    return _decoded(func, args, kwargs)
-
-
-def _decoded(func, args: tuple, kwargs: dict):
     if func is aten.as_strided.default and not args[0].is_contiguous():
         raise RuntimeError("as_strided of a view of a compressed cache has no memory to stride over; decode() it first")
     args, kwargs = tree_map_only(CompressedKV, lambda cache: cache.decoded_for(str(func)), (args, kwargs))
@@ -90,9 +91,8 @@ def _leading(cache: torch.Tensor, dim: int) -> int | None:
 
 
 def _views(func, cache: CompressedKV, planes: list, args: tuple, kwargs: dict):
-    """Views that `func` made of each plane, as views of the cache; their strides are those a dense cache's would have.
-
-    A dense tensor without memory is asked first, and complains about bad arguments as any would.
+    """Views that `func` made of each plane, as views of the cache, with a dense one's strides: a dense tensor without
+    memory is asked first, and complains about bad arguments as any would.
     """
     twin = torch.empty_strided(cache.shape, cache.stride(), dtype=cache.dtype, device="meta")
     shaped = func(twin, *args[1:], **kwargs)

@@ -13,7 +13,7 @@ from tqcompile import formats
 from tqcompile.codec import Codec
 
 ENVIRONMENT = "TQCOMPILE_OPTIONS"
-PASSES = ("flex", "canonicalize", "absorb", "sites", "compress", "fuse")
+PASSES = ("flex", "canonicalize", "absorb", "sites", "centre", "compress", "fuse")
 INNERS = ("inductor", "aot_eager", "eager")
 
 
@@ -38,6 +38,12 @@ class Options:
     What a graph stores tokens in and reads counts as a cache, known to a pattern or not.
     """
 
+    centre: bool = False
+    """Take off keys, before they are encoded, the mean that they have before they are rotated by their positions.
+
+    Attention adds what it contributes to the scores. The mean comes from a cache's first tokens, or from weights.
+    """
+
     disable: tuple[str, ...] = ()
     """Passes to leave out, by name."""
 
@@ -59,8 +65,9 @@ class Options:
                 formats.check_values(self.values)
             except ValueError as error:
                 raise ValueError(f"values={self.values!r}: {error}") from None
-        if not isinstance(self.strict, bool):
-            raise ValueError(f"strict={self.strict!r}; allowed are True and False")
+        for name in ("strict", "centre"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}={getattr(self, name)!r}; allowed are True and False")
         if not isinstance(self.disable, (str, tuple, list, set, frozenset)):
             raise ValueError(f"disable={self.disable!r}; give names of passes, of: {', '.join(PASSES)}")
         disable = (self.disable,) if isinstance(self.disable, str) else tuple(self.disable)
@@ -83,7 +90,8 @@ class Options:
 
     def digest(self) -> str:
         """Equal exactly where two sets of options compile a graph alike."""
-        content = (self.key_codec.digest(), self.value_codec.digest(), self.strict, sorted(self.disable), self.inner)
+        codecs = self.key_codec.digest(), self.value_codec.digest()
+        content = (*codecs, self.strict, self.centre, sorted(self.disable), self.inner)
         return hashlib.sha256(repr(content).encode()).hexdigest()[:12]
 
 
@@ -142,14 +150,14 @@ def _parse(item: str) -> tuple[str, Any]:
     name, equals, value = (part.strip() for part in item.partition("="))
     if not equals:
         raise ValueError(f"{item!r} is not name=value; an example is keys=turboquant:4,values=q8_0")
-    if name == "strict":
-        return name, _boolean(value)
+    if name in ("strict", "centre"):
+        return name, _boolean(name, value)
     return name, tuple(value.split("+")) if name == "disable" else value
 
 
-def _boolean(value: str) -> bool:
+def _boolean(name: str, value: str) -> bool:
     words = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
-    _one_of("strict", value.lower(), tuple(words))
+    _one_of(name, value.lower(), tuple(words))
     return words[value.lower()]
 
 

@@ -21,6 +21,7 @@ class Graph:
     sites: tuple = ()
     refusals: tuple = ()
     fallbacks: tuple = ()
+    uncentred: tuple = ()
     facts: tuple = ()
     counts: dict[str, int] = field(default_factory=dict)
     reads: int = 0
@@ -113,7 +114,7 @@ class Report:
 
     def __str__(self) -> str:
         parts = [self._summary(), self._compressed(), self._read()]
-        parts += [self._refused(), self._decoded(), self._events(), self._eager(), self._ended()]
+        parts += [self._refused(), self._uncentred(), self._decoded(), self._events(), self._eager(), self._ended()]
         return "\n\n".join(part for part in parts if part)
 
     def _summary(self) -> str:
@@ -147,6 +148,10 @@ class Report:
     def _refused(self) -> str:
         rows = [(r.name, r.reason, r.where, r.remedy) for r in self.refusals]
         return "left dense:\n" + tabulate(rows, ("cache", "why", "where", "remedy")) if rows else ""
+
+    def _uncentred(self) -> str:
+        rows = list(dict.fromkeys((u.name, u.reason, u.where) for graph in self.graphs for u in graph.uncentred))
+        return "keys that are not centred:\n" + tabulate(rows, ("cache", "why", "where")) if rows else ""
 
     def _decoded(self) -> str:
         rows = [(f.name, f.operator, f.where) for f in self.fallbacks]

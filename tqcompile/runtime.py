@@ -10,6 +10,8 @@ from torch import fx
 
 from tqcompile.adopt import adopt
 from tqcompile.cache import CompressedKV
+from tqcompile.centre import Centre
+from tqcompile.centred import fitted, refit
 from tqcompile.passes.context import CacheInput, Context
 from tqcompile.report import Graph
 
@@ -39,7 +41,7 @@ class CompiledGraph:
             values, start = [], 0
             for index, cache, _ in self.settled:
                 values += args[start:index]
-                values += cache().planes
+                values += cache().parts
                 start = index + 1
             return self._given(self.compiled(*values, *args[start:]), args, {})
         if not self._adopt(args):
@@ -73,7 +75,7 @@ class CompiledGraph:
         for index, argument in enumerate(args):
             cache = caches.get(index)
             if isinstance(cache, CompressedKV):
-                values.extend(cache.planes)
+                values.extend(cache.parts)
             else:
                 values.append(argument if cache is None else cache)
         return values
@@ -86,7 +88,10 @@ class CompiledGraph:
         complete = True
         for entry in self.in_place:
             held = args[entry.index]
-            reason = None if isinstance(held, CompressedKV) else adopt(held, entry.site.codec)
+            if isinstance(held, CompressedKV):
+                reason = refit(held, entry.centring)
+            else:
+                reason = adopt(held, entry.site.codec, entry.centring)
             reason = held.own(entry.strides) if reason is None else reason
             if reason is not None:
                 self.record.events[entry.name] = reason
@@ -99,8 +104,10 @@ class CompiledGraph:
         if entry.site is None:
             return held.decode() if isinstance(held, CompressedKV) else held
         if not isinstance(held, CompressedKV):
-            held = CompressedKV.encode(held, entry.site.codec)
+            held = CompressedKV.encode(held, entry.site.codec, entry.centring)
         assert held.codec is entry.site.codec, f"{entry.name}: a graph of {entry.site.codec.name} was given {held}"
+        if entry.site.kind != "in_place":
+            held = fitted(held, entry.centring)
         if entry.site.kind == "append":
             return held.room(self.tokens[entry.index](args), entry.site.append.dim)
         self.record.track(entry.name, held)
@@ -114,8 +121,11 @@ class CompiledGraph:
         if output.kind == "appended":
             cache = caches[output.index].kept(*output.run)
         else:
-            planes = tuple(results[output.index : output.index + output.count])
-            cache = CompressedKV(planes, output.codec, output.head_dim, output.dtype)
+            planes, centre = tuple(results[output.index : output.index + output.count]), None
+            if output.centring is not None:
+                *planes, mean = planes
+                centre = Centre(output.centring.rotation, output.centring.dim, mean)
+            cache = CompressedKV(planes, output.codec, output.head_dim, output.dtype).centred(centre)
         cache.forget_length()
         self.record.track(output.name, cache)
         return cache

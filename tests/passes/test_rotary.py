@@ -10,7 +10,8 @@ from torch import nn
 from tqcompile.centre import Rotation
 from tqcompile.passes.canonicalize import canonicalize
 from tqcompile.passes.nodes import spelling
-from tqcompile.passes.rotary import NO_POSITION, NOT_A_ROTATION, WRITTEN, NotRotated, Rotations
+from tqcompile.passes.rotary import NOT_A_ROTATION, Rotations
+from tqcompile.passes.slices import NO_POSITION, WRITTEN, NotRotated, Slicer
 
 EMBED, HEADS, HEAD_DIM, HALF, TOKENS, LONGEST = 16, 2, 16, 8, 5, 4096
 INVERSE = 1e4 ** (-torch.arange(HALF) / HALF)
@@ -265,7 +266,6 @@ def test_an_angle_that_is_no_multiple_of_the_position_is_not_taken_for_one():
 
 def test_a_slice_stops_where_keys_stop_being_linear():
     """Behind a norm nothing is linear: what leaves it is what is rotated."""
-    from tqcompile.passes.rotary import Slicer
 
     class Normed(Keys):
         def forward(self, hidden, positions):

@@ -1,0 +1,105 @@
+"""Centred keys in a graph: what is taken off the tokens that are written, and given back to the scores."""
+
+import torch
+from torch import fx
+
+from tqcompile import centre
+from tqcompile.centre import Rotation
+from tqcompile.passes.context import Context
+from tqcompile.passes.editor import Editor
+from tqcompile.passes.nodes import tensor_of
+from tqcompile.passes.places import places_of
+from tqcompile.passes.records import Read
+from tqcompile.passes.sites import Site
+from tqcompile.passes.views import View
+
+
+def root_dims(view: View, dims: tuple[int, ...], views: dict[fx.Node, View]) -> tuple[int, ...]:
+    """The dimensions of a cache that dimensions of the planes behind a view of it are."""
+    while view.base is not view.root:
+        made = view.base
+        dims = tuple(made.args[1][dim] for dim in dims) if made.target is torch.permute else dims
+        view = views[views[made].parent]
+    return dims
+
+
+class Centrer(Editor):
+    """`means` are the nodes of what was taken off each cache, as wide as that with one token."""
+
+    def __init__(self, gm: fx.GraphModule, context: Context):
+        super().__init__(gm, context)
+        self.means: dict[fx.Node, fx.Node] = {}
+        self.constants: dict[object, tuple[fx.Node, ...]] = {}
+        self.shared: dict[tuple, fx.Node] = {}
+
+    def less(self, source: fx.Node, site: Site, slots: fx.Node) -> fx.Node:
+        """Tokens for the places `slots` of a cache, less what is taken off them there."""
+        centring = self.context.centres[site.root]
+        node = self.call(
+            centre.less, source, self.means[site.root], slots, *self._turns(centring.rotation, source), centring.dim
+        )
+        node.meta["example_value"] = tensor_of(source)
+        return node
+
+    def decode(self, view: View) -> fx.Node:
+        """The keys themselves: those of a cache's first places, in front of what asks for their shape."""
+        dense, centring = super().decode(view), self.context.centres.get(view.root)
+        if centring is None:
+            return dense
+        node = self.call(
+            centre.more, dense, self.means[view.root], *self._turns(centring.rotation, dense), centring.dim
+        )
+        node.meta = dict(dense.meta)
+        return node
+
+    def learned(self, source: fx.Node, site: Site) -> tuple[fx.Node, fx.Node]:
+        """The centre of keys that a graph makes, and these less that."""
+        centring = self.context.centres[site.root]
+        slots = self.run_of(0, self.call(torch.ops.aten.sym_size.int, source, centring.dim), tensor_of(source))
+        given = centring.start(tensor_of(source))
+        given = None if given is None else self._constant(("given", site.root), (given,))[0]
+        turns = self._turns(centring.rotation, source)
+        self.means[site.root] = self.call(centre.learned, source, slots, *turns, given, centring.dim)
+        return self.means[site.root], self.less(source, site, slots)
+
+    def run_of(self, start, stop, value: torch.Tensor) -> fx.Node:
+        return self.call(torch.arange, start, stop, device=value.device)
+
+    def centred_mask(self, read: Read, query: fx.Node, planes: list[fx.Node], mask: fx.Node | None) -> fx.Node | None:
+        """`mask`, and what the centre of keys adds to scores: the same for all tokens where nothing turns."""
+        centring = self.context.centres.get(read.key.root)
+        if centring is None or not (centring.rotation.turns or read.sinks):
+            return mask
+        rotation, value = centring.rotation, tensor_of(query)
+        planes_of = self._constant(("planes", rotation), centre.planes_of(rotation, value.device))
+        table = self._table(rotation, planes[0], tensor_of(read.key.node).shape[-2], query, planes_of[0])
+        scale = tensor_of(read.key.base).shape[-1] ** -0.5 if read.scale is None else read.scale
+        bias = self.call(centre.scores, query, self._ordered_mean(read), table, *planes_of, scale)
+        return bias if mask is None else self.call(centre.added, bias, mask)
+
+    def _ordered_mean(self, read: Read) -> fx.Node:
+        """The mean of what a read has as [batch, heads, tokens, head_dim]."""
+        mean, places = self.means[read.key.root], places_of(read.key)
+        order = (*root_dims(read.key, (*places.heads, *places.tokens), self.survey.views), 3)
+        return mean if order == (0, 1, 2, 3) else self.call(torch.permute, mean, order)
+
+    def _table(self, rotation: Rotation, plane: fx.Node, tokens, query: fx.Node, first: fx.Node) -> fx.Node:
+        """`centre.waves`, once for all layers that are as long."""
+        key = rotation, str(tokens)
+        if key not in self.shared:
+            length = self.call(torch.ops.aten.sym_size.int, plane, 2)
+            self.shared[key] = self.call(centre.waves, length, self._turns(rotation, query)[0], first)
+        return self.shared[key]
+
+    def _turns(self, rotation: Rotation, like: fx.Node) -> tuple[fx.Node, ...]:
+        return self._constant(("turns", rotation), centre.tables(rotation, tensor_of(like).device))
+
+    def _constant(self, key: tuple, tensors: tuple[torch.Tensor, ...]) -> tuple[fx.Node, ...]:
+        """Nodes of tensors that every call is given alike."""
+        if key not in self.constants:
+            names = [f"centre_{len(self.constants)}_{place}" for place in range(len(tensors))]
+            with self.graph.inserting_before(next(iter(self.graph.nodes))):
+                for name, tensor in zip(names, tensors):
+                    self.gm.register_buffer(name, tensor)
+                self.constants[key] = tuple(map(self.graph.get_attr, names))
+        return self.constants[key]
