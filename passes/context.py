@@ -9,6 +9,7 @@ from tqcompile.codec import Codec
 from tqcompile.options import Options
 from tqcompile.passes.sites import Refusal, Site
 from tqcompile.passes.survey import Survey
+from tqcompile.recent import Regions
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class CacheInput:
     """How the caller turns argument `index` of Dynamo's graph into planes.
 
     Without a site the graph reads a decoded copy, which is encoded again after the call where it `writes_back`.
-    `tokens` is how many an append adds: a number, or the symbol that says it.
+    `tokens` is how many an append adds: a number, or the symbol that says it. `regions` come in behind the planes.
     """
 
     index: int
@@ -34,6 +35,7 @@ class CacheInput:
     strides: tuple[tuple, ...]
     tokens: object = None
     writes_back: bool = False
+    regions: Regions | None = None
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class Output:
 
     `tensor`: value `index` of the compiled graph. `argument`: argument `index`, as it is. `appended`: of the cache that
     grew out of argument `index`, the tokens `run` along a dimension. `planes`: a new cache of the values
-    `index .. index + count`.
+    `index .. index + count`, the last two of which are what is kept of `regions`, where there are such.
     """
 
     kind: str
@@ -53,6 +55,7 @@ class Output:
     dtype: torch.dtype | None = None
     name: str = ""
     run: tuple[int, slice] | None = None
+    regions: Regions | None = None
 
 
 @dataclass
@@ -64,6 +67,9 @@ class Context:
     sites: tuple[Site, ...] = ()
     refusals: tuple[Refusal, ...] = ()
     decoded_inputs: set[fx.Node] = field(default_factory=set)
+    regions: dict[fx.Node, Regions] = field(default_factory=dict)
+    made_by: dict[fx.Node, list[fx.Node]] = field(default_factory=dict)
+    kept: tuple[tuple[str, str], ...] = ()
     foreign: dict[int, list] = field(default_factory=dict)
     fallbacks: list[Fallback] = field(default_factory=list)
     reads: int = 0

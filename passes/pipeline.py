@@ -8,6 +8,7 @@ from tqcompile.passes.compress import compress
 from tqcompile.passes.context import Context
 from tqcompile.passes.flex import flex
 from tqcompile.passes.fuse import fuse
+from tqcompile.passes.regions import regions
 from tqcompile.passes.sites import sites
 from tqcompile.passes.verify import verify
 
@@ -16,6 +17,7 @@ PIPELINE = (
     canonicalize,
     absorb,
     sites,
+    regions,
     compress,
     fuse,
     verify,

@@ -13,7 +13,7 @@ import torch
 from torch import fx
 from torch._dynamo.source import AttrSource, ConstantSource, LocalSource
 
-from tqcompile import cpu, formats, ops, reference
+from tqcompile import cpu, formats, ops, recent, reference
 from tqcompile import report as reports
 from tqcompile.dump import Dump, texts
 from tqcompile.facts import facts
@@ -60,6 +60,8 @@ def turboquant(
     preset: str | None = None,
     keys: str | None = None,
     values: str | None = None,
+    sinks: int | None = None,
+    window: int | None = None,
     strict: bool | None = None,
     disable: Sequence[str] | None = None,
     inner: str | None = None,
@@ -166,7 +168,7 @@ def _name_sources(gm: fx.GraphModule, copy: fx.GraphModule, context: Context) ->
     for entry in context.inputs:
         if entry.site is not None:
             root = originals[entry.index]
-            for name in entry.site.codec.stores:
+            for name in (*entry.site.codec.stores, *(("numbers", "index") if entry.regions else ())):
                 plane_source[f"{root.name}_{name}"] = AttrSource(root._dynamo_source, name)
     for node in _placeholders(copy):
         if not hasattr(node, "_dynamo_source"):
@@ -205,7 +207,7 @@ def _cacheable(gm: fx.GraphModule) -> dict[str, str]:
     return {**config.unsafe_marked_cacheable_functions, **marked}
 
 
-_OWN = (reference.__name__, rewrite.__name__)
+_OWN = (reference.__name__, rewrite.__name__, recent.__name__)
 
 
 @cache
@@ -280,6 +282,7 @@ def _record(gm: fx.GraphModule, copy: fx.GraphModule, context: Context) -> repor
         refusals=context.refusals,
         fallbacks=tuple(context.fallbacks),
         facts=facts(gm, copy, context),
+        regions=context.kept,
         texts=texts(gm, copy, context.sites),
         counts=context.counts,
         reads=context.reads,

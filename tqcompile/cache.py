@@ -12,7 +12,8 @@ import torch
 from tqcompile import coding, formats, reference, tables
 from tqcompile.buffer import Buffer, Planes
 from tqcompile.codec import Codec
-from tqcompile.layout import layout_of
+from tqcompile.encoding import encode_dense
+from tqcompile.recent import Recent, Regions, empty
 
 
 class CompressedKV(torch.Tensor):
@@ -20,7 +21,7 @@ class CompressedKV(torch.Tensor):
 
     `part_of` are the caches it was taken from, and `family` they and all views of them. `copied` says that it should
     show their memory but its planes could only be copied: a write would be lost. `counted` takes what eager code makes
-    of it, for the report.
+    of it, for the report. `recent` has some of its tokens as they are.
     """
 
     __torch_function__ = torch._C._disabled_torch_function_impl
@@ -33,6 +34,7 @@ class CompressedKV(torch.Tensor):
     family: list[weakref.ref]
     copied: bool
     counted: "Callable[..., None] | None"
+    recent: Recent | None
     anchor = torch.empty(0)
 
     @staticmethod
@@ -51,7 +53,7 @@ class CompressedKV(torch.Tensor):
             self = torch.Tensor._make_wrapper_subclass(cls, shape, strides, dtype=dtype, device=device)
         torch._C._set_throw_on_mutable_data_ptr(self)
         self.planes, self.codec, self.buffer, self.start = tuple(planes), codec, buffer, start
-        self.part_of, self.family, self.copied, self.counted = (), [], False, None
+        self.part_of, self.family, self.copied, self.counted, self.recent = (), [], False, None, None
         return self
 
     @classmethod
@@ -135,6 +137,8 @@ class CompressedKV(torch.Tensor):
         buffer.used += tokens
         planes = buffer.view(start, start + length + tokens)
         grown = CompressedKV(planes, self.codec, self.shape[-1], self.dtype, buffer, start)
+        if self.recent is not None:
+            grown.recent = self.recent if in_place else self.recent.copy(length)
         buffer.hold(grown)
         return grown
 
@@ -159,7 +163,21 @@ class CompressedKV(torch.Tensor):
         if all(plane.is_contiguous() for plane in self.planes):
             return self
         planes = tuple(plane.contiguous() for plane in self.planes)
-        return CompressedKV(planes, self.codec, self.shape[-1], self.dtype)
+        ordered = CompressedKV(planes, self.codec, self.shape[-1], self.dtype)
+        ordered.recent = self.recent
+        return ordered
+
+    def keep(self, regions: Regions | None) -> None:
+        """Make what is kept as it is of tokens that a graph writes fit what that graph keeps; None where it keeps none.
+
+        No other of the family keeps anything of its own: it would not be told of what is written.
+        """
+        fits = self.recent is not None and self.recent.regions == regions
+        if not fits:
+            self.recent = None if regions is None else empty(self, regions)
+        for other in self.others:
+            if other().recent is not self.recent:
+                other().recent = None
 
     def own(self, strides: tuple[tuple[int, ...], ...]) -> str | None:
         """Make the planes this cache's alone, and of these strides, before a compiled graph writes into them.
@@ -175,6 +193,7 @@ class CompressedKV(torch.Tensor):
             return "a view of it is alive, which would not follow it to planes that lie as this graph writes them"
         with torch.inference_mode(False):
             self.planes = tuple(plane.clone(memory_format=torch.contiguous_format) for plane in self.planes)
+        self.recent = self.recent and self.recent.copy(self.shape[self.recent.regions.dim])
         self.buffer, self.start = None, 0
         return None
 
@@ -210,9 +229,9 @@ class CompressedKV(torch.Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
-        from tqcompile import dispatch
+        from tqcompile import dispatch, followed
 
-        return dispatch.run(func, args, kwargs or {})
+        return followed.run(dispatch.run, func, args, kwargs or {})
 
     def __repr__(self, *, tensor_contents=None) -> str:
         shape = tuple(self.shape)
@@ -264,30 +283,6 @@ torch.serialization.add_safe_globals([_rebuild])
 def storages(cache: torch.Tensor) -> dict[int, torch.UntypedStorage]:
     """The live storages behind a dense or compressed cache, by identity: empty ones share an address."""
     planes = cache.planes if isinstance(cache, CompressedKV) else (cache,)
+    planes += cache.recent.tensors if isinstance(cache, CompressedKV) and cache.recent is not None else ()
     found = (plane.untyped_storage() for plane in planes)
     return {storage._cdata: storage for storage in found}
-
-
-@reference.as_stored
-def encode_dense(dense: torch.Tensor, codec: Codec) -> Planes:
-    """Planes [..., width] of a dense tensor [..., head_dim], encoded a block at a time."""
-    head_dim = dense.shape[-1]
-    layout = layout_of(codec, head_dim, dense.dtype, dense.device.type)
-    basis = tables.basis_matrix(codec, head_dim, dense.device)
-    with torch.inference_mode(False), torch.no_grad():
-        planes = layout.allocate(tuple(dense.shape[:-1]), dense.device)
-    if dense.numel() == 0:
-        return planes
-    longest = max(range(dense.dim() - 1), key=lambda dim: dense.shape[dim]) if dense.dim() > 1 else None
-    if longest is None:
-        parts: list[Callable] = [lambda x: x]
-    else:
-        step = max(1, reference.BLOCK_ELEMENTS * dense.shape[longest] // dense.numel())
-        starts = range(0, dense.shape[longest], step)
-        parts = [lambda x, at=at: x.narrow(longest, at, min(step, x.shape[longest] - at)) for at in starts]
-    with torch.no_grad():
-        for part in parts:
-            block = coding.encode(codec, reference.rotate(part(dense.detach()), basis))
-            for plane, code in zip(planes, block):
-                part(plane).copy_(code)
-    return planes
