@@ -19,14 +19,16 @@ class Twin:
 
     def __init__(self, talk: Conversation, codecs, sinks: int, window: int):
         self.talk, self.codecs, self.sinks, self.window = talk, codecs, sinks, window
-        talk.codecs, self.length = None, 0
+        talk.codecs, self.length, self.rows = None, 0, None
         for block in talk.model.blocks:
             block.store, block.reader = unchanged, self._reader(block.reader)
 
     def _reader(self, reader):
         def read(q, k, v, mask):
-            exact = torch.arange(k.shape[2]) < self.sinks
-            exact |= torch.arange(k.shape[2]) >= self.length - self.window
+            place = torch.arange(k.shape[2])
+            exact = (place < self.sinks) | (place >= self.length - self.window)
+            if self.rows is not None:
+                exact = torch.isin(place, torch.tensor(sorted(self.rows)))
             sides = zip((k, v), self.codecs)
             rows = [torch.where(exact[:, None], x, fake_quantised(x, codec)) for x, codec in sides]
             return reader(q, *((k, v) if self.exact else rows), mask)
@@ -99,3 +101,77 @@ def test_inductor_gives_what_the_eager_inner_compiler_gives(kind):
     shape = Shape(layers=1)
     ours, twin = talks(kind, shape, 2, 3, inner="inductor")
     assert steps(ours, twin, [5, 1, 1, 4, 1], shape, kind) < 5e-5
+
+
+def grown(tokens=9, sinks=2, window=3, batch=2, calls=None):
+    """A tuple of layers' caches of so many tokens, the conversation, and its twin."""
+    shape = Shape(layers=1, batch=batch)
+    ours, twin = talks("tuples", shape, sinks, window)
+    steps(ours, twin, calls or [tokens - 2, 1, 1], shape, "tuples")
+    return ours, twin
+
+
+def after(ours, twin, change, tokens=1):
+    """The largest difference of one more step, after `change` of both caches."""
+    ours.state = tuple((change(k), change(v)) for k, v in ours.state)
+    twin.talk.state = tuple((change(k), change(v)) for k, v in twin.talk.state)
+    ours.filled = twin.talk.filled = ours.state[0][0].shape[2]
+    x = torch.randn(ours.state[0][0].shape[0], tokens, EMBED)
+    return (ours.feed(x) - twin.feed(x)).abs().max().item()
+
+
+def test_a_reorder_of_sequences_takes_their_exact_tokens_along():
+    order = torch.tensor([1, 0, 1])
+    assert after(*grown(), lambda x: x.index_select(0, order)) < 5e-6
+
+
+def test_a_copy_has_its_own():
+    ours, twin = grown()
+    before = ours.state
+    assert after(ours, twin, torch.clone) < 5e-6
+    assert ours.state[0][0].recent.numbers.data_ptr() != before[0][0].recent.numbers.data_ptr()
+
+
+def test_a_cache_that_was_cut_never_reads_what_came_later():
+    """Of the last tokens of what is left those are exact that later ones did not push out."""
+    ours, twin = grown(tokens=9, sinks=2, window=3)
+    twin.rows = {0, 1, 6, 7}
+    assert after(ours, twin, lambda x: x[:, :, :7]) < 5e-6
+    assert kept(ours.state[0][0]) == twin.rows
+
+
+def test_two_continuations_of_one_prefix_do_not_see_each_other():
+    ours, twin = grown(tokens=6, sinks=1, window=3)
+    prefix, same = ours.state, twin.talk.state
+    assert after(ours, twin, lambda x: x) < 5e-6
+    first, ours.state, twin.talk.state = (ours.state, twin.talk.state), prefix, same
+    assert after(ours, twin, lambda x: x) < 5e-6
+    assert kept(first[0][0][0]) == kept(ours.state[0][0]) == {0, 4, 5, 6}
+    ours.state, twin.talk.state = first
+    assert after(ours, twin, lambda x: x) < 5e-6
+
+
+@pytest.mark.parametrize("change", ["zero", "copy", "view", "column", "fill"])
+def test_what_eager_code_writes_is_what_attention_reads(change):
+    """No slot holds a token that was overwritten behind its back, in a static cache, also through a view of it."""
+    shape = Shape(layers=1)
+    ours, twin = talks("buffers", shape, 2, 3)
+    steps(ours, twin, [6, 1], shape, "buffers")
+    new = torch.randn(2, 2, 24, 32)
+    for model in (ours.model, twin.talk.model):
+        for cache in (model.blocks[0].k_cache, model.blocks[0].v_cache):
+            match change:
+                case "zero":
+                    cache.zero_()
+                case "copy":
+                    cache.copy_(new)
+                case "view":
+                    cache[:, :, :5].copy_(new[:, :, :5])
+                case "column":
+                    cache[:, 1:][:, :, 1].copy_(new[:, 1:, 1])
+                case "fill":
+                    cache[1:].fill_(0.5)
+    twin.rows = {7}
+    x = torch.randn(2, 1, EMBED)
+    assert (ours.feed(x) - twin.feed(x)).abs().max().item() < 5e-6
+    assert kept(ours.caches()[0]) == {7}
