@@ -187,7 +187,7 @@ class _Rewriter(Writer):
             values.codec.name,
             *dims,
             result.dtype,
-            **({"exact": exact} if (exact := self.exact(read)) else {}),
+            **({"exact": exact, "first": self.context.options.sinks} if (exact := self.exact(read)) else {}),
         )
 
     def _mask(self, masks: tuple[Mask, ...], folding: tuple[fx.Node, fx.Node] | None) -> fx.Node | None:

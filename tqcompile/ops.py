@@ -25,7 +25,8 @@ _library.define(
 _library.define(
     "attend(Tensor q, Tensor[] keys, Tensor[] values, Tensor? mask, Tensor? reach, Tensor? key_basis, "
     "Tensor? value_basis, bool causal, float scale, str score_mod, Tensor? sinks, str key_codec, str value_codec, "
-    "int key_dim, int value_dim, ScalarType dtype, *, Tensor[]? exact=None, Tensor? asked=None) -> Tensor"
+    "int key_dim, int value_dim, ScalarType dtype, *, Tensor[]? exact=None, Tensor? asked=None, "
+    "int first=0) -> Tensor"
 )
 _library.define(
     "remember(Tensor(a!) numbers, Tensor(b!) index, Tensor tokens, Tensor? positions, SymInt start, int dim, int sinks)"
@@ -108,13 +109,15 @@ def _append_step_cuda(keys, values, k, v, q, positions, key_basis, value_basis, 
         return kernel.append_step(codecs, (keys, values), (k, v), q, positions, (key_basis, value_basis))
 
 
-def _attend_cpu(q, keys, values, mask, reach, key_basis, value_basis, causal, scale, *others, exact=None, asked=None):
+def _attend_cpu(
+    q, keys, values, mask, reach, key_basis, value_basis, causal, scale, *others, exact=None, asked=None, first=0
+):
     score_mod, sinks, key_codec, value_codec, *dims, dtype = others
-    codecs, first = (formats.codec(key_codec), formats.codec(value_codec)), 0
+    codecs, start = (formats.codec(key_codec), formats.codec(value_codec)), 0
     asked, q = q if asked is None else asked, reference.rotate(q, key_basis)
     if reach is not None and reach.numel() and not causal:
-        first, keys, values, mask = _within(reach, keys, values, mask)
-    known = recent.exact(exact, asked, first, first + keys[0].shape[2]) if exact else None
+        start, keys, values, mask = _within(reach, keys, values, mask)
+    known = recent.exact(exact, asked, start, start + keys[0].shape[2]) if exact else None
     out, theirs = cpu.attend(q, keys, values, mask, causal, scale, *codecs, tuple(dims), score_mod, sinks, known)
     if theirs is None:
         return reference.rotate_back(out, value_basis, dtype).contiguous()
@@ -128,15 +131,26 @@ def _within(reach: torch.Tensor, keys: Tensors, values: Tensors, mask: torch.Ten
     return first, [plane[:, :, span] for plane in keys], [plane[:, :, span] for plane in values], mask[..., span]
 
 
-def _attend_cuda(q, keys, values, mask, reach, key_basis, value_basis, causal, scale, *others):
+def _attend_cuda(
+    q, keys, values, mask, reach, key_basis, value_basis, causal, scale, *others, exact=None, asked=None, first=0
+):
     from tqcompile.kernels import attend as kernel
 
     score_mod, sinks, key_codec, value_codec, *dims, dtype = others
     codecs = formats.codec(key_codec), formats.codec(value_codec)
     options = {"reach": reach, "basis": value_basis, "dtype": dtype, "score_mod": score_mod, "sinks": sinks}
+    if exact:
+        options |= {"known": exact, "asked": q if asked is None else asked, "first": first}
     with torch.cuda.device(q.device):
         q = reference.rotate(q, key_basis)
         return kernel.attend(q, keys, values, mask, causal, scale, *codecs, tuple(dims), **options)
+
+
+def _remember_cuda(numbers, index, tokens, positions, start, dim, sinks):
+    from tqcompile.kernels import exact as kernel
+
+    with torch.cuda.device(numbers.device):
+        kernel.remember(numbers, index, tokens, positions, start, dim, sinks)
 
 
 def _logits(q: torch.Tensor, keys: Tensors, codec: str, head_dim: int) -> torch.Tensor:
@@ -175,7 +189,7 @@ _library.impl("append_step", reference.as_stored(_append_step_cuda), "CUDA")
 _library.impl("attend", reference.as_stored(_attend_cpu), "CPU")
 _library.impl("attend", reference.as_stored(_attend_cuda), "CUDA")
 _library.impl("remember", recent.remember, "CPU")
-_library.impl("remember", recent.remember, "CUDA")
+_library.impl("remember", _remember_cuda, "CUDA")
 _library.impl("logits", reference.as_stored(_logits), "CPU")
 _library.impl("logits", reference.as_stored(_logits_cuda), "CUDA")
 _library.impl("mix", reference.as_stored(_mix), "CPU")
@@ -193,7 +207,7 @@ def _(keys, values, k, v, q, positions, key_basis, value_basis, key_codec, value
 
 
 @torch.library.register_fake("tqcompile::attend", lib=_library)
-def _(q, keys, values, mask, reach, key_basis, value_basis, causal, scale, *others, exact=None, asked=None):
+def _(q, keys, values, mask, reach, key_basis, value_basis, causal, scale, *others, exact=None, asked=None, first=0):
     value_dim, dtype = others[-2:]
     return q.new_empty((*q.shape[:-1], value_dim), dtype=dtype)
 
