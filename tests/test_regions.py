@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from checkpoints import assert_compressed, assert_same, new_cache, prompt, step, tensors, tiny
 from conversations import Conversation, conversations, fake_quantised
 from models import EMBED, Shape, unchanged
 from readers import READERS
@@ -62,8 +63,10 @@ def kept(cache) -> set[int]:
     return {place for place in cache.recent.index.tolist() if place >= 0}
 
 
-@pytest.mark.parametrize("sinks, window", [(2, 3), (0, 4), (3, 0), (1, 1)])
-@pytest.mark.parametrize("kind", KINDS)
+TWO = [(kind, 2, 3) for kind in KINDS] + [("tuples", 0, 4), ("counter", 0, 4), ("tuples", 3, 0), ("counter", 3, 0)]
+
+
+@pytest.mark.parametrize("kind, sinks, window", TWO)
 def test_attention_reads_codes_and_the_exact_rows_of_its_regions(kind, sinks, window):
     shape = Shape()
     ours, twin = talks(kind, shape, sinks, window)
@@ -177,3 +180,67 @@ def test_what_eager_code_writes_is_what_attention_reads(change):
     x = torch.randn(2, 1, EMBED)
     assert (ours.feed(x) - twin.feed(x)).abs().max().item() < 5e-6
     assert kept(ours.caches()[0]) == {7}
+
+
+def test_an_eager_prefill_of_a_growing_cache_is_kept_from_its_first_step_on():
+    shape = Shape(layers=1)
+    ours, twin = talks("tuples", shape, 2, 3)
+    x = torch.randn(2, 8, EMBED)
+    ours.feed(x[:, :7], eager=True), twin.feed(x[:, :7])
+    assert (ours.feed(x[:, 7:]) - twin.feed(x[:, 7:])).abs().max().item() < 5e-6
+    assert kept(ours.state[0][0]) == {0, 1, 5, 6, 7}
+
+
+def test_a_graph_that_keeps_none_makes_those_of_another_void():
+    """One cache, written by graphs of other options in turn: none reads what the other does not know of."""
+    shape = Shape(layers=1)
+    ours, twin = talks("buffers", shape, 2, 3)
+    steps(ours, twin, [6], shape, "buffers")
+    kept_by, options = ours.call, {"keys": CODECS[0], "values": CODECS[1], "inner": "eager"}
+    ours.call, twin.rows = torch.compile(ours.model, backend="turboquant", options=options), set()
+    for call, window in ((ours.call, set()), (kept_by, {8}), (ours.call, set()), (kept_by, {10}), (kept_by, {10, 11})):
+        ours.call, twin.rows = call, window
+        assert steps(ours, twin, [2] if not window and ours.filled == 6 else [1], shape, "buffers") < 5e-6
+
+
+def test_many_keys_are_read_block_by_block(monkeypatch):
+    monkeypatch.setattr("tqcompile.reference.BLOCK_ELEMENTS", 512)
+    shape = Shape(layers=1, reader="sinks")
+    ours, twin = talks("counter", shape, 2, 3)
+    assert steps(ours, twin, [9, 2, 1, 4], shape, "counter") < 5e-6
+
+
+def test_bytes_and_the_report_count_them():
+    shape = Shape(layers=1)
+    ours, twin = talks("buffers", shape, 2, 3)
+    steps(ours, twin, [6], shape, "buffers")
+    bare, other = conversations("buffers", shape, CODECS)
+    bare.feed(torch.randn(2, 6, EMBED)), other.feed(torch.randn(2, 6, EMBED))
+    each = 2 * 2 * 6 * 32 * 4 + 6 * 8
+    assert [a.nbytes - b.nbytes for a, b in zip(ours.caches(), bare.caches())] == [each, each]
+    report, without = tqcompile.report(ours.model), tqcompile.report(bare.model)
+    assert report.compressed_bytes == without.compressed_bytes + 2 * each
+    assert "first 2 and last 3 tokens" in str(report) and "first" not in str(without)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_a_model_of_transformers_whose_cache_fits_is_as_good_as_dense(kind):
+    model = tiny()
+    options = {"keys": "turboquant:2", "values": "turboquant:2", "inner": "eager", "sinks": 4, "window": 36}
+    compiled = torch.compile(model, backend="turboquant", options=options)
+    ours, dense = new_cache(kind, model), new_cache(kind, model)
+    for index, tokens in enumerate((6, 1, 1, 3, 1)):
+        ids = prompt(2, tokens, 50 + index)
+        assert_same(step(compiled, ids, ours), step(model, ids, dense))
+    if kind == "static":
+        ours.reset(), dense.reset()
+        ids = prompt(2, 5, 60)
+        assert_same(step(compiled, ids, ours), step(model, ids, dense))
+    else:
+        for cache in (ours, dense):
+            cache.crop(-3)
+            cache.reorder_cache(torch.tensor([1, 0]))
+    assert_compressed(ours, model)
+    assert_same(step(compiled, prompt(2, 1), ours), step(model, prompt(2, 1), dense))
+    for cache in tensors(ours):
+        assert kept(cache) == set(range(6 if kind == "static" else 10))

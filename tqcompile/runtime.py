@@ -11,7 +11,7 @@ from torch import fx
 from tqcompile.adopt import adopt
 from tqcompile.cache import CompressedKV
 from tqcompile.passes.context import CacheInput, Context
-from tqcompile.recent import Recent, empty
+from tqcompile.recent import Recent, empty, first_and_last
 from tqcompile.report import Graph
 
 
@@ -107,7 +107,7 @@ class CompiledGraph:
         if entry.site is None:
             return held.decode() if isinstance(held, CompressedKV) else held
         if not isinstance(held, CompressedKV):
-            held = CompressedKV.encode(held, entry.site.codec)
+            held = _encoded(held, entry)
         assert held.codec is entry.site.codec, f"{entry.name}: a graph of {entry.site.codec.name} was given {held}"
         if entry.site.kind == "append":
             held = held.room(self.tokens[entry.index](args), entry.site.append.dim)
@@ -139,8 +139,22 @@ class CompiledGraph:
         return cache
 
 
-def _held(recent: Recent | None) -> Callable[[], Recent | None]:
-    return weakref.ref(recent) if recent is not None else type(None)
+def _encoded(dense: torch.Tensor, entry: CacheInput) -> CompressedKV:
+    """A dense cache that is not written where it stands, with what is to be kept of it as it is."""
+    cache, regions = CompressedKV.encode(dense, entry.site.codec), entry.regions
+    if regions is not None and dense.shape[regions.dim]:
+        with torch.inference_mode(False), torch.no_grad():
+            kept = first_and_last(dense.detach(), regions.dim, regions.sinks, regions.window)
+        cache.recent = Recent(*kept, regions)
+    return cache
+
+
+def _held(recent: Recent | None) -> Callable[[], object]:
+    """What gives `recent` for as long as somebody holds it, and then what no cache has."""
+    if recent is None:
+        return type(None)
+    held = weakref.ref(recent)
+    return lambda: held() or held
 
 
 def _token_count(tokens, original: fx.GraphModule) -> Callable[[tuple], int]:
