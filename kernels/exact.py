@@ -19,7 +19,7 @@ from tqcompile.kernels.emit import Reader
 # Printed by `emit`; the name stands here so that the skeleton can be read, and checked, as ordinary Python.
 read_scores = None
 
-BLOCK_TOKENS = 32
+BLOCK_NUMBERS = 2048
 HIDDEN_TOKENS = 1024
 # Tokens that one program puts into their slots; more are what a prefill writes.
 MOST_TOKENS = 64
@@ -130,6 +130,11 @@ def remember_tokens(
 # fmt: on
 
 
+def block_of(head_dim: int) -> int:
+    """Slots that are read at once: as many as fit registers beside the sums of 16 rows."""
+    return max(16, BLOCK_NUMBERS // tune.extent(head_dim))
+
+
 def source(reader: Reader) -> str:
     """The text of the module that all of this file launches."""
     kernels = (maximum_of, sum_of, slot_of, hide_tokens, attend_exact, remember_tokens)
@@ -203,7 +208,7 @@ def attend(q, exact, mask, scale: float, kv_heads: int, length: int, reader: Rea
         *(q, keys, key_index, values, value_index, part, *left),
         *(scale, kv_heads, groups, queries, length, key_index.shape[0] - 1),
         *(*q.stride(), *keys.stride()[:3], *values.stride()[:3], *strides),
-        *(key_dim, value_dim, 16, BLOCK_TOKENS, tune.extent(key_dim), tune.extent(value_dim)),
+        *(key_dim, value_dim, 16, block_of(max(key_dim, value_dim)), tune.extent(key_dim), tune.extent(value_dim)),
         num_warps=4,
     )
     return left

@@ -6,6 +6,7 @@ from graphs import operators, passed
 from test_sites import AT, Cache, F, K, Q, V, attend, write
 
 from tqcompile import ops
+from tqcompile.dump import kernel_sources
 from tqcompile.recent import Regions
 
 KEPT = {"sinks": 2, "window": 3, "disable": ()}
@@ -113,3 +114,9 @@ def test_a_step_that_is_fused_hands_on_its_query_as_it_is():
     (read,) = gm.graph.find_nodes(op="call_function", target=ops.attend)
     (step,) = gm.graph.find_nodes(op="call_function", target=ops.append_step)
     assert read.kwargs["asked"] is step.args[4] and read.args[0] is step
+
+
+def test_a_gpu_launches_what_reads_them_and_hides_them_from_codes():
+    gm, context = after(Cache(positioned), Q, K, V, AT, keys="turboquant:4", values="turboquant:3")
+    sources = kernel_sources(gm, context.sites)
+    assert "exact_none_mask" in sources and "attend_turboquant_4_turboquant_3_8_8_bool_mask" in sources
