@@ -18,7 +18,7 @@ import triton.language as tl
 from tqcompile import tables
 from tqcompile.codec import Codec
 from tqcompile.coding import Planes, split
-from tqcompile.kernels import decoded, emit, integer, tune
+from tqcompile.kernels import decoded, emit, exact, integer, tune
 from tqcompile.kernels.combine import combine, maximum_of, parts, sum_of
 from tqcompile.kernels.emit import Reader
 from tqcompile.reference import rotate_back
@@ -168,12 +168,17 @@ def attend(
     dtype: torch.dtype = torch.float32,
     score_mod: str = "",
     sinks: torch.Tensor | None = None,
+    known: tuple[torch.Tensor, ...] = (),
+    asked: torch.Tensor | None = None,
+    first: int = 0,
 ) -> torch.Tensor:
     """`reference.attend`, on a GPU, or in Triton's interpreter where the tensors are on a CPU.
 
     q [B, Hq, T, D] float32, float16 or bfloat16 in the key basis, any strides; planes [B, Hkv, S, width], any strides
     but contiguous in the last; mask broadcasts to [B, Hq, T, S], bool (True keeps) or additive. `reach`, int32 [B or 1,
     2], says that `mask` hides all tokens but those from the first number to before the second: no other is read then.
+    `known` are the numbers [B, Hkv, slots, D] and the index of keys and of values that `recent` keeps, `first` slots of
+    them for the first tokens, and `asked` is q in the model's basis: they take the place of their tokens' codes.
     Returns [B, Hq, T, Dv] in `dtype`, rotated back by `basis`. On a GPU, up to 128 rows a KV head over
     codes of two to five bits, or signed bytes in blocks of 32, run on int8 units (`integer`), with 15 bits of q and of
     the probabilities, and more rows of any codec on decoded heads (`decoded`). Elsewhere matrix products run in q's
@@ -201,11 +206,17 @@ def attend(
     widths = q.shape[3], place[2]
     if rows > tune.most_rows(max(widths)) and q.device.type == "cuda":
         tables = [table_of(codec, dim, q.dtype, q.device) for codec, dim in zip(codecs, head_dims)]
-        out = decoded.attend(q, keys, values, mask, causal, scale, codecs, head_dims, tables, folder, score_mod, sinks)
-        return rotate_back(out, basis, dtype)
-    if mask is not None:
-        mask = mask.broadcast_to(batch, query_heads, queries, length)
-        mask = (mask.view(torch.uint8) if mask.dtype == torch.bool else mask), mask.stride()
+        how = mask, causal, scale, codecs, head_dims, tables, folder, score_mod, sinks
+        if known:
+            return decoded.attend(asked, keys, values, *how, known).to(dtype)
+        return rotate_back(decoded.attend(q, keys, values, *how), basis, dtype)
+    spread, others = partial(_spread, sizes=(batch, query_heads, queries, length)), None
+    if known:
+        beside = exact.attend(asked, known, spread(mask), scale, kv_heads, length, reader, folder)
+        others = (beside[1], beside[2], torch.empty_like(beside[1]))
+        mask = exact.hidden(mask, known, length, first, folder)
+        reader = reader_of(mask, causal, score_mod)
+    mask = spread(mask)
     reach = None if reach is None else reach.expand(batch, 2)
     if integer.takes(q, keys, values, codecs, head_dims):
         allocate = partial(parts, q, *place)
@@ -214,11 +225,23 @@ def attend(
         built = module(*codecs, head_dims, reader, folder, q.device.type == "cpu")
         left = launch(built, q, (key_codes, key_scale), (value_codes, value_scale), mask, reach, scale, codecs, place)
     sinks = None if sinks is None else sinks.float().expand(batch, query_heads, queries, 1).contiguous()
+    final = torch.float32 if known else dtype
     if basis is None or value_codec.is_plain:
-        return combine(left, place, folder, basis, dtype, sinks).view(shape)
-    # The last kernel rotates by square matrices.
-    mixed = combine(left, place, folder, sinks=sinks)
-    return rotate_back(mixed, basis, dtype).view(shape)
+        out = combine(left, place, folder, basis, final, sinks, others)
+    else:
+        # The last kernel rotates by square matrices.
+        out = rotate_back(combine(left, place, folder, sinks=sinks, others=others), basis, final)
+    if known:
+        out = torch.addcmul(out, beside[0].squeeze(1), others[2].view(*place[:2], 1)).to(dtype)
+    return out.view(shape)
+
+
+def _spread(mask: torch.Tensor | None, sizes: tuple[int, ...]) -> tuple[torch.Tensor, tuple[int, ...]] | None:
+    """A mask as kernels take it, and its strides over all queries and tokens."""
+    if mask is None:
+        return None
+    mask = mask.broadcast_to(sizes)
+    return (mask.view(torch.uint8) if mask.dtype == torch.bool else mask), mask.stride()
 
 
 def launch(built: ModuleType, q, keys, values, mask, reach, scale: float, codecs, place) -> tuple[torch.Tensor, ...]:

@@ -23,7 +23,7 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from tqcompile.codec import Codec
 from tqcompile.formats import REGISTRY, pair_of
 from tqcompile.formats import codec as codec_named
-from tqcompile.kernels import append, attend, integer, logits, step, tune
+from tqcompile.kernels import append, attend, exact, integer, logits, step, tune
 from tqcompile.kernels.emit import Reader
 from tqcompile.kernels.writers import writes
 from tqcompile.layout import layout_of
@@ -167,6 +167,26 @@ def step_usage(pair: tuple[Codec, Codec], head_dim: int, dtype: torch.dtype, cap
     }
     label = f"append step {pair[0].name} {pair[1].name} d{head_dim} {str(dtype)[6:]}"
     return compiled(label, kernel, pointers, constants, types, 4, tune.APPEND_REGISTERS, capability)
+
+
+def exact_usages(head_dim: int, reader: Reader, dtype: torch.dtype, capability: int) -> list[Usage]:
+    """Compile what hides, reads and writes tokens that are kept as they are, for contiguous ones of `dtype`."""
+    built, extent, mask = exact.module(reader, None, False), tune.extent(head_dim), dtype
+    if reader.mask == "bool":
+        mask = torch.uint8
+    pointers = {**dict.fromkeys(("q", "keys", "values", "numbers", "tokens"), dtype), "mask": mask}
+    types = {**dict.fromkeys(("key_index", "value_index", "index", "positions"), "*i64"), "scale": "fp32"}
+    hide = {"mask_s": 1, "KIND": reader.mask, "BLOCK": exact.HIDDEN_TOKENS}
+    read = {"q_d": 1, "mask_s": 1, "KEY_DIM": head_dim, "VALUE_DIM": head_dim}
+    read |= {"BLOCK_R": 16, "BLOCK_T": exact.block_of(head_dim), "BLOCK_K": extent, "BLOCK_V": extent}
+    write = {"token_d": 1, "DIM": head_dim, "POSITIONED": True, "BLOCK_T": 1, "BLOCK_S": 256, "BLOCK_D": extent}
+    what = f"d{head_dim} {str(dtype)[6:]} {reader.mask}{' causal' * reader.causal}"
+    shown = {**pointers, "out": torch.uint8 if reader.mask == "none" else mask}
+    return [
+        compiled(f"hide {what}", built.hide_tokens, shown, hide, types, 4, 255, capability),
+        compiled(f"attend exact {what}", built.attend_exact, pointers, read, types, 4, 255, capability),
+        compiled(f"remember {what}", built.remember_tokens, pointers, write, types, 4, 255, capability),
+    ]
 
 
 def compiled(label, kernel, pointers, constants, types, warps, limit, capability, make=ASTSource, numbers=0) -> Usage:

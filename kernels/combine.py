@@ -35,6 +35,9 @@ def attend_combine(
     peaks,
     totals,
     sinks,
+    other_peaks,
+    other_totals,
+    shares,
     basis,
     out,
     rows,
@@ -44,6 +47,7 @@ def attend_combine(
     BLOCK_V: tl.constexpr,
     BLOCK_J: tl.constexpr,
     SINKS: tl.constexpr,
+    OTHERS: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     head = (tl.program_id(0) // rows).to(tl.int64)
@@ -62,6 +66,13 @@ def attend_combine(
         # One more token: its logit, whose exponential is one of the sum already, and no value.
         peak = tl.load(sinks + tl.program_id(0))
         total = 1.0
+    if OTHERS:
+        # Tokens whose values are summed elsewhere.
+        other = tl.load(other_peaks + tl.program_id(0))
+        high = tl.maximum(peak, other)
+        pivot = tl.where(high == float("-inf"), 0.0, high)
+        total = total * tl.exp(peak - pivot) + tl.load(other_totals + tl.program_id(0)) * tl.exp(other - pivot)
+        peak = high
     mixed = tl.full([BLOCK_V], 0.0, tl.float32)
     for start in range(0, splits, BLOCK_S):
         s = start + tl.arange(0, BLOCK_S)
@@ -77,6 +88,10 @@ def attend_combine(
         mixed = mixed * rescale + sum_of(sums * share[:, None], 0)
         peak = new_peak
     mixed = tl.where(total == 0.0, 0.0, mixed / tl.where(total == 0.0, 1.0, total))
+    if OTHERS:
+        pivot = tl.where(peak == float("-inf"), 0.0, peak)
+        share = tl.where(total == 0.0, 0.0, tl.exp(other - pivot) / tl.where(total == 0.0, 1.0, total))
+        tl.store(shares + tl.program_id(0), share)
     out += (head * rows + row) * VALUE_DIM
     if BLOCK_J == 0:
         tl.store(out + d, mixed.to(out.dtype.element_ty), mask=d < VALUE_DIM)
@@ -101,24 +116,28 @@ def combine(
     basis: torch.Tensor | None = None,
     dtype: torch.dtype = torch.float32,
     sinks: torch.Tensor | None = None,
+    others: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """The softmax over all splits of what `parts` holds, [heads, rows, value_dim] in `dtype`, rotated back by `basis`.
 
-    `sinks`, float32, contiguous, has a logit for each row that adds to the sum and has no value.
+    `sinks`, float32, contiguous, has a logit for each row that adds to the sum and has no value. `others` are peaks and
+    totals [heads, rows] of tokens that are summed elsewhere, and what their sums are to be multiplied by is written to
+    the third.
 
     Few rows are rotated in the kernel, with products in float32; many by a matrix product in the dtype of `basis`.
     """
     heads, rows, value_dim = place
     if basis is not None and heads * rows > tune.TURNED_ROWS:
-        return rotate_back(combine(left, place, folder, sinks=sinks), basis, dtype)
+        return rotate_back(combine(left, place, folder, sinks=sinks, others=others), basis, dtype)
     out = left[0].new_empty(place, dtype=dtype)
     built = combine_module(folder, out.device.type == "cpu")
     splits = left[0].shape[1]
     block_splits, block_dims, block_turned = tune.combine_blocks(splits, value_dim, basis is not None)
     early = tune.overlaps(out.device)
     built.attend_combine[(heads * rows, triton.cdiv(value_dim, block_dims))](
-        *(*left, left[0] if sinks is None else sinks, left[0] if basis is None else basis, out, rows, splits),
-        *(value_dim, block_splits, block_dims, block_turned, sinks is not None, early),
+        *(*left, left[0] if sinks is None else sinks, *(left if others is None else others)),
+        *(left[0] if basis is None else basis, out, rows, splits),
+        *(value_dim, block_splits, block_dims, block_turned, sinks is not None, others is not None, early),
         num_warps=8 if block_splits * block_dims > 8192 else 4,
         **({"launch_pdl": True} if early else {}),
     )

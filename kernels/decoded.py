@@ -14,11 +14,13 @@ import triton
 import triton.language as tl
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from tqcompile import tables
 from tqcompile.codec import Codec
 from tqcompile.coding import Planes, split
 from tqcompile.kernels import emit, tune
 from tqcompile.kernels.combine import maximum_of
-from tqcompile.reference import softmax
+from tqcompile.recent import counting
+from tqcompile.reference import rotate_back, softmax
 from tqcompile.scores import apply as scores_of
 
 # Printed by `emit`; the names stand here so that the skeleton can be read, and checked, as ordinary Python.
@@ -103,16 +105,18 @@ def attend(
     folder: str | None = None,
     score_mod: str = "",
     sinks: torch.Tensor | None = None,
+    known: tuple[torch.Tensor, ...] = (),
 ) -> torch.Tensor:
     """`reference.attend` [B, Hq, T, Dv] in q's dtype, by the dense attention of PyTorch over decoded heads.
 
     `mask` broadcasts to [B, Hq, T, S]; `look_ups` are the numbers of the codebooks. Scores are spelled out, for a
     bounded number of queries at a time, where there is a `score_mod`, or are `sinks`, or heads too wide to be fused.
+    With `known`, what `recent` keeps of keys and of values, all is in the model's basis, q and the result, too.
     """
     batch, query_heads, queries, _ = q.shape
     kv_heads, length = keys[0].shape[1:3]
     groups = query_heads // kv_heads
-    widths = [codec.coordinates(dim) for codec, dim in zip(codecs, head_dims)]
+    widths = head_dims if known else [codec.coordinates(dim) for codec, dim in zip(codecs, head_dims)]
     out = q.new_empty((batch, query_heads, queries, widths[1]))
     spelled = score_mod or sinks is not None or max(widths) > tune.FUSED_DIMS
     if mask is not None:
@@ -124,6 +128,11 @@ def attend(
             decode(codec, [plane[rows, heads] for plane in planes], table, dim, q.dtype, folder)
             for codec, planes, table, dim in zip(codecs, (keys, values), look_ups, head_dims)
         ]
+        if known:
+            bases = [tables.basis_matrix(codec, dim, q.device) for codec, dim in zip(codecs, head_dims)]
+            decoded = [rotate_back(each, basis, q.dtype) for each, basis in zip(decoded, bases)]
+            for each, numbers in zip(decoded, known[::2]):
+                put(each, numbers[rows, heads], known, length)
         part = None if mask is None else mask[rows, asked]
         if spelled:
             logit = None if sinks is None else sinks.expand(batch, query_heads, queries, 1)[rows, asked]
@@ -131,6 +140,17 @@ def attend(
         else:
             out[rows, asked] = dense(q[rows, asked], *decoded, part, causal, scale)
     return out
+
+
+def put(decoded: torch.Tensor, numbers: torch.Tensor, known: Planes, length: int) -> None:
+    """Write into decoded [B, H, S, D] those rows of numbers [B, H, slots, D] that are of its tokens, in place."""
+    counts, index = counting(known, 0, length), known[1]
+    # A slot that is void writes what another one does, or what is there.
+    other = counts.int().argmax().view(1)
+    place = torch.where(counts, index, index.index_select(0, other)).clamp(0, length - 1)
+    rows = torch.where(counts[:, None], numbers, numbers.index_select(2, other))
+    there = decoded.index_select(2, place)
+    decoded.index_copy_(2, place, torch.where(counts.any(), rows.to(decoded.dtype), there))
 
 
 def spelled_out(q, k, v, mask, causal: bool, scale: float, score_mod: str, sinks: torch.Tensor | None) -> torch.Tensor:

@@ -24,11 +24,13 @@ def root_dims(view: View, dims: tuple[int, ...], views: dict[fx.Node, View]) -> 
 
 
 class Centrer(Editor):
-    """`means` are the nodes of what was taken off each cache, as wide as that with one token."""
+    """`means` are the nodes of what was taken off each cache, as wide as that with one token, and `left` what is left
+    of the tokens that a graph makes."""
 
     def __init__(self, gm: fx.GraphModule, context: Context):
         super().__init__(gm, context)
         self.means: dict[fx.Node, fx.Node] = {}
+        self.left: dict[fx.Node, fx.Node] = {}
         self.constants: dict[object, tuple[fx.Node, ...]] = {}
         self.shared: dict[tuple, fx.Node] = {}
 
@@ -60,7 +62,8 @@ class Centrer(Editor):
         given = None if given is None else self._constant(("given", site.root), (given,))[0]
         turns = self._turns(centring.rotation, source)
         self.means[site.root] = self.call(centre.learned, source, slots, *turns, given, centring.dim)
-        return self.means[site.root], self.less(source, site, slots)
+        self.left[source] = self.less(source, site, slots)
+        return self.means[site.root], self.left[source]
 
     def run_of(self, start, stop, value: torch.Tensor) -> fx.Node:
         return self.call(torch.arange, start, stop, device=value.device)

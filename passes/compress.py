@@ -110,7 +110,9 @@ class _Rewriter(Writer):
             if centring is not None:
                 self.means[root] = self._open_mean(root, value, centring.dim)
         tokens = tensor_of(site.append.tokens).shape[site.append.dim] if site.append else None
-        self.context.inputs.append(CacheInput(index, site, name_of(root), tuple(strides), tokens, centring=centring))
+        regions = self.open_regions(root, value)
+        what = {"centring": centring, "regions": regions}
+        self.context.inputs.append(CacheInput(index, site, name_of(root), tuple(strides), tokens, **what))
         self.planes[root] = tuple(nodes)
 
     def _open_mean(self, root: fx.Node, value: torch.Tensor, dim: int) -> fx.Node:
@@ -134,16 +136,11 @@ class _Rewriter(Writer):
             copy.meta = {"stack_trace": node.stack_trace}
             moved.append(copy)
         self.planes[node] = tuple(moved)
+        self.recents[node] = self.moved_regions(node, self.recents.get(self.survey.views[view.parent].base))
 
     def _ordered(self, view: View, transposed: bool = False) -> list[fx.Node]:
         """The planes of what a product reads as [batch, heads, tokens, width]."""
-        places = places_of(view, transposed)
-        planes, leading = list(self.planes[view.base]), (*places.heads, *places.tokens)
-        if leading != tuple(range(len(leading))):
-            planes = [self.call(torch.permute, plane, (*leading, len(leading))) for plane in planes]
-        if len(places.tokens) > 1:
-            planes = [self.call(torch.flatten, plane, len(places.heads), -2) for plane in planes]
-        return planes if len(places.heads) == 2 else [self.call(torch.unsqueeze, plane, 1) for plane in planes]
+        return self.in_order(list(self.planes[view.base]), view, transposed)
 
     def _read(self, node: fx.Node, read: Read) -> None:
         left, sides = self.dense(read.left), list(read.sides)
@@ -202,6 +199,7 @@ class _Rewriter(Writer):
             values.codec.name,
             *dims,
             result.dtype,
+            **({"exact": exact, "first": self.context.options.sinks} if (exact := self.exact(read)) else {}),
         )
 
     def _mask(self, masks: tuple[Mask, ...], folding: tuple[fx.Node, fx.Node] | None) -> fx.Node | None:
@@ -263,7 +261,9 @@ class _Rewriter(Writer):
                 values.append(self.rebuild(original))
             elif original in created:
                 site = created[original]
-                self._emit_planes(values, self.encoded(original, site), site, original)
+                self._emit_planes(
+                    values, self.encoded(original, site), site, original, self.context.regions.get(original)
+                )
             else:
                 self.context.outputs.append(Output("tensor", len(values)))
                 values.append(original)
@@ -279,12 +279,14 @@ class _Rewriter(Writer):
         grown = run is not None and run[0] in self.survey.appends and self.survey.appends[run[0]].dim == run[1]
         return run[1:] if grown else None
 
-    def _emit_planes(self, values: list[fx.Node], planes, site: Site, original: fx.Node) -> None:
-        value = tensor_of(original)
-        of = site.codec, int(value.shape[-1]), value.dtype, name_of(original)
-        centring = self.context.centres.get(site.root)
-        self.context.outputs.append(Output("planes", len(values), len(planes), *of, centring=centring))
-        values.extend(planes)
+    def _emit_planes(self, values: list[fx.Node], planes, site: Site, original: fx.Node, regions=None) -> None:
+        made, value = list(planes), tensor_of(original)
+        if regions is not None:
+            made += self.first_and_last(original, self.left.get(original, original), regions)
+        what = len(made), site.codec, int(value.shape[-1]), value.dtype, name_of(original)
+        parts = {"centring": self.context.centres.get(site.root), "regions": regions}
+        self.context.outputs.append(Output("planes", len(values), *what, **parts))
+        values.extend(made)
         self.changed += 1
 
     def _sweep(self) -> None:

@@ -10,6 +10,7 @@ from tqcompile.codec import Codec
 from tqcompile.options import Options
 from tqcompile.passes.sites import Refusal, Site
 from tqcompile.passes.survey import Survey
+from tqcompile.recent import Regions
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class CacheInput:
     """How the caller turns argument `index` of Dynamo's graph into planes.
 
     Without a site the graph reads a decoded copy, which is encoded again after the call where it `writes_back`.
-    `tokens` is how many an append adds: a number, or the symbol that says it.
+    `tokens` is how many an append adds: a number, or the symbol that says it. `regions` come in behind the planes.
     """
 
     index: int
@@ -45,6 +46,7 @@ class CacheInput:
     tokens: object = None
     writes_back: bool = False
     centring: Centring | None = None
+    regions: Regions | None = None
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,8 @@ class Output:
 
     `tensor`: value `index` of the compiled graph. `argument`: argument `index`, as it is. `appended`: of the cache that
     grew out of argument `index`, the tokens `run` along a dimension. `planes`: a new cache of the values
-    `index .. index + count`, the last of which is the mean of its centre where it has a `centring`.
+    `index .. index + count`: its planes, the mean of its centre where it has a `centring`, and two of what is kept of
+    `regions`, where there are such.
     """
 
     kind: str
@@ -65,6 +68,7 @@ class Output:
     name: str = ""
     run: tuple[int, slice] | None = None
     centring: Centring | None = None
+    regions: Regions | None = None
 
 
 @dataclass
@@ -76,6 +80,9 @@ class Context:
     sites: tuple[Site, ...] = ()
     refusals: tuple[Refusal, ...] = ()
     decoded_inputs: set[fx.Node] = field(default_factory=set)
+    regions: dict[fx.Node, Regions] = field(default_factory=dict)
+    made_by: dict[fx.Node, list[fx.Node]] = field(default_factory=dict)
+    kept: tuple[tuple[str, str], ...] = ()
     foreign: dict[int, list] = field(default_factory=dict)
     fallbacks: list[Fallback] = field(default_factory=list)
     centres: dict[fx.Node, Centring] = field(default_factory=dict)

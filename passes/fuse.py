@@ -88,5 +88,8 @@ def _join(graph: fx.Graph, attend: fx.Node, keys: fx.Node, values: fx.Node) -> N
         )
     others[4] = None
     attend.args = (turned, *others)
+    if attend.kwargs.get("exact"):
+        # What is kept exactly is in the model's basis.
+        attend.kwargs = {**attend.kwargs, "asked": query}
     for node in (keys, values):
         graph.erase_node(node)

@@ -9,6 +9,7 @@ from tqcompile.passes.compress import compress
 from tqcompile.passes.context import Context
 from tqcompile.passes.flex import flex
 from tqcompile.passes.fuse import fuse
+from tqcompile.passes.regions import regions
 from tqcompile.passes.sites import sites
 from tqcompile.passes.verify import verify
 
@@ -18,6 +19,7 @@ PIPELINE = (
     absorb,
     sites,
     centre,
+    regions,
     compress,
     fuse,
     verify,

@@ -1,8 +1,9 @@
 """Which writes put whole tokens into a cache, and what is kept of a tensor."""
 
+import torch
 from torch import fx
 
-from tqcompile.passes.indices import full, index_items
+from tqcompile.passes.indices import full, index_items, same_size
 from tqcompile.passes.nodes import memory_of, spelling, tensor_of, walk, written_operands
 from tqcompile.passes.views import CARRIERS, View
 
@@ -55,3 +56,16 @@ def source_of(write: fx.Node) -> fx.Node | None:
 def written_tensors(node: fx.Node) -> list[fx.Node]:
     """The tensors that a node writes into."""
     return [operand for operand in written_operands(node) if tensor_of(operand) is not None]
+
+
+def positions_along(index, cache: torch.Tensor, value: torch.Tensor) -> int | None:
+    """The dimension in which an assignment of `value` has a tensor of positions, and takes all others whole."""
+    items = index_items(index, cache.dim())
+    indexed = [dim for dim, item in enumerate(items) if tensor_of(item) is not None]
+    if len(indexed) != 1 or tensor_of(items[indexed[0]]).dim() != 1 or value.dim() != cache.dim():
+        return None
+    if not same_size(value.shape[indexed[0]], tensor_of(items[indexed[0]]).shape[0]):
+        return None
+    others = [dim for dim in range(cache.dim()) if dim not in indexed]
+    whole = all(full(items[d], cache.shape[d]) and same_size(value.shape[d], cache.shape[d]) for d in others)
+    return indexed[0] if whole else None

@@ -8,15 +8,16 @@ from torch import fx
 from tqcompile.passes import rewrite
 from tqcompile.passes.centred import Centrer
 from tqcompile.passes.context import Context
-from tqcompile.passes.indices import full, index_items, same_size
+from tqcompile.passes.indices import index_items
+from tqcompile.passes.keep import Keeper
 from tqcompile.passes.nodes import memory_of, spelling, tensor_of, written_operands
 from tqcompile.passes.records import Join
 from tqcompile.passes.sites import Site
-from tqcompile.passes.tokens import source_of
+from tqcompile.passes.tokens import positions_along, source_of
 from tqcompile.passes.views import View
 
 
-class Writer(Centrer):
+class Writer(Centrer, Keeper):
     """`changed` counts the nodes that were rewritten; `overwritten` is memory that any node writes into."""
 
     changed = 0
@@ -39,7 +40,9 @@ class Writer(Centrer):
         if site.root in self.context.centres:
             dense = self.less(dense, site, self.run_of(start, end, tensor_of(dense)))
         self.encode(region, dense, None, site)
+        self.remember(site.root, dense, None, start)
         self.planes[node] = self.planes[site.root]
+        self.recents[node] = self.recents.get(site.root)
         self.changed += 1
 
     def join(self, join: Join, site: Site) -> None:
@@ -111,6 +114,7 @@ class Writer(Centrer):
 
     def _write_positions(self, planes, dim: int, positions: fx.Node, source: fx.Node, site: Site) -> None:
         """An indexed write, with the indexed dimension brought to where `append` has it."""
+        self.remember(site.root, source, positions)
         rank = tensor_of(source).dim()
         order = [other for other in range(rank - 1) if other != dim]
         order = (*order[: rank - 2], dim, rank - 1)
@@ -140,13 +144,10 @@ class Writer(Centrer):
         cache = tensor_of(view.node)
         items = index_items(index, cache.dim())
         indexed = [dim for dim, item in enumerate(items) if tensor_of(item) is not None]
-        value = tensor_of(source)
-        others = [dim for dim in range(cache.dim()) if dim not in indexed]
-        lone = len(indexed) == 1 and tensor_of(items[indexed[0]]).dim() == 1 and value.dim() == cache.dim()
-        lone = lone and same_size(value.shape[indexed[0]], tensor_of(items[indexed[0]]).shape[0])
-        if lone and all(full(items[d], cache.shape[d]) and same_size(value.shape[d], cache.shape[d]) for d in others):
-            positions = self._wrapped(items[indexed[0]], planes[0], indexed[0], str(cache.shape[indexed[0]]))
-            self._write_positions(planes, indexed[0], positions, source, site)
+        along = positions_along(index, cache, tensor_of(source))
+        if along is not None:
+            positions = self._wrapped(items[along], planes[0], along, str(cache.shape[along]))
+            self._write_positions(planes, along, positions, source, site)
         elif not indexed:
             region = [self.call(operator.getitem, plane, rewrite.plane_index(items)) for plane in planes]
             self._write_region(region, source, site)

@@ -12,14 +12,14 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 # From the ground up. A module imports from lower floors only; modules of one room may know each other.
 FLOORS = (
-    ("codec", "scores"),
+    ("codec", "scores", "recent"),
     ("tables", "layout"),
     ("formats", "coding"),
     ("reference",),
     ("options",),
     ("kernels", "cpu"),
     ("ops",),
-    ("cache+adopt+buffer+centre+centred+dense+dispatch+readonly",),
+    ("cache+adopt+buffer+centre+centred+dispatch+encoding+followed+readonly",),
     ("report",),
     ("passes",),
     ("backend+runtime+dump+facts",),

@@ -31,6 +31,8 @@ def test_defaults():
         "preset": "balanced",
         "keys": None,
         "values": None,
+        "sinks": 0,
+        "window": 0,
         "strict": False,
         "centre": False,
         "disable": (),
@@ -58,6 +60,7 @@ def test_a_preset_is_a_pair_and_each_half_can_be_replaced(preset):
         (" keys = turboquant:4 , values=q8_0 ,", {"keys": "turboquant:4", "values": "q8_0"}),
         ("preset=small,inner=eager", {"preset": "small", "inner": "eager"}),
         ("disable=compress", {"disable": ("compress",)}),
+        ("sinks=4,window=128", {"sinks": 4, "window": 128}),
         ("disable=compress+sites", {"disable": ("compress", "sites")}),
         ("dump=some/folder", {"dump": Path("some/folder")}),
         *((f"strict={word}", {"strict": True}) for word in ("1", "true", "True", "yes")),
@@ -88,7 +91,7 @@ def test_a_given_preset_beats_the_halves_of_the_environment(monkeypatch):
 
 
 WRONG = {
-    "name": ({"keyz": "q8_0"}, r"option='keyz'.*did you mean 'keys'\?.*preset, keys, values, strict"),
+    "name": ({"keyz": "q8_0"}, r"option='keyz'.*did you mean 'keys'\?.*preset, keys, values, sinks, window, strict"),
     "preset": ({"preset": "smal"}, r"preset='smal'.*did you mean 'small'\?.*balanced, quality"),
     "keys": ({"keys": "turboquant4"}, r"keys='turboquant4'.*did you mean 'turboquant:4'\?.*identity, q8_0"),
     "values": ({"values": "q8"}, r"values='q8'.*did you mean 'q8_0'\?"),
@@ -100,12 +103,14 @@ WRONG = {
     "a sketch that is none": ({"values": "qjl:3"}, r"values='qjl:3' is unknown.*Allowed: identity, (?!.*qjl)"),
     "a codec itself": ({"keys": formats.codec("q8_0")}, r"keys=Codec.*did you mean"),
     "inner": ({"inner": "aot"}, r"inner='aot'.*did you mean 'aot_eager'\?.*inductor, aot_eager, eager"),
+    "window": ({"window": -1}, r"window=-1; give a number of tokens, 0 or more"),
+    "sinks": ({"sinks": True}, r"sinks=True; give a number of tokens"),
     "strict": ({"strict": "yes"}, r"strict='yes'.*True and False"),
     "strict number": ({"strict": 1}, r"strict=1.*True and False"),
     "centre": ({"centre": "yes"}, r"centre='yes'.*True and False"),
     "disable": ({"disable": ("site",)}, r"disable='site'.*did you mean 'sites'\?.*flex, canonicalize, absorb, sites"),
     "disable one": ({"disable": "compres"}, r"disable='compres'.*did you mean 'compress'\?"),
-    "disable nothing": ({"disable": None}, r"disable=None.*flex, canonicalize, absorb, sites, centre, compress"),
+    "disable nothing": ({"disable": None}, r"disable=None.*absorb, sites, centre, regions, compress"),
     "disable number": ({"disable": 3}, r"disable=3.*names of passes"),
     "dump": ({"dump": 3}, r"dump=3.*path of a folder"),
     "dump empty": ({"dump": ""}, r"dump=''.*path of a folder"),
@@ -128,6 +133,7 @@ def test_a_wrong_option_is_told_what_was_given_what_is_allowed_and_what_is_near(
         ("q8_0", r"'q8_0' is not name=value; an example is keys=turboquant:4,values=q8_0"),
         ("keyz=q8_0", r"option='keyz'.*did you mean 'keys'\?"),
         ("keys=q80", r"keys='q80'.*did you mean 'q8_0'\?"),
+        ("window=-1", r"window='-1'; give a number of tokens, 0 or more"),
         ("strict=maybe", r"strict='maybe'.*Allowed: 1, true, yes, 0, false, no"),
         ("disable=sites+site", r"disable='site'.*did you mean 'sites'\?"),
         ("keys=", r"keys=''.*did you mean"),
@@ -185,7 +191,7 @@ def test_a_digest_tells_apart_what_compiles_differently_only():
     both = Options(disable=("sites", "compress"))
     assert both.digest() == Options(disable=("compress", "sites")).digest()
     others = [Options(preset="small"), Options(keys="q8_0"), Options(values="q8_0"), Options(strict=True)]
-    others.append(Options(centre=True))
+    others += [Options(centre=True), Options(sinks=4), Options(window=4)]
     others += [Options(disable="sites"), Options(inner="eager"), both, Options(keys=values, values=keys)]
     assert len({digest, *(other.digest() for other in others)}) == 1 + len(others)
 

@@ -13,7 +13,7 @@ import torch
 from torch import fx
 from torch._dynamo.source import AttrSource, ConstantSource, LocalSource
 
-from tqcompile import centre, cpu, formats, ops, reference
+from tqcompile import centre, cpu, formats, ops, recent, reference
 from tqcompile import report as reports
 from tqcompile.dump import Dump, texts
 from tqcompile.facts import facts
@@ -60,6 +60,8 @@ def turboquant(
     preset: str | None = None,
     keys: str | None = None,
     values: str | None = None,
+    sinks: int | None = None,
+    window: int | None = None,
     strict: bool | None = None,
     centre: bool | None = None,
     disable: Sequence[str] | None = None,
@@ -167,9 +169,8 @@ def _name_sources(gm: fx.GraphModule, copy: fx.GraphModule, context: Context) ->
     for entry in context.inputs:
         if entry.site is not None:
             root = originals[entry.index]
-            for name in entry.site.codec.stores:
+            for name in (*entry.site.codec.stores, "mean", "numbers", "index"):
                 plane_source[f"{root.name}_{name}"] = AttrSource(root._dynamo_source, name)
-            plane_source[f"{root.name}_mean"] = AttrSource(root._dynamo_source, "mean")
     for node in _placeholders(copy):
         if not hasattr(node, "_dynamo_source"):
             node._dynamo_source = plane_source[node.target]
@@ -207,7 +208,7 @@ def _cacheable(gm: fx.GraphModule) -> dict[str, str]:
     return {**config.unsafe_marked_cacheable_functions, **marked}
 
 
-_OWN = (centre.__name__, reference.__name__, rewrite.__name__)
+_OWN = (centre.__name__, reference.__name__, rewrite.__name__, recent.__name__)
 
 
 @cache
@@ -283,6 +284,7 @@ def _record(gm: fx.GraphModule, copy: fx.GraphModule, context: Context) -> repor
         fallbacks=tuple(context.fallbacks),
         uncentred=tuple(context.uncentred),
         facts=facts(gm, copy, context),
+        regions=context.kept,
         texts=texts(gm, copy, context.sites),
         counts=context.counts,
         reads=context.reads,
@@ -295,5 +297,5 @@ def _ended(gm: fx.GraphModule) -> tuple[str, str] | None:
     reason = getattr(gm, "compile_subgraph_reason", None)
     if reason is None or not reason.graph_break:
         return None
-    last = reason.user_stack[-1:]
-    return reason.reason.splitlines()[0], "".join(f"{f.filename}, line {f.lineno}, in {f.name}" for f in last)
+    lines = (f"{frame.filename}, line {frame.lineno}, in {frame.name}" for frame in reason.user_stack[-1:])
+    return reason.reason.splitlines()[0], "".join(lines)

@@ -13,7 +13,8 @@ from tqcompile import coding, formats, reference, tables
 from tqcompile.buffer import Buffer, Planes
 from tqcompile.centre import Centre, Centring, Rotation
 from tqcompile.codec import Codec
-from tqcompile.dense import encode_dense
+from tqcompile.encoding import encode_dense
+from tqcompile.recent import Recent, Regions, empty
 
 
 class CompressedKV(torch.Tensor):
@@ -21,7 +22,8 @@ class CompressedKV(torch.Tensor):
 
     `centre` is what was taken off its tokens, or None. `part_of` are the caches it was taken from, and `family` they
     and all views of them. `copied` says that it should show their memory but its planes could only be copied: a write
-    would be lost. `counted` takes what eager code makes of it, for the report.
+    would be lost. `counted` takes what eager code makes of it, for the report. `recent` has some of its tokens as they
+    are, less that centre.
     """
 
     __torch_function__ = torch._C._disabled_torch_function_impl
@@ -35,6 +37,7 @@ class CompressedKV(torch.Tensor):
     family: list[weakref.ref]
     copied: bool
     counted: "Callable[..., None] | None"
+    recent: Recent | None
     anchor = torch.empty(0)
 
     @staticmethod
@@ -53,7 +56,8 @@ class CompressedKV(torch.Tensor):
             self = torch.Tensor._make_wrapper_subclass(cls, shape, strides, dtype=dtype, device=device)
         torch._C._set_throw_on_mutable_data_ptr(self)
         self.planes, self.codec, self.buffer, self.start = tuple(planes), codec, buffer, start
-        self.centre, self.part_of, self.family, self.copied, self.counted = None, (), [], False, None
+        self.part_of, self.family, self.copied, self.counted = (), [], False, None
+        self.centre, self.recent = None, None
         return self
 
     @classmethod
@@ -94,6 +98,11 @@ class CompressedKV(torch.Tensor):
         """What a compiled graph is given: the planes, and the mean of the centre where there is one."""
         return self.planes if self.centre is None else (*self.planes, self.centre.mean)
 
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """All that it keeps."""
+        return self.parts if self.recent is None else (*self.parts, *self.recent.tensors)
+
     def decoded_for(self, reader: str) -> torch.Tensor:
         """`decode()` for an operator that is not compiled, which the report tells of."""
         if self.counted is not None:
@@ -133,10 +142,7 @@ class CompressedKV(torch.Tensor):
         return [other for other in self.family if other() is not None and other() is not self]
 
     def room(self, tokens: int, seq_dim: int) -> "CompressedKV":
-        """A cache with `tokens` more places after this one's; the codes there are not written yet.
-
-        In place where nothing was appended to this cache before; a second continuation gets a copy (a fork).
-        """
+        """A cache with `tokens` more places after this one's, not written yet; a copy where another continues this."""
         length = self.shape[seq_dim]
         buffer, start = self.buffer, self.start
         in_place = (
@@ -151,15 +157,13 @@ class CompressedKV(torch.Tensor):
         buffer.used += tokens
         planes = buffer.view(start, start + length + tokens)
         grown = CompressedKV(planes, self.codec, self.shape[-1], self.dtype, buffer, start)
+        if self.recent is not None:
+            grown.recent = self.recent if in_place else self.recent.copy(length)
         buffer.hold(grown)
         return grown.centred(self.centre)
 
     def kept(self, seq_dim: int, run: slice) -> "CompressedKV":
-        """The tokens `run` of a cache that lies in a buffer, which the next tokens go behind.
-
-        As a dense slice that outlives the tensor it was taken of does, it keeps the memory of all of it, until the
-        buffer is full and what is left moves to another.
-        """
+        """The tokens `run` of a cache in a buffer, whose memory they keep until what is left moves to another."""
         start, stop, _ = run.indices(self.shape[seq_dim])
         if (start, stop) == (0, self.shape[seq_dim]):
             return self
@@ -175,13 +179,24 @@ class CompressedKV(torch.Tensor):
         if all(plane.is_contiguous() for plane in self.planes):
             return self
         planes = tuple(plane.contiguous() for plane in self.planes)
-        return CompressedKV(planes, self.codec, self.shape[-1], self.dtype).centred(self.centre)
+        ordered = CompressedKV(planes, self.codec, self.shape[-1], self.dtype).centred(self.centre)
+        ordered.recent = self.recent
+        return ordered
+
+    def keep(self, regions: Regions | None) -> None:
+        """Make what is kept as it is of tokens that a graph writes fit what that graph keeps; None where it keeps none.
+
+        No other of the family keeps anything of its own: it would not be told of what is written.
+        """
+        fits = self.recent is not None and self.recent.regions == regions
+        if not fits:
+            self.recent = None if regions is None else empty(self, regions)
+        for other in self.others:
+            if other().recent is not self.recent:
+                other().recent = None
 
     def own(self, strides: tuple[tuple[int, ...], ...]) -> str | None:
-        """Make the planes this cache's alone, and of these strides, before a compiled graph writes into them.
-
-        Returns why that cannot be: planes of its own would cut a view off the cache that it shows.
-        """
+        """Make the planes this cache's alone, and of these strides, before a graph writes there, or say why not."""
         alone = self.buffer is None or not self.buffer.shared
         if alone and not self.copied and all(p.stride() == stride for p, stride in zip(self.planes, strides)):
             return None
@@ -191,6 +206,7 @@ class CompressedKV(torch.Tensor):
             return "a view of it is alive, which would not follow it to planes that lie as this graph writes them"
         with torch.inference_mode(False):
             self.planes = tuple(plane.clone(memory_format=torch.contiguous_format) for plane in self.planes)
+        self.recent = self.recent and self.recent.copy(self.shape[self.recent.regions.dim])
         self.buffer, self.start = None, 0
         return None
 
@@ -209,8 +225,7 @@ class CompressedKV(torch.Tensor):
         return False
 
     def __tensor_flatten__(self):
-        # Dynamo sees a dense tensor of this shape, and guards on the codec and how it is centred. It wants an inner
-        # tensor (torch 2.11 takes one without for fake); the planes would bring guards on their sizes.
+        # Dynamo sees a dense tensor, and guards on codec and centre; planes, as its inner ones, would bring their sizes.
         centre = None if self.centre is None else (self.centre.rotation, self.centre.dim)
         return ["anchor"], (self.codec.name, self.dtype, self.device, centre)
 
@@ -227,9 +242,9 @@ class CompressedKV(torch.Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
-        from tqcompile import centred
+        from tqcompile import centred, followed
 
-        return centred.run(func, args, kwargs or {})
+        return followed.run(centred.run, func, args, kwargs or {})
 
     def __repr__(self, *, tensor_contents=None) -> str:
         shape = tuple(self.shape)
@@ -280,6 +295,6 @@ torch.serialization.add_safe_globals([_rebuild, Centre, Rotation])
 
 def storages(cache: torch.Tensor) -> dict[int, torch.UntypedStorage]:
     """The live storages behind a dense or compressed cache, by identity: empty ones share an address."""
-    planes = cache.parts if isinstance(cache, CompressedKV) else (cache,)
-    found = (plane.untyped_storage() for plane in planes)
+    tensors = cache.tensors if isinstance(cache, CompressedKV) else (cache,)
+    found = (tensor.untyped_storage() for tensor in tensors)
     return {storage._cdata: storage for storage in found}

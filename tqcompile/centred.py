@@ -60,7 +60,7 @@ def refit(cache: CompressedKV, centring: Centring | None) -> str | None:
         if cache.others or cache.is_part or (cache.buffer is not None and cache.buffer.shared):
             return "a graph that does not centre its keys writes it, and others show it"
         cache.planes, cache.buffer, cache.start = made.planes, None, 0
-        cache.centre = made.centre
+        cache.centre, cache.recent = made.centre, None
     return None
 
 

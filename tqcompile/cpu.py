@@ -39,15 +39,16 @@ def use_row_compiler(compile_rows: Callable | None) -> None:
 
 
 def attend(
-    q, keys, values, mask, causal, scale, key_codec, value_codec, head_dims, score_mod="", sinks=None
-) -> torch.Tensor:
-    """`reference.attend`, compiled for single queries."""
+    q, keys, values, mask, causal, scale, key_codec, value_codec, head_dims, score_mod="", sinks=None, exact=None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`reference.attend_beside`, compiled for single queries."""
     if not (_compiles(key_codec, q, keys) and _compiles(value_codec, q, values)):
         how = mask, causal, scale, key_codec, value_codec, head_dims, score_mod, sinks
-        return reference.attend(q, keys, values, *how, decode_rows)
+        return reference.attend_beside(q, keys, values, *how, exact, decode_rows)
     scores = logits(q.float() * scale, keys, key_codec, head_dims[0])
-    weights = reference.softmax(scores, mask, causal, score_mod, sinks)
-    return mix(weights, values, value_codec, head_dims[1])
+    length, weights = scores.shape[-1], reference.softmax(scores, mask, causal, score_mod, sinks, exact, scale)
+    out = mix(weights[..., :length], values, value_codec, head_dims[1])
+    return out, None if exact is None else exact.mixed(weights[..., length:])
 
 
 def logits(q: torch.Tensor, keys: Tensors, codec: Codec, head_dim: int) -> torch.Tensor:

@@ -5,7 +5,7 @@ The same texts, without a file, are kept for those who ask for them with `texts_
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import fx
@@ -89,7 +89,7 @@ def _call(node: fx.Node) -> tuple[str, ...]:
 
 def kernel_sources(after: fx.GraphModule, sites: Iterable[Site]) -> dict[str, str]:
     """The Triton modules that a rewritten graph launches on a GPU, by what they do; needs no GPU."""
-    from tqcompile.kernels import append, attend, decoded, integer, logits, step
+    from tqcompile.kernels import append, attend, decoded, exact, integer, logits, step
 
     sources = {}
     written = [site for site in sites if site.kind in ("in_place", "append")]
@@ -112,8 +112,11 @@ def kernel_sources(after: fx.GraphModule, sites: Iterable[Site]) -> dict[str, st
             continue
         mask, _, _, _, causal, _, score_mod, _, keys, values, *head_dims, _ = node.args[3:]
         reader = attend.reader_of(tensor_of(mask), causal, score_mod)
-        said = "_causal" * causal + f"_{reader.mask}_mask" + "_score_mod" * bool(score_mod)
-        what = f"attend_{_plain(keys)}_{_plain(values)}_{head_dims[0]}_{head_dims[1]}{said}"
+        if node.kwargs.get("exact"):
+            sources[f"exact{_said(reader)}"] = exact.source(reader)
+            # What hides those tokens from codes is a mask.
+            reader = replace(reader, mask="bool") if reader.mask == "none" else reader
+        what = f"attend_{_plain(keys)}_{_plain(values)}_{head_dims[0]}_{head_dims[1]}{_said(reader)}"
         codecs = formats.codec(keys), formats.codec(values)
         sources[what] = attend.source(*codecs, tuple(head_dims), reader)
         if sides := integer.sides_of(codecs, tuple(head_dims)):
@@ -125,3 +128,8 @@ def kernel_sources(after: fx.GraphModule, sites: Iterable[Site]) -> dict[str, st
 
 def _plain(codec: str) -> str:
     return codec.replace(":", "_")
+
+
+def _said(reader) -> str:
+    """A reader as a part of a name."""
+    return "_causal" * reader.causal + f"_{reader.mask}_mask" + "_score_mod" * bool(reader.score_mod)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
-from tqcompile import cpu, formats, reference
+from tqcompile import cpu, formats, recent, reference
 from tqcompile.codec import Codec
 
 Tensors = Sequence[torch.Tensor]
@@ -25,7 +25,12 @@ _library.define(
 _library.define(
     "attend(Tensor q, Tensor[] keys, Tensor[] values, Tensor? mask, Tensor? reach, Tensor? key_basis, "
     "Tensor? value_basis, bool causal, float scale, str score_mod, Tensor? sinks, str key_codec, str value_codec, "
-    "int key_dim, int value_dim, ScalarType dtype) -> Tensor"
+    "int key_dim, int value_dim, ScalarType dtype, *, Tensor[]? exact=None, Tensor? asked=None, "
+    "int first=0) -> Tensor"
+)
+_library.define(
+    "remember(Tensor(a!) numbers, Tensor(b!) index, Tensor tokens, Tensor? positions, SymInt start, int dim, int sinks)"
+    " -> ()"
 )
 _library.define("logits(Tensor q, Tensor[] keys, str codec, int head_dim) -> Tensor")
 _library.define("mix(Tensor weights, Tensor[] values, str codec, int head_dim) -> Tensor")
@@ -35,6 +40,7 @@ append_step = torch.ops.tqcompile.append_step.default
 attend = torch.ops.tqcompile.attend.default
 logits = torch.ops.tqcompile.logits.default
 mix = torch.ops.tqcompile.mix.default
+remember = torch.ops.tqcompile.remember.default
 
 
 def prepare(codec: Codec, head_dim: int, device: torch.device) -> None:
@@ -103,32 +109,48 @@ def _append_step_cuda(keys, values, k, v, q, positions, key_basis, value_basis, 
         return kernel.append_step(codecs, (keys, values), (k, v), q, positions, (key_basis, value_basis))
 
 
-def _attend_cpu(q, keys, values, mask, reach, key_basis, value_basis, causal, scale, *others):
+def _attend_cpu(
+    q, keys, values, mask, reach, key_basis, value_basis, causal, scale, *others, exact=None, asked=None, first=0
+):
     score_mod, sinks, key_codec, value_codec, *dims, dtype = others
-    codecs = formats.codec(key_codec), formats.codec(value_codec)
-    q = reference.rotate(q, key_basis)
+    codecs, start = (formats.codec(key_codec), formats.codec(value_codec)), 0
+    asked, q = q if asked is None else asked, reference.rotate(q, key_basis)
     if reach is not None and reach.numel() and not causal:
-        keys, values, mask = _within(reach, keys, values, mask)
-    out = cpu.attend(q, keys, values, mask, causal, scale, *codecs, tuple(dims), score_mod, sinks)
-    return reference.rotate_back(out, value_basis, dtype).contiguous()
+        start, keys, values, mask = _within(reach, keys, values, mask)
+    known = recent.exact(exact, asked, start, start + keys[0].shape[2]) if exact else None
+    out, theirs = cpu.attend(q, keys, values, mask, causal, scale, *codecs, tuple(dims), score_mod, sinks, known)
+    if theirs is None:
+        return reference.rotate_back(out, value_basis, dtype).contiguous()
+    return (reference.rotate_back(out, value_basis, torch.float32) + theirs).to(dtype).contiguous()
 
 
 def _within(reach: torch.Tensor, keys: Tensors, values: Tensors, mask: torch.Tensor) -> tuple:
-    """Planes and mask between the first and the last token that any sequence sees."""
+    """The first token that any sequence sees, and planes and mask from there to the last."""
     first, stop = int(reach[:, 0].min()), int(reach[:, 1].max())
     span = slice(first, max(first, stop))
-    return [plane[:, :, span] for plane in keys], [plane[:, :, span] for plane in values], mask[..., span]
+    return first, [plane[:, :, span] for plane in keys], [plane[:, :, span] for plane in values], mask[..., span]
 
 
-def _attend_cuda(q, keys, values, mask, reach, key_basis, value_basis, causal, scale, *others):
+def _attend_cuda(
+    q, keys, values, mask, reach, key_basis, value_basis, causal, scale, *others, exact=None, asked=None, first=0
+):
     from tqcompile.kernels import attend as kernel
 
     score_mod, sinks, key_codec, value_codec, *dims, dtype = others
     codecs = formats.codec(key_codec), formats.codec(value_codec)
     options = {"reach": reach, "basis": value_basis, "dtype": dtype, "score_mod": score_mod, "sinks": sinks}
+    if exact:
+        options |= {"known": exact, "asked": q if asked is None else asked, "first": first}
     with torch.cuda.device(q.device):
         q = reference.rotate(q, key_basis)
         return kernel.attend(q, keys, values, mask, causal, scale, *codecs, tuple(dims), **options)
+
+
+def _remember_cuda(numbers, index, tokens, positions, start, dim, sinks):
+    from tqcompile.kernels import exact as kernel
+
+    with torch.cuda.device(numbers.device):
+        kernel.remember(numbers, index, tokens, positions, start, dim, sinks)
 
 
 def _logits(q: torch.Tensor, keys: Tensors, codec: str, head_dim: int) -> torch.Tensor:
@@ -166,6 +188,8 @@ _library.impl("append_step", reference.as_stored(_append_step_cpu), "CPU")
 _library.impl("append_step", reference.as_stored(_append_step_cuda), "CUDA")
 _library.impl("attend", reference.as_stored(_attend_cpu), "CPU")
 _library.impl("attend", reference.as_stored(_attend_cuda), "CUDA")
+_library.impl("remember", recent.remember, "CPU")
+_library.impl("remember", _remember_cuda, "CUDA")
 _library.impl("logits", reference.as_stored(_logits), "CPU")
 _library.impl("logits", reference.as_stored(_logits_cuda), "CUDA")
 _library.impl("mix", reference.as_stored(_mix), "CPU")
@@ -183,9 +207,14 @@ def _(keys, values, k, v, q, positions, key_basis, value_basis, key_codec, value
 
 
 @torch.library.register_fake("tqcompile::attend", lib=_library)
-def _(q, keys, values, mask, reach, key_basis, value_basis, causal, scale, *others):
+def _(q, keys, values, mask, reach, key_basis, value_basis, causal, scale, *others, exact=None, asked=None, first=0):
     value_dim, dtype = others[-2:]
     return q.new_empty((*q.shape[:-1], value_dim), dtype=dtype)
+
+
+@torch.library.register_fake("tqcompile::remember", lib=_library)
+def _(numbers, index, tokens, positions, start, dim, sinks):
+    return None
 
 
 @torch.library.register_fake("tqcompile::logits", lib=_library)

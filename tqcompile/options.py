@@ -13,7 +13,7 @@ from tqcompile import formats
 from tqcompile.codec import Codec
 
 ENVIRONMENT = "TQCOMPILE_OPTIONS"
-PASSES = ("flex", "canonicalize", "absorb", "sites", "centre", "compress", "fuse")
+PASSES = ("flex", "canonicalize", "absorb", "sites", "centre", "regions", "compress", "fuse")
 INNERS = ("inductor", "aot_eager", "eager")
 
 
@@ -31,6 +31,12 @@ class Options:
 
     values: str | None = None
     """Codec of the value cache; some codecs serve keys alone."""
+
+    sinks: int = 0
+    """How many of the first tokens of each cache are kept as they are, too."""
+
+    window: int = 0
+    """How many of its last tokens are: in the cache's own dtype, beside the codes of all tokens."""
 
     strict: bool = False
     """Raise where a cache cannot be compressed, instead of leaving it dense and saying so in the report.
@@ -65,6 +71,10 @@ class Options:
                 formats.check_values(self.values)
             except ValueError as error:
                 raise ValueError(f"values={self.values!r}: {error}") from None
+        for name in ("sinks", "window"):
+            given = getattr(self, name)
+            if type(given) is not int or given < 0:
+                raise ValueError(f"{name}={given!r}; give a number of tokens, 0 or more")
         for name in ("strict", "centre"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}={getattr(self, name)!r}; allowed are True and False")
@@ -90,8 +100,8 @@ class Options:
 
     def digest(self) -> str:
         """Equal exactly where two sets of options compile a graph alike."""
-        codecs = self.key_codec.digest(), self.value_codec.digest()
-        content = (*codecs, self.strict, self.centre, sorted(self.disable), self.inner)
+        codecs, regions = (self.key_codec.digest(), self.value_codec.digest()), (self.sinks, self.window)
+        content = (*codecs, *regions, self.strict, self.centre, sorted(self.disable), self.inner)
         return hashlib.sha256(repr(content).encode()).hexdigest()[:12]
 
 
@@ -152,6 +162,8 @@ def _parse(item: str) -> tuple[str, Any]:
         raise ValueError(f"{item!r} is not name=value; an example is keys=turboquant:4,values=q8_0")
     if name in ("strict", "centre"):
         return name, _boolean(name, value)
+    if name in ("sinks", "window"):
+        return name, int(value) if value.isdecimal() else value
     return name, tuple(value.split("+")) if name == "disable" else value
 
 

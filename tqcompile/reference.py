@@ -12,6 +12,7 @@ import torch
 
 from tqcompile.codec import Codec
 from tqcompile.coding import Planes, decode, encode
+from tqcompile.recent import Exact
 from tqcompile.scores import apply as scores_of
 
 RowDecoder = Callable[[Codec, Planes, int], torch.Tensor]
@@ -26,11 +27,11 @@ def as_stored(function: Callable) -> Callable:
     """`function` outside of `torch.autocast`, which would round scales and bases again: codes do not depend on it."""
 
     @wraps(function)
-    def call(*args):
+    def call(*args, **kwargs):
         if not torch._C._is_any_autocast_enabled():
-            return function(*args)
+            return function(*args, **kwargs)
         with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
-            return function(*args)
+            return function(*args, **kwargs)
 
     return call
 
@@ -88,21 +89,58 @@ def attend(
     does; `sinks` [B, Hq, T, 1] are logits of one more token each, whose value is zero. Returns [B, Hq, T, coordinates]
     in the value basis, float32. A query that may see nothing gets zeros.
     """
+    how = mask, causal, scale, key_codec, value_codec, head_dims, score_mod, sinks
+    return attend_beside(q, keys, values, *how, None, row_decoder)[0]
+
+
+def attend_beside(
+    q: torch.Tensor,
+    keys: Planes,
+    values: Planes,
+    mask: torch.Tensor | None,
+    causal: bool,
+    scale: float,
+    key_codec: Codec,
+    value_codec: Codec,
+    head_dims: tuple[int, int],
+    score_mod: str,
+    sinks: torch.Tensor | None,
+    exact: Exact | None,
+    row_decoder: RowDecoder = decode,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`attend` where the exact numbers of some tokens take the place of their codes.
+
+    Returns what codes add, and what those add, float32 in the model's basis; their sum is attention once the first is
+    rotated back.
+    """
     batch, heads, queries, _ = q.shape
     length = keys[0].shape[2]
     if batch * heads * queries * length <= 2 * BLOCK_ELEMENTS:
         scores = logits(q.float() * scale, keys, key_codec, head_dims[0], row_decoder)
-        weights = softmax(scores, mask, causal, score_mod, sinks)
-        return mix(weights, values, value_codec, head_dims[1], row_decoder)
-    others = key_codec, value_codec, head_dims, score_mod, sinks, row_decoder
+        weights = softmax(scores, mask, causal, score_mod, sinks, exact, scale)
+        out = mix(weights[..., :length], values, value_codec, head_dims[1], row_decoder)
+        return out, None if exact is None else exact.mixed(weights[..., length:])
+    others = key_codec, value_codec, head_dims, score_mod, sinks, row_decoder, exact
     return _attend_online(q, keys, values, mask, causal, scale, *others)
 
 
 def softmax(
-    scores: torch.Tensor, mask: torch.Tensor | None, causal: bool, score_mod: str = "", sinks=None
+    scores: torch.Tensor,
+    mask: torch.Tensor | None,
+    causal: bool,
+    score_mod: str = "",
+    sinks: torch.Tensor | None = None,
+    exact: Exact | None = None,
+    scale: float = 1.0,
 ) -> torch.Tensor:
-    """Softmax of scores [B, Hq, T, S] over the keys a query may see, with zeros where it may see none of them."""
+    """Softmax of scores [B, Hq, T, S] over the keys a query may see, with zeros where it may see none of them.
+
+    With `exact` its weights come behind the others, [B, Hq, T, S + r], and the codes of its tokens have none.
+    """
     scores = masked(scores_of(score_mod, scores), mask, causal, scores.shape, 0, scores.shape[-1])
+    if exact is not None:
+        theirs = exact_scores(exact, mask, causal, scale, score_mod)
+        scores = torch.cat([scores.index_fill(-1, exact.places, -math.inf), theirs], -1)
     if sinks is not None:
         scores = torch.cat([scores, sinks.float().expand(*scores.shape[:-1], 1)], -1)
     weights = scores.softmax(-1)
@@ -111,8 +149,22 @@ def softmax(
     return weights if sinks is None else weights[..., :-1]
 
 
+def exact_scores(exact: Exact, mask: torch.Tensor | None, causal: bool, scale: float, score_mod: str) -> torch.Tensor:
+    """Scores [B, Hq, T, r] of the exact tokens, which see what their codes would."""
+    batch, heads, queries, width = exact.q.shape
+    rows = (exact.q.float() * scale).reshape(batch, exact.keys.shape[1], -1, width)
+    scores = scores_of(score_mod, (rows @ exact.keys.float().mT).view(batch, heads, queries, -1))
+    if mask is not None and mask.shape[-1] != 1:
+        mask = mask.index_select(-1, exact.places)
+    scores = masked(scores, mask, False, scores.shape, 0, scores.shape[-1])
+    if causal:
+        query = torch.arange(queries, device=scores.device).unsqueeze(-1)
+        scores = scores.masked_fill(exact.places > query, -math.inf)
+    return scores
+
+
 def _attend_online(
-    q, keys, values, mask, causal, scale, key_codec, value_codec, head_dims, score_mod, sinks, row_decoder
+    q, keys, values, mask, causal, scale, key_codec, value_codec, head_dims, score_mod, sinks, row_decoder, exact
 ):
     """`attend` where the scores of all keys would not fit in cache: a running softmax over blocks of keys."""
     batch, query_heads, queries, _ = q.shape
@@ -123,21 +175,36 @@ def _attend_online(
     if sinks is not None:
         peak = sinks.float().expand(batch, query_heads, queries, 1).reshape(peak.shape)
         total = torch.ones_like(peak)
-    out = rows.new_zeros(*rows.shape[:3], value_codec.coordinates(head_dims[1]))
+    state = peak, total, rows.new_zeros(*rows.shape[:3], value_codec.coordinates(head_dims[1]))
+    shape, hidden = (batch, query_heads, queries, length), None
+    if exact is not None:
+        hidden = torch.zeros(length, dtype=torch.bool, device=q.device).index_fill(0, exact.places, True)
     for start, stop in _blocks(keys, max(head_dims)):
         key = row_decoder(key_codec, [plane[:, :, start:stop] for plane in keys], head_dims[0])
         scores = scores_of(score_mod, rows @ key.float().transpose(-1, -2))
-        scores = masked(scores, mask, causal, (batch, query_heads, queries, length), start, stop)
-        new_peak = torch.maximum(peak, scores.amax(-1, keepdim=True))
-        pivot = torch.where(new_peak == -math.inf, 0.0, new_peak)
-        weights = (scores - pivot).exp()
-        rescale = (peak - pivot).exp()
+        scores = masked(scores, mask, causal, shape, start, stop)
+        if hidden is not None:
+            scores = scores.masked_fill(hidden[start:stop], -math.inf)
+        state, weights = _folded(state, scores)
         value = row_decoder(value_codec, [plane[:, :, start:stop] for plane in values], head_dims[1])
-        out = out * rescale + weights @ value.float()
-        total = total * rescale + weights.sum(-1, keepdim=True)
-        peak = new_peak
-    out = torch.where(total == 0, 0.0, out / total)
-    return out.reshape(batch, query_heads, queries, -1)
+        state[2].add_(weights @ value.float())
+    theirs = None
+    if exact is not None:
+        scores = exact_scores(exact, mask, causal, scale, score_mod)
+        state, weights = _folded(state, scores.reshape(*rows.shape[:3], -1))
+        whole = state[1].view(*shape[:3], 1)
+        theirs = torch.where(whole == 0, 0.0, exact.mixed(weights.view_as(scores)) / whole)
+    _, total, out = state
+    return torch.where(total == 0, 0.0, out / total).reshape(batch, query_heads, queries, -1), theirs
+
+
+def _folded(state: tuple[torch.Tensor, ...], scores: torch.Tensor) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
+    """Peak, total and sums of a running softmax before the values of one more block, and the weights of these."""
+    peak, total, out = state
+    new_peak = torch.maximum(peak, scores.amax(-1, keepdim=True))
+    pivot = torch.where(new_peak == -math.inf, 0.0, new_peak)
+    weights, rescale = (scores - pivot).exp(), (peak - pivot).exp()
+    return (new_peak, total * rescale + weights.sum(-1, keepdim=True), out * rescale), weights
 
 
 def masked(

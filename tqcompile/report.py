@@ -32,6 +32,7 @@ class Graph:
     texts: object = None
     caches: weakref.WeakValueDictionary = field(default_factory=weakref.WeakValueDictionary)
     events: dict[str, str] = field(default_factory=dict)
+    regions: tuple[tuple[str, str], ...] = ()
     ended: tuple[str, str] | None = None
     eager: Counter = field(default_factory=Counter)
 
@@ -113,7 +114,7 @@ class Report:
         return list(dict.fromkeys(fallback for graph in self.graphs for fallback in graph.fallbacks))
 
     def __str__(self) -> str:
-        parts = [self._summary(), self._compressed(), self._read()]
+        parts = [self._summary(), self._compressed(), self._kept(), self._read()]
         parts += [self._refused(), self._uncentred(), self._decoded(), self._events(), self._eager(), self._ended()]
         return "\n\n".join(part for part in parts if part)
 
@@ -140,6 +141,11 @@ class Report:
                 groups[key] = groups.get(key, 0) + 1
         rows = [(*key, count) for key, count in groups.items()]
         return tabulate(rows, ("graph", "cache", "role", "codec", "sites")) if rows else ""
+
+    def _kept(self) -> str:
+        rows = Counter((graph.name, said) for graph in self.graphs for _, said in graph.regions)
+        rows = [(*row, count) for row, count in rows.items()]
+        return "kept as they are, beside codes:\n" + tabulate(rows, ("graph", "tokens", "caches")) if rows else ""
 
     def _read(self) -> str:
         rows = [(graph.name, *key, count) for graph in self.graphs for key, count in graph.readers.items()]

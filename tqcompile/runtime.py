@@ -13,6 +13,7 @@ from tqcompile.cache import CompressedKV
 from tqcompile.centre import Centre
 from tqcompile.centred import fitted, refit
 from tqcompile.passes.context import CacheInput, Context
+from tqcompile.recent import Recent, empty, first_and_last
 from tqcompile.report import Graph
 
 
@@ -28,7 +29,7 @@ class CompiledGraph:
         self.written_back = tuple(entry.index for entry in context.inputs if entry.writes_back)
         self.outputs = tuple(context.outputs)
         # Caches of the last call that this graph can write into as they are: index, cache, its first plane.
-        self.settled: tuple[tuple[int, weakref.ref, weakref.ref], ...] = ()
+        self.settled: tuple[tuple[int, weakref.ref, weakref.ref, Callable], ...] = ()
         self.tokens = {e.index: _token_count(e.tokens, original) for e in context.inputs if e.tokens is not None}
 
     def __call__(self, *args):
@@ -39,9 +40,10 @@ class CompiledGraph:
             gc.collect()
         if self._is_settled(args):
             values, start = [], 0
-            for index, cache, _ in self.settled:
+            for index, cache, *_, recent in self.settled:
                 values += args[start:index]
                 values += cache().parts
+                values += recent().tensors if recent() is not None else ()
                 start = index + 1
             return self._given(self.compiled(*values, *args[start:]), args, {})
         if not self._adopt(args):
@@ -60,15 +62,20 @@ class CompiledGraph:
     def _is_settled(self, args: tuple) -> bool:
         """Whether every cache of this graph is the one of the last call, its planes too, and nobody else's."""
         return bool(self.settled) and all(
-            args[index] is cache() and args[index].planes[0] is plane() and args[index].buffer is None
-            for index, cache, plane in self.settled
+            args[index] is cache()
+            and args[index].planes[0] is plane()
+            and args[index].buffer is None
+            and args[index].recent is recent()
+            for index, cache, plane, recent in self.settled
         )
 
     def _settle(self, caches: dict) -> None:
         """Remember the caches of this call, where all are written in place: the next one need not look at them."""
         if len(self.in_place) == len(self.inputs) and all(cache.buffer is None for cache in caches.values()):
-            pairs = sorted(caches.items())
-            self.settled = tuple((index, weakref.ref(c), weakref.ref(c.planes[0])) for index, c in pairs)
+            self.settled = tuple(
+                (index, weakref.ref(c), weakref.ref(c.planes[0]), _held(c.recent))
+                for index, c in sorted(caches.items())
+            )
 
     def _planes(self, args: tuple, caches: dict) -> list:
         values = []
@@ -76,6 +83,7 @@ class CompiledGraph:
             cache = caches.get(index)
             if isinstance(cache, CompressedKV):
                 values.extend(cache.parts)
+                values.extend(cache.recent.tensors if self.inputs[index].regions is not None else ())
             else:
                 values.append(argument if cache is None else cache)
         return values
@@ -104,14 +112,22 @@ class CompiledGraph:
         if entry.site is None:
             return held.decode() if isinstance(held, CompressedKV) else held
         if not isinstance(held, CompressedKV):
-            held = CompressedKV.encode(held, entry.site.codec, entry.centring)
+            held = _encoded(held, entry)
         assert held.codec is entry.site.codec, f"{entry.name}: a graph of {entry.site.codec.name} was given {held}"
         if entry.site.kind != "in_place":
             held = fitted(held, entry.centring)
         if entry.site.kind == "append":
-            return held.room(self.tokens[entry.index](args), entry.site.append.dim)
-        self.record.track(entry.name, held)
-        return held if entry.site.kind == "in_place" else held.in_order()
+            held = held.room(self.tokens[entry.index](args), entry.site.append.dim)
+        else:
+            self.record.track(entry.name, held)
+            held = held if entry.site.kind == "in_place" else held.in_order()
+        if entry.site.kind != "read":
+            held.keep(entry.regions)
+        elif entry.regions is not None and (held.recent is None or held.recent.regions != entry.regions):
+            # What another graph keeps of it stays.
+            held = CompressedKV(held.planes, held.codec, held.shape[-1], held.dtype).centred(held.centre)
+            held.recent = empty(held, entry.regions)
+        return held
 
     def _output(self, output, args: tuple, caches: dict, results):
         if output.kind == "tensor":
@@ -121,14 +137,41 @@ class CompiledGraph:
         if output.kind == "appended":
             cache = caches[output.index].kept(*output.run)
         else:
-            planes, centre = tuple(results[output.index : output.index + output.count]), None
-            if output.centring is not None:
-                *planes, mean = planes
-                centre = Centre(output.centring.rotation, output.centring.dim, mean)
-            cache = CompressedKV(planes, output.codec, output.head_dim, output.dtype).centred(centre)
+            cache = _made(results[output.index : output.index + output.count], output)
         cache.forget_length()
         self.record.track(output.name, cache)
         return cache
+
+
+def _made(results, output) -> CompressedKV:
+    """A new cache of what a graph made: planes, the mean of its centre, and what is kept of it as it is."""
+    rest = list(results)
+    planes = [rest.pop(0) for _ in output.codec.stores]
+    cache = CompressedKV(planes, output.codec, output.head_dim, output.dtype)
+    if output.centring is not None:
+        cache.centre = Centre(output.centring.rotation, output.centring.dim, rest.pop(0))
+    if output.regions is not None:
+        cache.recent = Recent(*rest, output.regions)
+    return cache
+
+
+def _encoded(dense: torch.Tensor, entry: CacheInput) -> CompressedKV:
+    """A dense cache that is not written where it stands, with what is to be kept of it as it is."""
+    cache, regions = CompressedKV.encode(dense, entry.site.codec, entry.centring), entry.regions
+    if regions is not None and dense.shape[regions.dim]:
+        with torch.inference_mode(False), torch.no_grad():
+            left = dense.detach() if cache.centre is None else cache.centre.less(dense.detach())
+            kept = first_and_last(left, regions.dim, regions.sinks, regions.window)
+        cache.recent = Recent(*kept, regions)
+    return cache
+
+
+def _held(recent: Recent | None) -> Callable[[], object]:
+    """What gives `recent` for as long as somebody holds it, and then what no cache has."""
+    if recent is None:
+        return type(None)
+    held = weakref.ref(recent)
+    return lambda: held() or held
 
 
 def _token_count(tokens, original: fx.GraphModule) -> Callable[[tuple], int]:

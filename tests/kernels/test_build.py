@@ -66,6 +66,11 @@ def test_append_compiles_without_a_device_and_spills_nothing(name):
     assert build.append_usage(formats.codec(name), 128, torch.bfloat16, 4096, 90).spills == 0
 
 
+@pytest.mark.parametrize("reader", [Reader("none"), Reader("bool"), Reader("additive", True)], ids=str)
+def test_what_reads_tokens_that_are_kept_as_they_are_spills_nothing(reader):
+    assert not [usage for usage in build.exact_usages(128, reader, torch.bfloat16, 90) if usage.spills]
+
+
 @pytest.mark.slow
 def test_no_kernel_of_any_codec_spills():
     assert not [usage for usage in build.every_usage() if usage.spills]

@@ -1,4 +1,4 @@
-"""The planes of a dense tensor, encoded a block at a time."""
+"""A dense tensor becomes the planes of a codec, a block of it at a time."""
 
 from collections.abc import Callable
 
