@@ -73,8 +73,7 @@ def turboquant(
     Raises:
         ValueError: an option's value is not one of those allowed.
     """
-    given = {name: value for name, value in locals().items() if value is not None}
-    return Backend(resolve(given))
+    return Backend(resolve({name: value for name, value in locals().items() if value is not None}))
 
 
 def _compile(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, mode: str | None) -> Callable:

@@ -225,7 +225,7 @@ class CompressedKV(torch.Tensor):
         return False
 
     def __tensor_flatten__(self):
-        # Dynamo sees a dense tensor, and guards on codec and centre; planes, as its inner ones, would bring their sizes.
+        # Dynamo sees a dense tensor, guarded by codec and centre; planes as its inner ones would bring their sizes.
         centre = None if self.centre is None else (self.centre.rotation, self.centre.dim)
         return ["anchor"], (self.codec.name, self.dtype, self.device, centre)
 
