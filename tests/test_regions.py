@@ -8,7 +8,7 @@ from models import EMBED, Shape, unchanged
 from readers import READERS
 
 import tqcompile
-from tqcompile import formats
+from tqcompile import coding, formats, recent, reference
 
 KINDS = ("tuples", "buffers", "counter", "made")
 CODECS = ("turboquant:4", "turboquant:2")
@@ -203,11 +203,22 @@ def test_a_graph_that_keeps_none_makes_those_of_another_void():
         assert steps(ours, twin, [2] if not window and ours.filled == 6 else [1], shape, "buffers") < 5e-6
 
 
-def test_many_keys_are_read_block_by_block(monkeypatch):
-    monkeypatch.setattr("tqcompile.reference.BLOCK_ELEMENTS", 512)
-    shape = Shape(layers=1, reader="sinks")
-    ours, twin = talks("counter", shape, 2, 3)
-    assert steps(ours, twin, [9, 2, 1, 4], shape, "counter") < 5e-6
+@pytest.mark.parametrize("mask", ["none", "bool", "additive", "causal"])
+def test_many_keys_are_read_block_by_block(monkeypatch, mask):
+    """A running softmax gives what one over all scores does."""
+    codec = formats.codec("q8_0")
+    q, k, v = torch.randn(2, 6, 4, 32), torch.randn(2, 3, 150, 32), torch.randn(2, 3, 150, 32)
+    keep = torch.rand(2, 1, 4, 150) < 0.7
+    masks = {"bool": keep, "additive": torch.where(keep, torch.randn(keep.shape), -torch.inf)}
+    sides = [tensor for x in (k, v) for tensor in recent.first_and_last(x, 2, 2, 70)]
+    exact = recent.exact(sides, q, 0, 150)
+    planes = [coding.encode(codec, x) for x in (k, v)]
+    how = masks.get(mask), mask == "causal", 0.2, codec, codec, (32, 32), "", torch.randn(2, 6, 4, 1), exact
+    whole = reference.attend_beside(q, *planes, *how)
+    monkeypatch.setattr(reference, "BLOCK_ELEMENTS", 64)
+    blocks = reference.attend_beside(q, *planes, *how)
+    for one, other in zip(blocks, whole):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
 def test_bytes_and_the_report_count_them():
