@@ -93,19 +93,21 @@ class Keeper(Editor):
         """
         writes = self.context.made_by[root]
         if writes:
-            return self._written(root, writes, regions)
+            return self._written(root, left, writes, regions)
         pair = self.call(first_and_last, left, regions.dim, regions.sinks, regions.window)
         return [self.call(operator.getitem, pair, place) for place in range(2)]
 
-    def _written(self, dense: fx.Node, writes: list[fx.Node], regions: Regions) -> list[fx.Node]:
-        """Slots that are empty before the first write, and what each of the writes puts into them."""
-        with self.graph.inserting_before(writes[0]):
-            slots = self.call(vacant, dense, regions.dim, regions.slots)
-            made = [self.call(operator.getitem, slots, place) for place in range(2)]
+    def _written(self, root: fx.Node, left: fx.Node, writes: list[fx.Node], regions: Regions) -> list[fx.Node]:
+        """Slots that are empty at first, and what each of the writes puts into them: of `left`, which is made last."""
+        slots = self.call(vacant, left, regions.dim, regions.slots)
+        made = [self.call(operator.getitem, slots, place) for place in range(2)]
         for write in writes:
             with self.graph.inserting_before(write):
-                positions = write.args[2] if spelling(write) == "index_copy_" else self._positions(write, dense)
-                self.call(ops.remember, *made, write.args[-1], positions, 0, regions.dim, regions.sinks)
+                given = write.args[2] if spelling(write) == "index_copy_" else self._positions(write, root)
+                # What says the positions may be counted on before the end.
+                positions = self.call(torch.clone, given)
+            tokens = self.call(torch.index_select, left, regions.dim, positions)
+            self.call(ops.remember, *made, tokens, positions, 0, regions.dim, regions.sinks)
         return made
 
     def _positions(self, write: fx.Node, dense: fx.Node) -> fx.Node:

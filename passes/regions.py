@@ -26,8 +26,6 @@ def regions(gm: fx.GraphModule, context: Context) -> int:
     for site in context.sites:
         found = _dimension(site, created if site.kind == "create" else context.survey)
         writes = [n for n, view in created.writes.items() if view.root is site.root] if site.kind == "create" else []
-        if writes and site.root in context.centres:
-            found = "what its keys are centred by is known after they are written"
         if isinstance(found, int):
             context.regions[site.root] = Regions(found, sinks, window)
             context.made_by[site.root] = writes
