@@ -36,7 +36,22 @@ def add(commands) -> None:
     # One line for a mistake: no usage before it.
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: error: {message}\n")
     parser.add_argument("model", metavar="MODEL", help="a folder or name of Hugging Face's, or a file .gguf")
-    what = parser.add_argument_group("what is measured")
+    _add_measured(parser.add_argument_group("what is measured"))
+    how = parser.add_argument_group("how")
+    how.add_argument("--device", metavar="NAME", help="default: cuda where there is one")
+    how.add_argument("--dtype", choices=load.DTYPES, help="of the model (default: its checkpoint's)")
+    how.add_argument("--inner", choices=INNERS, default=DEFAULTS.inner, help=f"compiler (default {DEFAULTS.inner})")
+    out = parser.add_argument_group("what comes out")
+    out.add_argument("--html", type=Path, metavar="FILE", help="one page: the tables and plots")
+    out.add_argument("--json", type=Path, metavar="FILE", help="every figure, for programs")
+
+
+def whole_or_none(text: str) -> int:
+    """An argparse type: a whole number, 0 too."""
+    return 0 if text == "0" else whole(text)
+
+
+def _add_measured(what) -> None:
     what.add_argument("--text", type=Path, metavar="FILE", help=f"what it reads (default {text.PYTHON_HELP})")
     what.add_argument(
         "--codecs",
@@ -45,15 +60,18 @@ def add(commands) -> None:
         help=f"codecs, KEYS/VALUES, or presets, with commas or spaces between (default {', '.join(formats.PRESETS)}); "
         f"codecs: {', '.join(formats.REGISTRY)}",
     )
-    for name, metavar, said in (
-        ("context", "N", "tokens of a window"),
-        ("windows", "N", "windows, spread evenly over the text"),
-        ("generate", "N", "tokens of a greedy continuation"),
+    for name, kind, said in (
+        ("context", whole, "tokens of a window"),
+        ("windows", whole, "windows, spread evenly over the text"),
+        ("generate", whole_or_none, "tokens of a greedy continuation, 0 for none"),
     ):
         default = getattr(DEFAULTS, name)
-        what.add_argument(f"--{name}", type=whole, default=default, metavar=metavar, help=f"{said} (default {default})")
+        what.add_argument(f"--{name}", type=kind, default=default, metavar="N", help=f"{said} (default {default})")
     what.add_argument("--chunk", type=whole, metavar="N", help="tokens read in a call (default a quarter of --context)")
     what.add_argument("--needle", action="store_true", help="look for needles in a haystack, too: depth x length")
+    what.add_argument(
+        "--tasks", type=Path, metavar="FOLDER", help="answer the tasks in it, JSONL in LongBench's format"
+    )
     what.add_argument(
         "--threshold",
         nargs="+",
@@ -61,13 +79,6 @@ def add(commands) -> None:
         metavar="NAME=NUMBER",
         help=f"what is safe: {Threshold.spoken()}",
     )
-    how = parser.add_argument_group("how")
-    how.add_argument("--device", metavar="NAME", help="default: cuda where there is one")
-    how.add_argument("--dtype", choices=load.DTYPES, help="of the model (default: its checkpoint's)")
-    how.add_argument("--inner", choices=INNERS, default=DEFAULTS.inner, help=f"compiler (default {DEFAULTS.inner})")
-    out = parser.add_argument_group("what comes out")
-    out.add_argument("--html", type=Path, metavar="FILE", help="one page: the tables and plots")
-    out.add_argument("--json", type=Path, metavar="FILE", help="every figure, for programs")
 
 
 def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
@@ -95,6 +106,6 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
 
 
 def _settings(options: argparse.Namespace) -> Settings:
-    names = ("context", "windows", "generate", "chunk", "needle", "inner")
+    names = ("context", "windows", "generate", "chunk", "needle", "tasks", "inner")
     threshold = Threshold.parse(options.threshold)
     return Settings(**{name: getattr(options, name) for name in names}, threshold=threshold)

@@ -60,12 +60,17 @@ class Increase:
 def blocks(tokens: Tokens) -> numpy.ndarray:
     """Mean differences of the loss to dense's over blocks of consecutive tokens: neighbours are not independent.
 
-    What is left of a window behind its last whole block joins no block; windows shorter than one are a block each.
+    A window is cut into as many as come closest to `BLOCK` tokens each; the few that are left over join none.
     """
     difference = tokens.loss - tokens.dense_loss
-    size = min(BLOCK, difference.shape[1])
+    size = block_size(difference.shape[1])
     whole = difference.shape[1] // size * size
     return difference[:, :whole].reshape(-1, size).mean(-1)
+
+
+def block_size(scored: int) -> int:
+    """Tokens of a block in windows of `scored` tokens."""
+    return scored // max(1, round(scored / BLOCK))
 
 
 def increase(tokens: Tokens, seed: int = 0) -> Increase:

@@ -1,22 +1,23 @@
 """Greedy continuations: the likeliest token at each step, and how long two models choose alike."""
 
+from collections.abc import Callable
+
 import torch
 
 from tqcompile.validate.reading import Reading
 
 
-def continued(reading: Reading, ids: torch.Tensor, sizes: list[int], count: int, stop=()) -> tuple[list[int], object]:
-    """Up to `count` tokens behind `ids` [T], none of `stop`, which ends them; and the cache of all that was read."""
+def continued(
+    reading: Reading, ids: torch.Tensor, sizes: list[int], count: int, ends: Callable[[list[int]], bool] | None = None
+) -> tuple[list[int], object]:
+    """Up to `count` tokens behind `ids` [T], fewer where `ends` of those so far; and the cache of all that was read."""
     cache = reading.new_cache()
     last, chosen = reading.last(ids, sizes, cache), []
-    while len(chosen) < count:
-        token = int(last.argmax())
-        if token in stop:
-            break
-        chosen.append(token)
-        if len(chosen) < count:
-            last = reading.call(ids.new_tensor([token]), cache)[-1]
-    return chosen, cache
+    while True:
+        chosen.append(int(last.argmax()))
+        if len(chosen) == count or (ends is not None and ends(chosen)):
+            return chosen, cache
+        last = reading.call(ids.new_tensor(chosen[-1:]), cache)[-1]
 
 
 def agreement(reading: Reading, ids: torch.Tensor, sizes: list[int], dense: list[int]) -> tuple[int, object]:

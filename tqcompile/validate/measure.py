@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from tqcompile.validate import greedy, needle, text
+from tqcompile.validate import greedy, needle, tasks, text
 from tqcompile.validate.compare import Tokens, compare
 from tqcompile.validate.damage import Damage, kept
 from tqcompile.validate.reading import Reading, elements, held_bytes, live_bytes
@@ -14,6 +14,33 @@ from tqcompile.validate.result import Quality, Row, Size
 from tqcompile.validate.settings import Settings
 
 PROMPTS = 4
+
+
+def limit(model: torch.nn.Module) -> int | None:
+    """The tokens that a model reads; None where its configuration does not say."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
+def stops(model: torch.nn.Module) -> tuple[int, ...]:
+    """The tokens that end what a model says."""
+    found = getattr(model.generation_config, "eos_token_id", None)
+    return tuple(found) if isinstance(found, (list, tuple)) else (found,) if found is not None else ()
+
+
+class Question:
+    """An item of a task, as a model's tokenizer has it."""
+
+    def __init__(self, item: tasks.Item, tokenizer, room: int, chunk: int, stop: tuple[int, ...]):
+        self.item, self.tokenizer, self.stop = item, tokenizer, stop
+        self.ids, self.pieces = tasks.ids(item, tokenizer, room, chunk)
+
+    def said(self, chosen: list[int]) -> str:
+        """The text of tokens."""
+        return self.tokenizer.decode(chosen, skip_special_tokens=True)
+
+    def ends(self, chosen: list[int]) -> bool:
+        """Whether nothing behind these tokens counts."""
+        return chosen[-1] in self.stop or (self.item.kind.first_line and "\n" in self.said(chosen).lstrip("\n"))
 
 
 @dataclass(frozen=True)
@@ -25,16 +52,21 @@ class Plan:
     prompts: torch.Tensor
     generate: int
     needles: list[needle.Needle]
+    items: list[Question]
 
     @classmethod
-    def of(cls, tokenizer, document: str, settings: Settings) -> "Plan":
-        """Raises ValueError where the text is too short for the windows, or the context for a needle."""
+    def of(cls, model, tokenizer, document: str, settings: Settings) -> "Plan":
+        """Raises ValueError where a text is too short for the windows, a context for needles, or tasks are none."""
         windows = text.windows(tokenizer, document, settings.windows, settings.context)
         pieces = text.pieces(settings.context, settings.chunk)
         generate = min(settings.generate, settings.chunk)
         prompts = windows[:: -(-len(windows) // PROMPTS), : -settings.chunk][: PROMPTS if generate else 0]
-        hidden = needle.needles(tokenizer, document, settings.context, settings.chunk) if settings.needle else []
-        return cls(windows, pieces, prompts, generate, hidden)
+        room = limit(model)
+        hidden = needle.needles(tokenizer, document, pieces, room) if settings.needle else []
+        items = tasks.read(settings.tasks) if settings.tasks else []
+        room = room or settings.context
+        asked = [Question(item, tokenizer, room, settings.chunk, stops(model)) for item in items]
+        return cls(windows, pieces, prompts, generate, hidden, asked)
 
     @property
     def scored(self) -> int:
@@ -44,7 +76,7 @@ class Plan:
     @property
     def calls(self) -> int:
         """Things that are measured of one row."""
-        return len(self.windows) + len(self.prompts) + len(self.needles)
+        return len(self.windows) + len(self.prompts) + len(self.needles) + len(self.items)
 
 
 @dataclass
@@ -88,6 +120,8 @@ class Measure:
             cell, cache = needle.ask(self.reading, one)
             self.row.needle.append(cell)
             self.done(cache)
+        for question in self.plan.items:
+            self._answer(question)
 
     def done(self, cache) -> None:
         """One more thing is measured, and `cache` is what it read last."""
@@ -129,4 +163,11 @@ class Measure:
         else:
             count, cache = greedy.agreement(self.reading, prompt, sizes, self.exact.continued[index])
             self.row.greedy.append(count)
+        self.done(cache)
+
+    def _answer(self, question: Question) -> None:
+        item, pieces = question.item, question.pieces
+        chosen, cache = greedy.continued(self.reading, question.ids, pieces.sizes, item.kind.most, question.ends)
+        said = question.said(chosen)
+        self.row.answers.append(tasks.Answer(item.dataset, item.name, said, item.score(said)))
         self.done(cache)

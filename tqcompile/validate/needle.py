@@ -11,9 +11,11 @@ from dataclasses import dataclass
 import torch
 
 from tqcompile.validate.reading import Reading
-from tqcompile.validate.text import Pieces, pieces, prefix, tokens
+from tqcompile.validate.text import Pieces, prefix, tokens
 
 DEPTHS, LENGTHS, OTHERS, DIGITS = (0.0, 0.25, 0.5, 0.75, 1.0), 3, 3, 5
+# Tokens of an answer, at most: a token a digit, and what stands between.
+ANSWER = 2 * DIGITS
 SYLLABLES = ("bar", "dol", "fen", "gar", "hol", "kin", "lor", "mar", "nes", "pol", "rin", "sul", "tor", "vel", "wen")
 FACT = "\n\nThe number of the house in {place} is {number}.\n\n"
 QUESTION = "\n\nThe number of the house in {place} is"
@@ -40,21 +42,31 @@ class Cell:
     found: bool
 
 
-def lengths(whole: Pieces) -> list[Pieces]:
-    """Up to `LENGTHS` lengths between the shortest and the whole context, of the pieces that windows are read in."""
-    steps = min(LENGTHS, whole.chunks)
-    counts = dict.fromkeys(max(1, math.ceil(whole.chunks * (at + 1) / steps)) for at in range(steps))
+def lengths(whole: Pieces, room: int | None) -> list[Pieces]:
+    """Up to `LENGTHS` lengths between the shortest and the whole context, of the pieces that windows are read in.
+
+    A model that reads `room` tokens has them for the answer, too; None for any.
+    """
+    most = whole.chunks if room is None else min(whole.chunks, (room - ANSWER - whole.first) // whole.chunk)
+    steps = min(LENGTHS, most)
+    counts = dict.fromkeys(math.ceil(most * (at + 1) / steps) for at in range(steps))
     return [Pieces(whole.first, whole.chunk, count) for count in counts]
 
 
-def needles(tokenizer, text: str, context: int, chunk: int, seed: int = 0) -> list[Needle]:
+def needles(tokenizer, text: str, whole: Pieces, room: int | None, seed: int = 0) -> list[Needle]:
     """The prompts of every cell, by length and then depth.
 
     Raises:
         ValueError: the context is too short for a fact and a question.
     """
     draw, hay = random.Random(seed), tokens(tokenizer, text)
-    return [_needle(tokenizer, hay, depth, size, draw) for size in lengths(pieces(context, chunk)) for depth in DEPTHS]
+    found = [_needle(tokenizer, hay, depth, size, draw) for size in lengths(whole, room) for depth in DEPTHS]
+    if not found:
+        raise ValueError(
+            f"needle: a model of {room} tokens has no room for an answer behind {whole.total}; give a "
+            "shorter context, or leave the needle out"
+        )
+    return found
 
 
 def _needle(tokenizer, hay: list[int], depth: float, size: Pieces, draw: random.Random) -> Needle:

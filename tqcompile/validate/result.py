@@ -7,6 +7,7 @@ import numpy
 from tqcompile.validate.choice import Choice
 from tqcompile.validate.compare import Increase, Tokens, increase
 from tqcompile.validate.needle import Cell
+from tqcompile.validate.tasks import Answer, means
 
 DENSE = "dense"
 
@@ -68,7 +69,7 @@ class Row:
     damage_values: list[float] = field(default_factory=list)
     greedy: list[int] = field(default_factory=list)
     needle: list[Cell] = field(default_factory=list)
-    tasks: dict[str, float] = field(default_factory=dict)
+    answers: list[Answer] = field(default_factory=list)
     dense_caches: list[str] = field(default_factory=list)
     decoded: list[str] = field(default_factory=list)
     trouble: str = ""
@@ -76,6 +77,11 @@ class Row:
     @classmethod
     def of(cls, choice: Choice) -> "Row":
         return cls(choice.name, *choice.pair)
+
+    @property
+    def tasks(self) -> dict[str, float]:
+        """The score of each data set of the tasks, of 100."""
+        return means(self.answers)
 
     @property
     def found(self) -> int:
@@ -91,6 +97,7 @@ class Row:
         plain = asdict(self)
         if self.size is not None:
             plain |= {"bits": self.size.bits, "live_bits": self.size.live_bits}
+        plain["tasks"] = self.tasks
         if self.quality is not None:
             plain |= {name: getattr(self.quality, name) for name in ("kl", "kl99", "top1", "perplexity")}
         return plain

@@ -12,8 +12,8 @@ from tqcompile.bench import clock
 from tqcompile.explain.section import spoken
 from tqcompile.validate import text
 from tqcompile.validate.choice import Choice, choices
-from tqcompile.validate.compare import BLOCK, RESAMPLES
-from tqcompile.validate.measure import Exact, Measure, Plan
+from tqcompile.validate.compare import RESAMPLES, block_size
+from tqcompile.validate.measure import Exact, Measure, Plan, limit
 from tqcompile.validate.reading import Reading
 from tqcompile.validate.result import DENSE, Result, Row
 from tqcompile.validate.settings import Settings
@@ -42,7 +42,7 @@ def validate(
     model = getattr(model, "_orig_mod", model)
     chosen = choices(list(codecs) if codecs is not None else None)
     _require_room(model, settings)
-    plan = Plan.of(tokenizer, text.python_help() if document is None else document, settings)
+    plan = Plan.of(model, tokenizer, text.python_help() if document is None else document, settings)
     was_training = model.training
     model.eval()
     try:
@@ -51,14 +51,14 @@ def validate(
     finally:
         model.train(was_training)
     failed = {row.name: failures(row, dense, settings.threshold) for row in rows}
-    verdict = sentence(rows, failed, settings.threshold)
+    verdict = sentence(rows, dense, failed, settings.threshold)
     return Result(_head(model, plan, document, settings), dense, rows, failed, _notes(plan, dense), verdict)
 
 
 def _require_room(model: torch.nn.Module, settings: Settings) -> None:
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if limit is not None and settings.context > limit:
-        raise ValueError(f"context={settings.context}: this model reads {limit} tokens; give a shorter context")
+    most = limit(model)
+    if most is not None and settings.context > most:
+        raise ValueError(f"context={settings.context}: this model reads {most} tokens; give a shorter context")
 
 
 def _measured(model, plan: Plan, chosen: list[Choice], inner: str, bar: tqdm) -> tuple[Row, list[Row]]:
@@ -101,12 +101,13 @@ def _head(model: torch.nn.Module, plan: Plan, document: str | None, settings: Se
 
 
 def _notes(plan: Plan, dense: Row) -> list[str]:
-    blocks = len(plan.windows) * max(1, plan.scored // BLOCK)
+    size = block_size(plan.scored)
+    blocks = len(plan.windows) * (plan.scored // size)
     notes = [
         "bits: of each number of the tokens held, scales included; live bytes: storages at the end of a window, spare "
         "room included",
         f"perplexity: its increase over dense's, and the 95 % percentile interval of a paired bootstrap, {RESAMPLES:,} "
-        f"draws from {blocks} blocks of {min(BLOCK, plan.scored)} tokens, of the difference of the two losses",
+        f"draws from {blocks} blocks of {size} tokens, of the difference of the two losses",
         "damage: squared error over squared length of the keys and values of first pieces, as the cache of the "
         "compiled model held them after the call that encoded them, against the dense cache's of the same tokens",
     ]
@@ -116,4 +117,6 @@ def _notes(plan: Plan, dense: Row) -> list[str]:
         notes.append("needle: a number in one of four facts; found where each digit is the likeliest after the last")
         if not dense.found:
             notes.append("the dense model finds no needle at all, so that this grid tells nothing of any codec")
+    if plan.items:
+        notes.append(f"tasks: {len(plan.items)} items; a mean over few of them moves by chance as much as by a codec")
     return notes

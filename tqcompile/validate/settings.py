@@ -1,6 +1,7 @@
 """How much is measured, and how."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from tqcompile.options import INNERS
 from tqcompile.validate import text
@@ -25,6 +26,9 @@ class Settings:
 
     needle: bool = False
     """Whether to look for needles."""
+
+    tasks: Path | str | None = None
+    """A folder of tasks in LongBench's format; None for none."""
 
     inner: str = "inductor"
     """The compiler of graphs, dense and compressed alike."""

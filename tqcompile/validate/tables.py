@@ -80,7 +80,7 @@ def _needles(result: Result) -> Table | None:
 
 
 def _tasks(result: Result) -> Table | None:
-    if not result.dense.tasks:
+    if not result.dense.answers:
         return None
     headers = ("codecs", *result.dense.tasks, "mean")
     rows = tuple(

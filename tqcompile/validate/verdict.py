@@ -59,14 +59,17 @@ class Threshold:
             for name, what in said.items()
         )
 
-    def __str__(self) -> str:
-        said = [
+    def said(self, dense: Row) -> str:
+        """The limits of what was measured, as the dense row has it."""
+        lost = f"at most {self.needle:g} needles are lost" if self.needle else "no needle is lost that dense finds"
+        limits = [
             f"the 95 % interval of its increase of perplexity ends at {self.perplexity:g} % or less",
             f"top-1 agreement is {self.top1:g} % or more",
-            "no needle is lost that dense finds" if not self.needle else f"at most {self.needle:g} needles are lost",
-            f"tasks score at most {self.tasks:g} points less",
+            lost if dense.needle else "",
+            f"tasks score at most {self.tasks:g} points less" if dense.answers else "",
+            f"mean KL is {self.kl:g} or less" if self.kl is not None else "",
         ]
-        return ", ".join(said + ([f"mean KL is {self.kl:g} or less"] if self.kl is not None else []))
+        return ", ".join(filter(None, limits))
 
 
 def failures(row: Row, dense: Row, limit: Threshold) -> list[str]:
@@ -98,18 +101,19 @@ def interval(row: Row) -> str:
 
 def mean_score(row: Row) -> float:
     """The mean score of all tasks, of 100."""
-    return sum(row.tasks.values()) / len(row.tasks)
+    scores = row.tasks.values()
+    return sum(scores) / len(scores)
 
 
 def fallen(row: Row, dense: Row) -> float:
     """Points that the mean score of the tasks is below dense's; 0 where there are none."""
-    return mean_score(dense) - mean_score(row) if dense.tasks else 0.0
+    return mean_score(dense) - mean_score(row) if dense.answers else 0.0
 
 
-def sentence(rows: list[Row], failed: dict[str, list[str]], limit: Threshold) -> str:
+def sentence(rows: list[Row], dense: Row, failed: dict[str, list[str]], limit: Threshold) -> str:
     """Which choices are safe and which are not, and what of."""
     safe = [row.name for row in rows if not failed[row.name]]
     unsafe = [f"{row.name} ({', '.join(failed[row.name])})" for row in rows if failed[row.name]]
     said = [f"safe {'are' if len(safe) > 1 else 'is'} {', '.join(safe)}"] if safe else ["none of them is safe"]
     said += [f"not safe {'are' if len(unsafe) > 1 else 'is'} {', '.join(unsafe)}"] if unsafe else []
-    return f"Safe means here that {limit}: {'; '.join(said)}."
+    return f"Safe means here that {limit.said(dense)}: {'; '.join(said)}."
