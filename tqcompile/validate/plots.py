@@ -36,6 +36,7 @@ def _frontier(rows: list[Row], colors: dict[str, str]):
     # What is exactly dense has no place on a logarithmic axis: near zero this one is linear.
     axes.set_yscale("symlog", linthresh=1e-5)
     axes.set_ylim(bottom=0)
+    axes.margins(x=0.15)
     axes.set(xlabel="bits of a number of the cache, scales included", ylabel="mean KL to dense, nats a token")
     axes.grid(True, alpha=0.3)
     return figure
@@ -68,7 +69,8 @@ def _grids(rows: list[Row]):
         image = place.imshow(grid, vmin=min(low, -0.1), vmax=0, cmap="viridis", aspect="auto")
         for (depth, length), cell in values.items():
             if not cell.found:
-                place.text(lengths.index(length), depths.index(depth), "lost", ha="center", va="center", color="white")
+                color = "black" if cell.logprob > low / 2 else "white"
+                place.text(lengths.index(length), depths.index(depth), "lost", ha="center", va="center", color=color)
         place.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
         place.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
         place.set_title(f"{row.name}: {row.found} of {len(row.needle)}", fontsize=10)
