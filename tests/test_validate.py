@@ -21,6 +21,7 @@ from tqcompile.validate import run as running
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "examples"))
 
+import figure
 from smollm2 import packaged
 
 WORDS = "the cat sat on the mat and said that all was well; then it went to sleep by the fire, as cats do. "
@@ -115,7 +116,7 @@ class Coded(DynamicCache):
 def test_every_scored_token_was_predicted_over_codes_alone(ran, folder, name):
     """The same figures as those of an uncompiled model over a cache that went through the codec."""
     model, tokenizer = load.load(str(folder), torch.device("cpu"))
-    kl, same, damage = [], [], torch.zeros(2, 2, 2)
+    kl, same, losses, damage = [], [], [], torch.zeros(2, 2, 2)
     with torch.no_grad():
         for window in text.windows(tokenizer, TEXT, WINDOWS, CONTEXT):
             cache = Coded(model.config, formats.codec(name))
@@ -125,6 +126,7 @@ def test_every_scored_token_was_predicted_over_codes_alone(ran, folder, name):
             p, q = (x[CHUNK:-1].double().log_softmax(-1) for x in (dense, ours))
             kl.append((p.exp() * (p - q)).sum(-1))
             same.append(p.argmax(-1) == q.argmax(-1))
+            losses.append([torch.nn.functional.nll_loss(x, window[CHUNK + 1 :]) for x in (p, q)])
             for layer in range(2):
                 for side, part in enumerate(("keys", "values")):
                     x, y = (getattr(c.layers[layer], part)[:, :, :CHUNK] for c in (exact, cache))
@@ -133,6 +135,8 @@ def test_every_scored_token_was_predicted_over_codes_alone(ran, folder, name):
     assert found["kl"] == pytest.approx(torch.cat(kl).mean().item(), rel=1e-3)
     assert found["kl99"] == pytest.approx(numpy.quantile(torch.cat(kl).numpy(), 0.99), rel=1e-3)
     assert found["top1"] == pytest.approx(torch.cat(same).double().mean().item(), abs=2e-3)
+    perplexities = torch.tensor(losses).mean(0).exp().tolist()
+    assert [rows(ran)["dense"]["perplexity"], found["perplexity"]] == pytest.approx(perplexities, rel=1e-4)
     expected = damage[..., 0] / damage[..., 1]
     assert found["damage_keys"] == pytest.approx(expected[0].tolist(), rel=1e-3)
     assert found["damage_values"] == pytest.approx(expected[1].tolist(), rel=1e-3)
@@ -149,6 +153,7 @@ def test_tables_line_up_and_the_page_holds_what_it_shows(ran):
     assert "<strong>Safe means here" in page and page.rstrip().endswith("</html>")
     for name in rows(ran):
         assert f"<td>{name}</td>" in page
+    assert figure.draw(found, {}).axes[0].get_title().endswith(found["setting"])
     assert "95 % percentile interval of a paired bootstrap" in said and found["dense"]["tasks"].keys() == {"qasper"}
 
 

@@ -30,13 +30,13 @@ def choice(text: str) -> Choice:
         return Choice(text, (("preset", text),))
     halves = text.split("/")
     if len(halves) > 2 or not all(halves):
-        raise ValueError(f"codecs: {text!r} is not KEYS/VALUES; give one codec for both, or two with one / between")
-    for half in halves:
-        try:
-            formats.codec(half)
-        except ValueError as error:
-            raise ValueError(f"codecs: {error}. Presets: {', '.join(formats.PRESETS)}") from None
-    return Choice(text, (("keys", halves[0]), ("values", halves[-1])))
+        raise ValueError(f"codecs {text!r} is not KEYS/VALUES; give one codec for both, or two with one / between")
+    found = Choice(text, (("keys", halves[0]), ("values", halves[-1])))
+    try:
+        resolve(dict(found.options))
+    except ValueError as error:
+        raise ValueError(f"codecs {text!r}: {error}. Presets: {', '.join(formats.PRESETS)}") from None
+    return found
 
 
 def choices(texts: list[str] | None) -> list[Choice]:

@@ -97,7 +97,7 @@ class Row:
         plain = asdict(self)
         if self.size is not None:
             plain |= {"bits": self.size.bits, "live_bits": self.size.live_bits}
-        plain["tasks"] = self.tasks
+        plain |= {"pair": f"{self.keys}/{self.values}", "tasks": self.tasks}
         if self.quality is not None:
             plain |= {name: getattr(self.quality, name) for name in ("kl", "kl99", "top1", "perplexity")}
         return plain
@@ -126,6 +126,7 @@ class Result:
         """All of it, as JSON holds it."""
         return {
             **self.head,
+            "setting": f"{self.head['text']}, {self.head['versions']}",
             "dense": self.dense.record(),
             "rows": [{**row.record(), "failures": self.failures[row.name]} for row in self.rows],
             "safe": self.safe,
