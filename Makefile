@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-slow test-gpu bench bench-cpu sweep aot fmt clean
+.PHONY: help env demo test test-slow test-gpu bench bench-cpu sweep validate aot fmt clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
@@ -46,6 +46,9 @@ bench-cpu: env  ## time decoding on a CPU
 
 sweep: env  ## compile a tiny model of every architecture, and count: make sweep ARGS="--only REGEX"
 	$(BIN)/python -m tqcompile sweep $(ARGS)
+
+validate: env  ## what codecs cost on a model and a text of yours: make validate ARGS="FOLDER --text FILE"
+	$(BIN)/python -m tqcompile validate $(ARGS)
 
 aot: env  ## compile the kernels of every codec with no GPU present, and list registers and spills
 	$(BIN)/python -m tqcompile.kernels.build $(ARGS)

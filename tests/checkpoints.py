@@ -1,6 +1,9 @@
 """Tiny random models of the transformers package, and how the tests run them and look at their caches."""
 
+import pathlib
+
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     DynamicCache,
     Gemma2Config,
@@ -11,6 +14,7 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
     StaticCache,
@@ -97,3 +101,30 @@ def assert_compressed(cache, model) -> None:
 def assert_same(ours: torch.Tensor, dense: torch.Tensor) -> None:
     """Equal up to the rounding of float32 sums, taken in another order."""
     torch.testing.assert_close(ours, dense, atol=1e-5, rtol=1e-5)
+
+
+def save_characters(folder: pathlib.Path) -> pathlib.Path:
+    """A tiny random model with a tokenizer of its own, a token a character, saved as `--model` takes it."""
+    words = {word: index for index, word in enumerate(["<unk>", "<end>", *map(chr, range(32, 127))])}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }} {% endfor %}assistant:"
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<end>", chat_template=template
+    ).save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(words),
+        hidden_size=128,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=1024,
+        initializer_range=0.2,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder

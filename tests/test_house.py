@@ -27,7 +27,7 @@ FLOORS = (
     ("bench",),
     ("explain",),
     ("paper",),
-    ("sweep",),
+    ("sweep", "validate"),
     ("__main__",),
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
@@ -48,7 +48,8 @@ KERNEL_LINES = 100
 def modules():
     """Every module of the package by its name inside it: `codec`, `passes.sites`."""
     files = {path.stem: path for path in (ROOT / "tqcompile").glob("*.py")}
-    for room in ("passes", "kernels", "tqcompile/bench", "tqcompile/explain", "tqcompile/paper", "tqcompile/sweep"):
+    rooms = ("bench", "explain", "paper", "sweep", "validate")
+    for room in ("passes", "kernels", *(f"tqcompile/{room}" for room in rooms)):
         files |= {f"{pathlib.Path(room).name}.{path.stem}": path for path in (ROOT / room).glob("*.py")}
     return dict(sorted(files.items()))
 

@@ -24,6 +24,7 @@ SHIPPED = {
         ("tqcompile", "explain"),
         ("tqcompile", "paper"),
         ("tqcompile", "sweep"),
+        ("tqcompile", "validate"),
     )
     for path in (ROOT / home / room).rglob("*.py")
 }

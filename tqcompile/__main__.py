@@ -9,8 +9,9 @@ from tqcompile.bench import tune
 from tqcompile.explain import command as explain
 from tqcompile.paper import command as paper
 from tqcompile.sweep import command as sweep
+from tqcompile.validate import command as validate
 
-COMMANDS = (bench, explain, paper, sweep, tune)
+COMMANDS = (bench, explain, paper, sweep, tune, validate)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -61,7 +61,7 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     """Explain what was asked for; 0, or 1 where a run stopped early or nothing was compiled."""
     try:
         codecs = _codecs(options)
-        _require_folders(options)
+        require_folders(options)
         explained = _script(options, codecs) if options.target.endswith(".py") else _model(options, codecs)
     except ValueError as error:
         parser.error(str(error))
@@ -86,7 +86,8 @@ def _codecs(options: argparse.Namespace) -> dict[str, str]:
     return given
 
 
-def _require_folders(options: argparse.Namespace) -> None:
+def require_folders(options: argparse.Namespace) -> None:
+    """Raise ValueError where a file that is asked for could not be written."""
     for name in ("html", "json"):
         path = getattr(options, name)
         if path is not None and (path.is_dir() or not path.parent.is_dir()):

@@ -40,60 +40,68 @@ INPUT = re.compile(r"(?:\s*def forward\(self)?\s*(\w+): \"")
 def page(explained: Explanation) -> str:
     """The whole page."""
     title = f"explain {explained.head['explained']}"
-    body = [f"<h1>{_escape(title)}</h1>", _head(explained.head)]
+    body = [f"<h1>{escape(title)}</h1>", head(explained.head)]
     for section in explained.sections:
         body += _section(section, explained)
+    return document(title, body)
+
+
+def document(title: str, body: Iterable[str]) -> str:
+    """A page that holds all it shows."""
     return (
-        f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{_escape(title)}</title>\n'
+        f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{escape(title)}</title>\n'
         f"<style>\n{STYLE}\n</style>\n</head>\n<body>\n" + "\n".join(body) + "\n</body>\n</html>\n"
     )
 
 
-def _escape(text: object) -> str:
+def escape(text: object) -> str:
+    """Text as a page holds it."""
     return html.escape(str(text))
 
 
-def _head(facts: dict[str, str]) -> str:
-    rows = "".join(f"<tr><th>{_escape(name)}</th><td>{_escape(value)}</td></tr>" for name, value in facts.items())
+def head(facts: dict[str, str]) -> str:
+    """What was run, on what."""
+    rows = "".join(f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>" for name, value in facts.items())
     return f"<table>{rows}</table>"
 
 
 def _section(section: Section, explained: Explanation) -> Iterator[str]:
-    yield f"<h2>{_escape(section.title)}</h2>"
+    yield f"<h2>{escape(section.title)}</h2>"
     if section.trouble:
-        yield f'<p class="trouble">{_escape(section.trouble)}</p>'
+        yield f'<p class="trouble">{escape(section.trouble)}</p>'
     for table in tables(section, explained.context, explained.batch):
-        yield f"<h3>{_escape(table.title)}</h3>"
-        yield _table(table)
+        yield f"<h3>{escape(table.title)}</h3>"
+        yield as_html(table)
     shown = [graph for graph in section.graphs if graph.texts is not None]
     if shown:
         yield f"<h3>graphs before and after</h3>{LEGEND}"
         yield from (_graph(graph, section.calls.get(graph.name, "")) for graph in shown)
     if sources := kernels(section):
         yield "<h3>kernels that a GPU launches for these graphs</h3>"
-        yield from (_details(name, f"<pre>{_escape(text)}</pre>") for name, text in sources.items())
+        yield from (_details(name, f"<pre>{escape(text)}</pre>") for name, text in sources.items())
 
 
-def _table(table: Table) -> str:
+def as_html(table: Table) -> str:
+    """A table and its notes, without its title."""
     numeric = len(table.headers) - table.numbers
     rows = [_row("th", table.headers, numeric), *(_row("td", row, numeric) for row in table.rows)]
-    shown = f"<table>{''.join(rows)}</table>" if table.rows else ""
-    return shown + "".join(f"<p>{_escape(note)}</p>" for note in table.notes)
+    body = f"<table>{''.join(rows)}</table>" if table.rows else ""
+    return body + "".join(f"<p>{escape(note)}</p>" for note in table.notes)
 
 
 def _row(cell: str, values: Iterable, numeric: int) -> str:
     classes = ["" if at < numeric else ' class="number"' for at, _ in enumerate(values)]
-    return f"<tr>{''.join(f'<{cell}{c}>{_escape(value)}</{cell}>' for c, value in zip(classes, values))}</tr>"
+    return f"<tr>{''.join(f'<{cell}{c}>{escape(value)}</{cell}>' for c, value in zip(classes, values))}</tr>"
 
 
 def _details(summary: str, body: str) -> str:
-    return f"<details><summary>{_escape(summary)}</summary>{body}</details>"
+    return f"<details><summary>{escape(summary)}</summary>{body}</details>"
 
 
 def _graph(graph: Graph, call: str) -> str:
     texts = graph.texts
     if texts.before == texts.after:
-        body = f"<pre>{_escape(texts.before)}</pre>"
+        body = f"<pre>{escape(texts.before)}</pre>"
         return _details(f"graph {graph.name}, {call + ', ' if call else ''}which the passes left as it was", body)
     sides = (("before", texts.before, {"gone": texts.gone}), ("after", texts.after, {"new": texts.new}))
     parts = [
@@ -124,7 +132,7 @@ def _marked(code: str, marks: dict[str, frozenset[str]]) -> str:
 
 
 def _line(line: str, named: re.Pattern, kinds: dict[str, str]) -> str:
-    text = _escape(line)
+    text = escape(line)
     if line.lstrip().startswith("#"):
         return f'<span class="comment">{text}</span>'
     found = named.match(line)

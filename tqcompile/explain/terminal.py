@@ -23,14 +23,15 @@ def text(explained: Explanation) -> str:
 def _section(section: Section, explained: Explanation) -> Iterator[str]:
     yield f"{section.title}\n{'=' * len(section.title)}"
     if section.trouble:
-        yield "\n".join(_wrapped(line) for line in section.trouble.splitlines())
+        yield "\n".join(wrapped(line) for line in section.trouble.splitlines())
     for table in tables(section, explained.context, explained.batch):
-        yield _blocks(rows(section)) if table.title == "caches" else _table(table)
+        yield _blocks(rows(section)) if table.title == "caches" else shown(table)
     if names := kernels(section):
-        yield _wrapped(f"kernels that a GPU launches: {', '.join(names)}")
+        yield wrapped(f"kernels that a GPU launches: {', '.join(names)}")
 
 
-def _wrapped(line: str) -> str:
+def wrapped(line: str) -> str:
+    """A line of prose as lines that a terminal and a bug report have room for."""
     return textwrap.fill(line, WIDTH, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
 
 
@@ -49,9 +50,10 @@ def _block(row: Row) -> str:
     return "\n".join((title(row), *(f"    {line}" for line in lines)))
 
 
-def _table(table: Table) -> str:
+def shown(table: Table) -> str:
+    """A table with its title and notes."""
     if not table.rows:
         return "\n".join((f"{table.title}:", *table.notes))
     aligned = ["left"] * (len(table.headers) - table.numbers) + ["right"] * table.numbers
-    shown = tabulate(table.rows, table.headers, colalign=aligned, disable_numparse=True)
-    return "\n".join((f"{table.title}:", shown, *table.notes))
+    body = tabulate(table.rows, table.headers, colalign=aligned, disable_numparse=True)
+    return "\n".join((f"{table.title}:", body, *table.notes))

@@ -1,0 +1,46 @@
+"""How much is measured, and how."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tqcompile.options import INNERS
+from tqcompile.validate import text
+from tqcompile.validate.verdict import Threshold
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Tokens count those of the model's tokenizer."""
+
+    context: int = 1024
+    """Tokens of a window. The first chunk of each fills the cache; what follows is scored."""
+
+    windows: int = 8
+    """Windows, spread evenly over the text."""
+
+    chunk: int | None = None
+    """Tokens that are read in one call; None for a quarter of the context, 256 at most."""
+
+    generate: int = 64
+    """Tokens of a greedy continuation, a chunk at most; 0 for none."""
+
+    needle: bool = False
+    """Whether to look for needles."""
+
+    tasks: Path | str | None = None
+    """A folder of tasks in LongBench's format; None for none."""
+
+    inner: str = "inductor"
+    """The compiler of graphs, dense and compressed alike."""
+
+    threshold: Threshold = field(default_factory=Threshold)
+    """What is called safe."""
+
+    def __post_init__(self):
+        for name, least in (("context", 8), ("windows", 1), ("generate", 0)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < least:
+                raise ValueError(f"{name}={value!r}; give a whole number of {least} or more")
+        if self.inner not in INNERS:
+            raise ValueError(f"inner={self.inner!r}; allowed are {', '.join(INNERS)}")
+        object.__setattr__(self, "chunk", text.chunk_for(self.context, self.chunk))
