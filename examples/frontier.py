@@ -2,8 +2,8 @@
 
     python examples/frontier.py [--model FOLDER] [--device cuda] [--write F.json] [--plot F.svg]
 
-All layers, every byte of metadata counted, the same windows of English for all. Our own candidate for each budget is
-chosen on the first half of the text and reported on the second; the figures of every system are of the second half.
+All layers, every byte of metadata counted, the same windows of English for all. The first quarter of the text is for
+calibration, on the second our own candidate for each budget is chosen, and all figures shown are of the second half.
 `main` reads windows of 1,024 tokens, `long` scores the last quarter of 4,096, `bias` gives the keys large biases.
 """
 
@@ -16,9 +16,11 @@ from statistics import mean, stdev
 
 import torch
 import transformers
-from simulated import Simulation, System, reference
+from simulation.attention import Simulation, System, reference
+from simulation.layers import ByLayer
+from simulation.systems import BUDGETS, biased, systems
+from simulation.transforms import Moments, gather
 from smollm2 import device, english, load, positive
-from systems import BUDGETS, biased, systems
 from tabulate import tabulate
 from tqdm import tqdm
 
@@ -44,7 +46,7 @@ def windows_of(ids: torch.Tensor, count: int, length: int) -> torch.Tensor:
 
 
 def measure(
-    simulation: Simulation, windows: torch.Tensor, keep: int, chosen: list[System], seeds: tuple[int, ...], title: str
+    simulation: Simulation, windows: torch.Tensor, keep: int, chosen: list, seeds: tuple[int, ...], title: str
 ) -> list[dict]:
     """A row for each system: means over windows [N, T] and seeds, scored at the last `keep` positions of each."""
     contexts = torch.arange(windows.shape[1] - keep, windows.shape[1], dtype=torch.float64) + 1
@@ -54,14 +56,15 @@ def measure(
         for window in windows:
             dense = reference(simulation, window, keep)
             for system, seed in runs:
-                figures = dense.compare(simulation.logits(window, keep, system, seed))
-                bits = system.bits(contexts, simulation.layers, simulation.head_dim)
+                made = system.made(simulation, window, seed) if isinstance(system, ByLayer) else system
+                figures = dense.compare(simulation.logits(window, keep, made, seed))
+                bits = made.bits(contexts, simulation.layers, simulation.head_dim)
                 found[system.name].append({**figures, "loss": figures["loss"] - dense.loss, "bits": bits, "seed": seed})
                 bar.update()
     return [row(system, found[system.name]) for system in chosen]
 
 
-def row(system: System, runs: list[dict]) -> dict:
+def row(system: System | ByLayer, runs: list[dict]) -> dict:
     """Means over runs; `spread` is the standard deviation over seeds of the mean KL over windows."""
     by_seed = defaultdict(list)
     for run in runs:
@@ -70,6 +73,7 @@ def row(system: System, runs: list[dict]) -> dict:
     return {
         "system": system.name,
         "rival": system.rival,
+        "constants": 0 if isinstance(system, ByLayer) else system.constants,
         "bits": mean(run["bits"] for run in runs),
         "kl": mean(run["kl"] for run in runs),
         "spread": stdev(means) if len(means) > 1 else 0.0,
@@ -95,15 +99,16 @@ def table(rows: list[dict]) -> str:
             f"{row['spread']:.5f}",
             f"{row['top1']:.1%}",
             f"{row['perplexity']:+.2%}",
+            f"{row['constants'] / 1e6:.1f}" if row["constants"] else "",
         )
         for row in sorted(rows, key=lambda row: row["bits"])
     ]
-    headers = ("system", "", "bits", "mean KL", "over seeds", "top-1", "perplexity")
-    return tabulate(body, headers, tablefmt="github", colalign=("left", "left") + ("right",) * 5, disable_numparse=True)
+    headers = ("system", "", "bits", "mean KL", "over seeds", "top-1", "perplexity", "MB a model")
+    return tabulate(body, headers, tablefmt="github", colalign=("left", "left") + ("right",) * 6, disable_numparse=True)
 
 
 def bars(parts: dict[str, dict]) -> list[tuple[str, str, str, str]]:
-    """What issue's bars ask, our figure, the bound, and whether it is met; for the parts that were run."""
+    """What the bars ask, our figure, the bound, and whether it is met; for the parts that were run."""
     lines = []
     main, long, bias = (parts.get(name) for name in ("main", "long", "bias"))
     for part, budget, factor, rival, text in (
@@ -156,8 +161,10 @@ def plot(parts: dict[str, dict], path: Path) -> None:
     figure.savefig(path)
 
 
-def run_part(name: str, simulation: Simulation, halves: tuple[torch.Tensor, torch.Tensor], options) -> dict:
-    """Choose on the first half of the text, measure on the second."""
+def run_part(
+    name: str, simulation: Simulation, moments: list[Moments], texts: tuple[torch.Tensor, torch.Tensor], options
+) -> dict:
+    """Choose on the first of two texts, measure on the second."""
     length, keep, count = {
         "main": (options.length, options.length - PROMPT, options.windows),
         "long": (LONG_LENGTH, LONG_LENGTH // 4, options.long_windows),
@@ -165,7 +172,7 @@ def run_part(name: str, simulation: Simulation, halves: tuple[torch.Tensor, torc
     }[name]
     seeds = SEEDS[: options.seeds]
     setting = f"{count} windows of {length} tokens, last {keep} scored, {len(seeds)} seeds"
-    windows = windows_of(halves[1], count, length)
+    windows = windows_of(texts[1], count, length)
     if name == "bias":
         rows = measure(simulation, windows, keep, biased(), seeds, "no biases")
         before = [simulation.logits(window, keep) for window in windows]
@@ -177,12 +184,12 @@ def run_part(name: str, simulation: Simulation, halves: tuple[torch.Tensor, torc
         return {"setting": setting, "rows": rows, "chosen": {}}
     listed = [
         system
-        for system in systems(name)
+        for system in systems(name, moments)
         if not options.only or system.name in BOUNDS or any(text in system.name for text in options.only)
     ]
     tuned = measure(
         simulation,
-        windows_of(halves[0], options.tuning_windows, length),
+        windows_of(texts[0], options.tuning_windows, length),
         keep,
         [system for system in listed if not system.rival],
         (TUNING_SEED,),
@@ -206,7 +213,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--windows", type=positive, default=8, help="reported windows (default 8)")
     parser.add_argument("--length", type=positive, default=1024, help="tokens in a window (default 1024)")
     parser.add_argument("--long-windows", type=positive, default=8, help="windows of 4,096 tokens (default 8)")
-    parser.add_argument("--tuning-windows", type=positive, default=4, help="windows of the other half (default 4)")
+    parser.add_argument("--tuning-windows", type=positive, default=4, help="to choose on, of another text (default 4)")
+    parser.add_argument("--calibration-windows", type=positive, default=16, help="of a third text (default 16)")
     parser.add_argument("--seeds", type=positive, default=3, help=f"rotations (default 3, at most {len(SEEDS)})")
     parser.add_argument("--only", nargs="+", help="only systems whose name contains one of these")
     parser.add_argument("--write", type=Path, help="JSON file; parts that were not run now stay in it")
@@ -214,12 +222,13 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
     model, tokenizer = load(options.model, options.device)
     ids = english(tokenizer)[0].to(options.device)
-    halves = ids[: len(ids) // 2], ids[len(ids) // 2 :]
+    calibration, choosing, reported = ids.tensor_split([len(ids) // 4, len(ids) // 2])
     simulation = Simulation(model, PROMPT)
+    moments = gather(simulation, windows_of(calibration, options.calibration_windows, options.length))
     written = json.loads(options.write.read_text()) if options.write and options.write.exists() else {}
     parts = written.get("parts", {})
     for name in options.parts:
-        parts[name] = run_part(name, simulation, halves, options)
+        parts[name] = run_part(name, simulation, moments, (choosing, reported), options)
         print(f"\n{name}: {parts[name]['setting']}\n\n{table(parts[name]['rows'])}\n")
         for budget, system in parts[name]["chosen"].items():
             print(f"chosen on other text at {budget} bits: {system}")

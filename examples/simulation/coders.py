@@ -15,21 +15,24 @@ from tqcompile import tables
 from tqcompile.codec import Lookup, Plane
 
 HALF_BITS = 16
-# A scale in 8 bits: 12 steps an octave, from 2^-11 to 2^10; what rounding adds to the distortion is 3e-4 of it all.
-SCALE_STEPS, SCALE_LOW = 12, -11
+# Scales in 8 bits: steps an octave and the lowest power of two. Of any vector, from 2^-11 to 2^10; of vectors whose
+# usual size is known, from 2^-6 to 2^4.6. Rounding adds an error of 3e-4 and 7e-5 of a square.
+ANY_SIZE, USUAL_SIZE = (12, -11), (24, -6)
 
 
 @dataclass(frozen=True)
 class Coder:
     """A quantiser: `code(x, seed)` gives x back with its loss, `bits(D)` says what an element takes, scales included.
 
-    `seeded` says whether the loss depends on the seed of a random rotation.
+    `seeded` says whether the loss depends on the seed of a random rotation. `constants` counts the numbers of a layer
+    that a model keeps once, whatever it reads.
     """
 
     name: str
     bits: Callable[[int], float]
     code: Callable[[torch.Tensor, int], torch.Tensor]
     seeded: bool = False
+    constants: int = 0
 
 
 def half(x: torch.Tensor) -> torch.Tensor:
@@ -42,10 +45,11 @@ def half_scale(x: torch.Tensor) -> torch.Tensor:
     return half(x)
 
 
-def byte_scale(x: torch.Tensor) -> torch.Tensor:
+def byte_scale(x: torch.Tensor, grid: tuple[int, int] = ANY_SIZE) -> torch.Tensor:
     """Positive scales in 8 bits, on a logarithmic grid; the lowest code is zero."""
-    code = (x.clamp_min(1e-30).log2().sub(SCALE_LOW) * SCALE_STEPS).round().clamp(0, 255)
-    return torch.where(code > 0, (code / SCALE_STEPS + SCALE_LOW).exp2(), 0.0)
+    steps, low = grid
+    code = (x.clamp_min(1e-30).log2().sub(low) * steps).round().clamp(0, 255)
+    return torch.where(code > 0, (code / steps + low).exp2(), 0.0)
 
 
 def turboquant(bits: int, scale_bits: int = HALF_BITS) -> Coder:
@@ -56,10 +60,10 @@ def turboquant(bits: int, scale_bits: int = HALF_BITS) -> Coder:
         codebook = y.new_tensor(tables.numbers(lookup, head_dim))
         return codebook[torch.bucketize(y, (codebook[1:] + codebook[:-1]) / 2)]
 
-    return _on_the_sphere(f"{bits}", bits, scale_bits, code)
+    return on_the_sphere(f"{bits}", bits, scale_bits, code)
 
 
-def _on_the_sphere(
+def on_the_sphere(
     name: str, bits: float, scale_bits: int, nearest: Callable[[torch.Tensor, int], torch.Tensor]
 ) -> Coder:
     """Rotate, scale to length sqrt(D), let `nearest` choose codes' numbers, and keep one scalar a vector."""

@@ -4,11 +4,12 @@ Query t sees codes of every token up to its own, except the first `sinks` and th
 are kept in 16 bits: the mix that a generation would see at that position.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from coders import HALF_BITS, Coder, half
+from simulation.coders import HALF_BITS, Coder, half
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 INTERFACE = "frontier"
@@ -35,6 +36,7 @@ class System:
     window: int = 0
     exact_layers: int = 0
     rival: bool = False
+    unturned: bool = False
     plan: tuple[tuple[Coder, Coder], ...] | None = None
 
     @property
@@ -47,6 +49,11 @@ class System:
         if min(layer, layers - 1 - layer) < self.exact_layers:
             return None
         return self.plan[layer] if self.plan else (self.keys, self.values)
+
+    @property
+    def constants(self) -> int:
+        """Bytes that a model keeps once, in float16."""
+        return sum(coder.constants for pair in self.plan or () for coder in pair) * HALF_BITS // 8
 
     def bits(self, contexts: torch.Tensor, layers: int, head_dim: int) -> float:
         """Mean bits an element over `contexts` [N] (cached tokens), float64: codes, scales, 16-bit tokens, vectors."""
@@ -90,6 +97,7 @@ class Simulation:
         self.system: System | None = None
         self.seed = 0
         self.turns: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.watch: Callable | None = None
         ALL_ATTENTION_FUNCTIONS.register(INTERFACE, self.attend)
         model.set_attn_implementation(INTERFACE)
         modules = [module for module in model.modules() if hasattr(module, "k_proj") and hasattr(module, "layer_idx")]
@@ -126,6 +134,8 @@ class Simulation:
     def attend(self, module, query, key, value, mask, scaling, **_):
         """A transformers attention function: query [B, Hq, T, D], key and value [B, H, T, D] -> [B, T, Hq, D]."""
         heads, tokens = key.shape[1], key.shape[2]
+        if self.watch:
+            self.watch(module, query, key, value)
         grouped = query.unflatten(1, (heads, -1))
         pair = self.system.coders(module.layer_idx, self.layers) if self.system else None
         at = torch.arange(tokens, device=key.device)
@@ -157,6 +167,8 @@ class Simulation:
         elif system.centre == "after":
             offset = half(key[:, :, seen].mean(2, keepdim=True))
         rest = key - offset
+        if system.unturned:
+            return rope(coder.code(unrope(rest, *self.turns), self.seed), *self.turns) + offset
         if not system.balance:
             return coder.code(rest, self.seed) + offset
         # |q s|^2 |k / s|^2 is least where s^4 = E k^2 / E q^2 (Cauchy-Schwarz), channel by channel.

@@ -1,6 +1,7 @@
 """The systems that `frontier.py` compares: rivals as published, and candidates of this project."""
 
-from coders import (
+from simulation.attention import System
+from simulation.coders import (
     Coder,
     exact,
     kivi_keys,
@@ -12,7 +13,9 @@ from coders import (
     uniform_vectors,
     with_hadamard,
 )
-from simulated import System
+from simulation.layers import ByLayer
+from simulation.transforms import Moments, plan
+from simulation.trellis import trellis
 
 BUDGETS = (4.3, 3.3, 2.5)
 KIVI_WINDOW = 128
@@ -29,7 +32,7 @@ def system(keys: Coder, values: Coder, name: str = "", **tricks) -> System:
         ("sinks", " sinks{}"),
         ("window", " window{}"),
     ):
-        if tricks.get(trick) and not (name and trick == "window"):
+        if tricks.get(trick) and not (tricks.get("rival") and trick == "window"):
             said += text.format(tricks[trick])
     return System(said, keys, values, **tricks)
 
@@ -76,24 +79,56 @@ def ablations() -> list[System]:
             {"sinks": 1},
             {"sinks": 4},
             {"window": 32},
-            {"window": 128},
             {"centre": "before", "balance": True},
             {"centre": "before", "sinks": 1},
             {"centre": "before", "sinks": 4},
             {"centre": "after", "balance": True, "sinks": 1},
             TRICKS,
+            {**TRICKS, "value_mean": True},
         )
     ]
 
 
-def candidates() -> list[System]:
-    """Mixes with centred and balanced keys and one sink, scales in 16 and in 8 bits."""
+def candidates() -> list[System | ByLayer]:
+    """Mixes with centred and balanced keys and one sink, scales in 16 and in 8 bits; bits by layer."""
     mixes = ((6, 4), (5, 5), (5, 4), (4, 5), (5, 3), (4, 4), (4, 3), (3, 4), (4, 2), (3, 3), (3, 2), (2, 3), (2, 2))
     plain = [tq(*mix, bits, **TRICKS) for mix in mixes for bits in (16, 8)]
-    return plain + [tq(*mix, 8, **TRICKS, window=16) for mix in ((3, 3), (3, 2), (2, 3), (2, 2))]
+    windows = [tq(*mix, 8, **TRICKS, window=16) for mix in ((3, 3), (3, 2), (2, 3), (2, 2))]
+    # What a budget leaves for codes when scales, the mean, the balance and a sink are paid.
+    return [*plain, *windows, *(by_layer(code_bits) for code_bits in (2.25, 3.0, 4.0))]
 
 
-def long_systems() -> list[System]:
+def by_layer(code_bits: float, **more) -> ByLayer:
+    return ByLayer(system(exact(), exact(), "centred", **TRICKS, **more), code_bits)
+
+
+def on_trellis(keys: float, values: float, **tricks) -> System:
+    return system(trellis(keys, 8), trellis(values, 8), **tricks)
+
+
+def learned(moments: list[Moments], domain: str, keys: float, values: float, on_a_trellis: bool, **more) -> System:
+    """Keys and values in bases of a calibration run; keys as RoPE leaves them, or `domain` "before" it."""
+    made = plan(moments, domain, keys, values, on_trellis=on_a_trellis)
+    first = made[0]
+    name = f"{first[0].name}/{first[1].name} {domain}-RoPE"
+    tricks = {"centre": "before", "sinks": 1, **more}
+    return system(*first, name, **tricks, unturned=domain == "before", plan=made)
+
+
+def calibrated(moments: list[Moments]) -> list[System]:
+    """Transform coding at several widths; the trellis at few, for it is slow."""
+    mixes = ((4, 4), (3.5, 3.5), (4, 3), (3, 4), (3, 3), (2.5, 3), (2, 3), (2.5, 2.5), (2, 2.5), (2, 2), (1.5, 2))
+    scalar = [learned(moments, domain, *mix, False) for domain in ("before", "after") for mix in mixes]
+    coded = [learned(moments, domain, *mix, True) for domain in ("before", "after") for mix in ((3, 3), (2, 2))]
+    return [*scalar, *coded]
+
+
+def main_systems(moments: list[Moments]) -> list[System | ByLayer]:
+    trellises = [on_trellis(2, 2), on_trellis(3, 3), *(on_trellis(*mix, **TRICKS) for mix in ((2, 2), (3, 2), (3, 3)))]
+    return [*rivals(), *ablations(), *candidates(), *trellises, *calibrated(moments), system(exact(), exact())]
+
+
+def long_systems(moments: list[Moments]) -> list[System | ByLayer]:
     """At long contexts a window costs little."""
     rival = {"2/2", "3/3", "4/4", "q4_0+Hadamard", "KIVI 2", "KIVI 4", "KIVI 2 centre-before"}
     return [
@@ -104,12 +139,19 @@ def long_systems() -> list[System]:
         tq(2, 3, 8, **TRICKS),
         tq(3, 2, 8, **TRICKS),
         tq(3, 3, 8, **TRICKS, window=32),
+        on_trellis(2, 2, **TRICKS, window=32),
+        by_layer(2.25),
+        *(
+            learned(moments, domain, *mix, False, window=window)
+            for domain in ("before", "after")
+            for mix, window in (((2, 2), 0), ((2, 2), 32), ((2, 2.25), 16), ((1.5, 2), 32), ((3, 3), 0))
+        ),
     ]
 
 
-def systems(part: str) -> list[System]:
+def systems(part: str, moments: list[Moments]) -> list[System | ByLayer]:
     """Each system of a part once, by name."""
-    listed = long_systems() if part == "long" else [*rivals(), *ablations(), *candidates(), system(exact(), exact())]
+    listed = (long_systems if part == "long" else main_systems)(moments)
     return list({one.name: one for one in listed}.values())
 
 
