@@ -3,16 +3,18 @@
     python examples/frontier.py [--model FOLDER] [--device cuda] [--write F.json] [--plot F.svg]
 
 All layers, every byte of metadata counted, the same windows of English for all. The first quarter of the text is for
-calibration, on the second our own candidate for each budget is chosen, and all figures shown are of the second half.
+calibration (programs are, for another), on the second our own candidate for each budget is chosen, and all figures
+shown are of the second half.
 `main` reads windows of 1,024 tokens, `long` scores the last quarter of 4,096, `bias` gives the keys large biases.
 """
 
 import argparse
+import inspect
 import json
+import statistics
 from collections import defaultdict
 from datetime import date
 from pathlib import Path
-from statistics import mean, stdev
 
 import torch
 import transformers
@@ -27,7 +29,7 @@ from tqdm import tqdm
 SEEDS = (2504_19874, 11, 23, 37, 59)
 TUNING_SEED = 101
 PROMPT = 128
-LONG_LENGTH = 4096
+PARTS = ("main", "long", "bias")
 # The systems that the bars are measured against.
 BOUNDS = ("q4_0+Hadamard", "4/4", "3/3")
 BIAS_NORM = 300.0
@@ -43,6 +45,12 @@ def windows_of(ids: torch.Tensor, count: int, length: int) -> torch.Tensor:
         raise SystemExit(f"{count} windows of {length} tokens are more than the {len(ids)} there are. Ask for fewer")
     stride = (len(ids) - length) // max(count - 1, 1)
     return torch.stack([ids[start : start + length] for start in range(0, stride * count, stride)][:count])
+
+
+def source_code(tokenizer) -> torch.Tensor:
+    """Token ids [T] of Python programs: calibration on a text unlike the one that is read."""
+    text = "\n\n".join(inspect.getsource(module) for module in (argparse, inspect, statistics))
+    return tokenizer(text, return_tensors="pt", add_special_tokens=False, verbose=False).input_ids[0]
 
 
 def measure(
@@ -69,16 +77,16 @@ def row(system: System | ByLayer, runs: list[dict]) -> dict:
     by_seed = defaultdict(list)
     for run in runs:
         by_seed[run["seed"]].append(run["kl"])
-    means = [mean(kl) for kl in by_seed.values()]
+    means = [statistics.mean(kl) for kl in by_seed.values()]
     return {
         "system": system.name,
         "rival": system.rival,
         "constants": 0 if isinstance(system, ByLayer) else system.constants,
-        "bits": mean(run["bits"] for run in runs),
-        "kl": mean(run["kl"] for run in runs),
-        "spread": stdev(means) if len(means) > 1 else 0.0,
-        "top1": mean(run["top1"] for run in runs),
-        "perplexity": float(torch.tensor(mean(run["loss"] for run in runs)).exp()) - 1,
+        "bits": statistics.mean(run["bits"] for run in runs),
+        "kl": statistics.mean(run["kl"] for run in runs),
+        "spread": statistics.stdev(means) if len(means) > 1 else 0.0,
+        "top1": statistics.mean(run["top1"] for run in runs),
+        "perplexity": float(torch.tensor(statistics.mean(run["loss"] for run in runs)).exp()) - 1,
     }
 
 
@@ -162,12 +170,16 @@ def plot(parts: dict[str, dict], path: Path) -> None:
 
 
 def run_part(
-    name: str, simulation: Simulation, moments: list[Moments], texts: tuple[torch.Tensor, torch.Tensor], options
+    name: str,
+    simulation: Simulation,
+    moments: dict[str, list[Moments]],
+    texts: tuple[torch.Tensor, torch.Tensor],
+    options,
 ) -> dict:
     """Choose on the first of two texts, measure on the second."""
     length, keep, count = {
         "main": (options.length, options.length - PROMPT, options.windows),
-        "long": (LONG_LENGTH, LONG_LENGTH // 4, options.long_windows),
+        "long": (options.long_length, options.long_length // 4, options.long_windows),
         "bias": (options.length, options.length - PROMPT, options.windows),
     }[name]
     seeds = SEEDS[: options.seeds]
@@ -177,7 +189,8 @@ def run_part(
         rows = measure(simulation, windows, keep, biased(), seeds, "no biases")
         before = [simulation.logits(window, keep) for window in windows]
         simulation.bias_keys(BIAS_NORM)
-        kl = mean(reference(simulation, window, keep).compare(dense)["kl"] for window, dense in zip(windows, before))
+        dense = [reference(simulation, window, keep) for window in windows]
+        kl = statistics.mean(now.compare(then)["kl"] for now, then in zip(dense, before))
         setting += f"; biases of norm {BIAS_NORM:.0f}, dense KL to the unmodified model {kl:.5f}"
         with_bias = measure(simulation, windows, keep, biased(), seeds, "biases")
         rows += [{**row, "system": f"{row['system']}, biased"} for row in with_bias]
@@ -209,10 +222,11 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", help="folder, with safetensors or a .gguf file (default: packaged SmolLM2)")
     parser.add_argument("--device", type=device, default="cpu")
-    parser.add_argument("--parts", nargs="+", choices=("main", "long", "bias"), default=("main", "long", "bias"))
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--windows", type=positive, default=8, help="reported windows (default 8)")
     parser.add_argument("--length", type=positive, default=1024, help="tokens in a window (default 1024)")
-    parser.add_argument("--long-windows", type=positive, default=8, help="windows of 4,096 tokens (default 8)")
+    parser.add_argument("--long-windows", type=positive, default=8, help="long windows (default 8)")
+    parser.add_argument("--long-length", type=positive, default=4096, help="tokens in a long one (default 4096)")
     parser.add_argument("--tuning-windows", type=positive, default=4, help="to choose on, of another text (default 4)")
     parser.add_argument("--calibration-windows", type=positive, default=16, help="of a third text (default 16)")
     parser.add_argument("--seeds", type=positive, default=3, help=f"rotations (default 3, at most {len(SEEDS)})")
@@ -224,10 +238,14 @@ def main(argv: list[str] | None = None) -> None:
     ids = english(tokenizer)[0].to(options.device)
     calibration, choosing, reported = ids.tensor_split([len(ids) // 4, len(ids) // 2])
     simulation = Simulation(model, PROMPT)
-    moments = gather(simulation, windows_of(calibration, options.calibration_windows, options.length))
+    moments = {
+        kind: gather(simulation, windows_of(text.to(options.device), options.calibration_windows, options.length))
+        for kind, text in (("text", calibration), ("code", source_code(tokenizer)))
+    }
     written = json.loads(options.write.read_text()) if options.write and options.write.exists() else {}
     parts = written.get("parts", {})
-    for name in options.parts:
+    # The last part leaves its biases in the model.
+    for name in sorted(options.parts, key=PARTS.index):
         parts[name] = run_part(name, simulation, moments, (choosing, reported), options)
         print(f"\n{name}: {parts[name]['setting']}\n\n{table(parts[name]['rows'])}\n")
         for budget, system in parts[name]["chosen"].items():

@@ -200,6 +200,24 @@ WRONG = {
 }
 
 
+def test_frontier(checkpoint, tmp_path):
+    target, drawing = tmp_path / "frontier.json", tmp_path / "frontier.svg"
+    sizes = ("--windows", 2, "--tuning-windows", 1, "--long-windows", 1, "--calibration-windows", 2, "--seeds", 2)
+    lengths = ("--length", 160, "--long-length", 256)
+    only = ("--only", "2t/2t", "3s8/3s8 centre-before", "by layer", "KIVI 2")
+    files = ("--write", target, "--plot", drawing)
+    shown = run("frontier.py", "--model", checkpoint, *sizes, *lengths, *only, *files)
+    parts = json.loads(target.read_text())["parts"]
+    rows = {name: {row["system"]: row for row in part["rows"]} for name, part in parts.items()}
+    assert list(rows) == ["main", "long", "bias"]
+    assert rows["main"]["3/3"]["bits"] == 3.5 and rows["main"]["q4_0+Hadamard"]["bits"] == 4.5
+    assert rows["main"]["3/3"]["kl"] > 2 * rows["main"]["4/4"]["kl"] > 0
+    assert rows["bias"]["4/4, biased"]["kl"] > rows["bias"]["4/4"]["kl"]
+    # Four bars, the last for each way to centre.
+    assert len(re.findall(r"\| (?:NOT )?met +\|", shown)) == 3 + 3
+    assert "<svg" in drawing.read_text()
+
+
 @pytest.mark.parametrize("mistake", WRONG)
 def test_a_mistake_is_named(mistake, capsys, monkeypatch):
     *call, words = WRONG[mistake]

@@ -106,29 +106,34 @@ def on_trellis(keys: float, values: float, **tricks) -> System:
     return system(trellis(keys, 8), trellis(values, 8), **tricks)
 
 
-def learned(moments: list[Moments], domain: str, keys: float, values: float, on_a_trellis: bool, **more) -> System:
-    """Keys and values in bases of a calibration run; keys as RoPE leaves them, or `domain` "before" it."""
-    made = plan(moments, domain, keys, values, on_trellis=on_a_trellis)
+def learned(
+    moments: dict[str, list[Moments]], domain: str, keys: float, values: float, kind: str = "text", **more
+) -> System:
+    """Keys and values in bases of a calibration run over a kind of text; keys "after" or "before" RoPE."""
+    made = plan(moments[kind], domain, keys, values, on_trellis=more.pop("on_a_trellis", False))
     first = made[0]
-    name = f"{first[0].name}/{first[1].name} {domain}-RoPE"
+    name = f"{first[0].name}/{first[1].name} {domain}-RoPE" + (f" from {kind}" if kind != "text" else "")
     tricks = {"centre": "before", "sinks": 1, **more}
     return system(*first, name, **tricks, unturned=domain == "before", plan=made)
 
 
-def calibrated(moments: list[Moments]) -> list[System]:
+def calibrated(moments: dict[str, list[Moments]]) -> list[System]:
     """Transform coding at several widths; the trellis at few, for it is slow."""
     mixes = ((4, 4), (3.5, 3.5), (4, 3), (3, 4), (3, 3), (2.5, 3), (2, 3), (2.5, 2.5), (2, 2.5), (2, 2), (1.5, 2))
-    scalar = [learned(moments, domain, *mix, False) for domain in ("before", "after") for mix in mixes]
-    coded = [learned(moments, domain, *mix, True) for domain in ("before", "after") for mix in ((3, 3), (2, 2))]
-    return [*scalar, *coded]
+    domains, ends = ("before", "after"), ((3, 3), (2, 2))
+    return [
+        *(learned(moments, domain, *mix) for domain in domains for mix in mixes),
+        *(learned(moments, domain, *mix, kind="code") for domain in domains for mix in (*ends, (4, 4), (2, 3))),
+        *(learned(moments, domain, *mix, on_a_trellis=True) for domain in domains for mix in ends),
+    ]
 
 
-def main_systems(moments: list[Moments]) -> list[System | ByLayer]:
+def main_systems(moments: dict[str, list[Moments]]) -> list[System | ByLayer]:
     trellises = [on_trellis(2, 2), on_trellis(3, 3), *(on_trellis(*mix, **TRICKS) for mix in ((2, 2), (3, 2), (3, 3)))]
     return [*rivals(), *ablations(), *candidates(), *trellises, *calibrated(moments), system(exact(), exact())]
 
 
-def long_systems(moments: list[Moments]) -> list[System | ByLayer]:
+def long_systems(moments: dict[str, list[Moments]]) -> list[System | ByLayer]:
     """At long contexts a window costs little."""
     rival = {"2/2", "3/3", "4/4", "q4_0+Hadamard", "KIVI 2", "KIVI 4", "KIVI 2 centre-before"}
     return [
@@ -142,14 +147,14 @@ def long_systems(moments: list[Moments]) -> list[System | ByLayer]:
         on_trellis(2, 2, **TRICKS, window=32),
         by_layer(2.25),
         *(
-            learned(moments, domain, *mix, False, window=window)
+            learned(moments, domain, *mix, window=window)
             for domain in ("before", "after")
             for mix, window in (((2, 2), 0), ((2, 2), 32), ((2, 2.25), 16), ((1.5, 2), 32), ((3, 3), 0))
         ),
     ]
 
 
-def systems(part: str, moments: list[Moments]) -> list[System | ByLayer]:
+def systems(part: str, moments: dict[str, list[Moments]]) -> list[System | ByLayer]:
     """Each system of a part once, by name."""
     listed = (long_systems if part == "long" else main_systems)(moments)
     return list({one.name: one for one in listed}.values())
