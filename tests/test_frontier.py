@@ -109,6 +109,32 @@ def test_a_step_over_codes_sees_what_one_forward_sees(simulation, ids):
         torch.testing.assert_close(alone[0], whole[end - TOKENS - 1], atol=1e-4, rtol=1e-4)
 
 
+def test_each_query_sees_sinks_and_its_window_exactly_and_codes_between(simulation):
+    """Against a loop over queries, each with a key list of its own."""
+    query, key, value = vectors(TOKENS, 16).repeat(1, 2, 1, 1), vectors(TOKENS, 16, 1), vectors(TOKENS, 16, 2)
+    simulation.system = tq(1, 1, sinks=3, window=5)
+    module = simulation.modules[0]
+    ours = simulation.attend(module, query, key, value, None, 0.25)[0][0]
+    coded = simulation.system.keys.code(key, 0), simulation.system.values.code(value, 1)
+    for at in range(TOKENS):
+        exact = [*range(min(3, at + 1)), *range(max(3, at - 4), at + 1)]
+        k, v = (part[0, :, : at + 1].clone() for part in coded)
+        k[:, exact], v[:, exact] = coders.half(key[0, :, exact]), coders.half(value[0, :, exact])
+        for head in range(4):
+            scores = k[head // 2] @ query[0, head, at] * 0.25
+            torch.testing.assert_close(ours[at, head], scores.softmax(0) @ v[head // 2])
+
+
+def test_keys_that_are_all_alike_before_rope_cost_nothing(simulation):
+    angles = (torch.arange(TOKENS)[:, None] * torch.logspace(0, -3, 8)).repeat(1, 2)[None]
+    simulation.turns = angles.cos(), angles.sin()
+    alike = coders.half(100 * vectors(1, 16)).expand(1, 2, TOKENS, 16)
+    key = rope(alike, *simulation.turns)
+    simulation.system = tq(1, 1, centre="before")
+    found = simulation.code_keys(simulation.system.keys, key, torch.ones(1, 2, 2, TOKENS, 16))
+    torch.testing.assert_close(found, key, atol=1e-3, rtol=0)
+
+
 def test_centring_before_rope_takes_a_bias_of_keys_away(ids):
     """What a bias costs without: the codes' steps grow with it."""
 
