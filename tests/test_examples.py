@@ -213,8 +213,13 @@ def test_frontier(checkpoint, tmp_path):
     assert rows["main"]["3/3"]["bits"] == 3.5 and rows["main"]["q4_0+Hadamard"]["bits"] == 4.5
     assert rows["main"]["3/3"]["kl"] > 2 * rows["main"]["4/4"]["kl"] > 0
     assert rows["bias"]["4/4, biased"]["kl"] > rows["bias"]["4/4"]["kl"]
-    # Four bars, the last for each way to centre.
-    assert len(re.findall(r"\| (?:NOT )?met +\|", shown)) == 3 + 3
+    # A basis [32, 32] in float16 for 2 layers, 2 heads, keys and values, over 2 x 2 x 2 x 32 numbers a token.
+    learned = rows["long"]["2t/2t after-RoPE centre-before sinks1"]
+    contexts = range(193, 257)
+    table = 8 * 32 * 32 * 2 / 32 * sum(1 / context for context in contexts) / len(contexts)
+    assert learned["bits_alone"] - learned["bits"] == pytest.approx(table)
+    # Three bars with a model's tables counted and shared, and the last for each way to centre.
+    assert len(re.findall(r"\| (?:NOT )?met +\|", shown)) == 2 * 3 + 3
     assert "<svg" in drawing.read_text()
 
 

@@ -106,6 +106,8 @@ class Simulation:
         for module in modules:
             module.register_forward_pre_hook(self._note_turns, with_kwargs=True)
         self.modules, self.layers, self.head_dim = modules, len(modules), modules[0].head_dim
+        # Numbers that a token adds to the cache.
+        self.elements = 2 * sum(module.k_proj.out_features for module in modules)
 
     def bias_keys(self, norm: float, pairs: int = 2, seed: int = 0) -> None:
         """Add biases of this norm to every head's keys, in the `pairs` pairs of dimensions that RoPE turns slowest."""
