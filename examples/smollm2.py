@@ -37,9 +37,15 @@ def packaged() -> tuple[Path, str]:
 
 
 def load(name: str | None = None, device: str = "cpu", dtype: torch.dtype = torch.float32):
-    """(model, tokenizer) of a folder or hub name; of the packaged SmolLM2-135M-Instruct where none is given."""
+    """(model, tokenizer) of a folder or hub name; of the packaged SmolLM2-135M-Instruct where none is given.
+
+    A folder without a config.json is read from its .gguf file.
+    """
     logging.disable_progress_bar()
     folder, options = (name, {}) if name else (packaged()[0], {"gguf_file": packaged()[1]})
+    weights = sorted(Path(name).glob("*.gguf")) if name else []
+    if weights and not (Path(name) / "config.json").exists():
+        options = {"gguf_file": weights[0].name}
     bar = tqdm(total=2, desc="load", unit="part")
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, **options)

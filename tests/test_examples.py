@@ -174,6 +174,29 @@ WRONG = {
 }
 
 
+def test_frontier(checkpoint, tmp_path):
+    target, drawing = tmp_path / "frontier.json", tmp_path / "frontier.svg"
+    sizes = ("--windows", 2, "--tuning-windows", 1, "--long-windows", 1, "--calibration-windows", 2, "--seeds", 2)
+    lengths = ("--length", 160, "--long-length", 256)
+    only = ("--only", "2t/2t", "3s8/3s8 centre-before", "by layer", "KIVI 2")
+    files = ("--write", target, "--plot", drawing)
+    shown = run("frontier.py", "--model", checkpoint, *sizes, *lengths, *only, *files)
+    parts = json.loads(target.read_text())["parts"]
+    rows = {name: {row["system"]: row for row in part["rows"]} for name, part in parts.items()}
+    assert list(rows) == ["main", "long", "bias"]
+    assert rows["main"]["3/3"]["bits"] == 3.5 and rows["main"]["q4_0+Hadamard"]["bits"] == 4.5
+    assert rows["main"]["3/3"]["kl"] > 2 * rows["main"]["4/4"]["kl"] > 0
+    assert rows["bias"]["4/4, biased"]["kl"] > rows["bias"]["4/4"]["kl"]
+    # A basis [32, 32] in float16 for 2 layers, 2 heads, keys and values, over 2 x 2 x 2 x 32 numbers a token.
+    learned = rows["long"]["2t/2t after-RoPE centre-before sinks1"]
+    contexts = range(193, 257)
+    table = 8 * 32 * 32 * 2 / 32 * sum(1 / context for context in contexts) / len(contexts)
+    assert learned["bits_alone"] - learned["bits"] == pytest.approx(table)
+    # Three bars with a model's tables counted and shared, and the last for each way to centre.
+    assert len(re.findall(r"\| (?:NOT )?met +\|", shown)) == 2 * 3 + 3
+    assert "<svg" in drawing.read_text()
+
+
 @pytest.mark.parametrize("mistake", WRONG)
 def test_a_mistake_is_named(mistake, capsys, monkeypatch):
     *call, words = WRONG[mistake]
