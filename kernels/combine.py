@@ -69,10 +69,10 @@ def attend_combine(
     if OTHERS:
         # Tokens whose values are summed elsewhere.
         other = tl.load(other_peaks + tl.program_id(0))
-        high = tl.maximum(peak, other)
-        pivot = tl.where(high == float("-inf"), 0.0, high)
-        total = total * tl.exp(peak - pivot) + tl.load(other_totals + tl.program_id(0)) * tl.exp(other - pivot)
-        peak = high
+        most = tl.maximum(peak, other)
+        least = tl.where(most == float("-inf"), 0.0, most)
+        total = total * tl.exp(peak - least) + tl.load(other_totals + tl.program_id(0)) * tl.exp(other - least)
+        peak = most
     mixed = tl.full([BLOCK_V], 0.0, tl.float32)
     for start in range(0, splits, BLOCK_S):
         s = start + tl.arange(0, BLOCK_S)

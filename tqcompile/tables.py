@@ -83,7 +83,7 @@ def basis_matrix(
         if term.share < 1:
             channels = left[np.arange(count) * len(left) // count]
             left = np.setdiff1d(left, channels)
-        part = torch.zeros(count, head_dim, dtype=torch.float32)
+        part = torch.zeros(count, head_dim, dtype=torch.float32, device="cpu")
         part[:, channels] = _BASES[term.basis](count, len(channels))
         rows.append(part)
     return torch.cat(rows).to(device, dtype)
@@ -113,7 +113,7 @@ def _gaussian(rows: int, columns: int) -> torch.Tensor:
 
 
 _BASES = {
-    "standard": lambda rows, columns: torch.eye(rows, dtype=torch.float32),
+    "standard": lambda rows, columns: torch.eye(rows, dtype=torch.float32, device="cpu"),
     "rotation": lambda rows, columns: rotation(columns),
     "hadamard": _hadamard,
     "sketch": _sketch,

@@ -1,8 +1,10 @@
+import itertools
+
 import pytest
 import torch
 
 from tqcompile import formats
-from tqcompile.kernels import build
+from tqcompile.kernels import build, combine
 from tqcompile.kernels.emit import Reader
 
 FEW = [
@@ -74,3 +76,13 @@ def test_what_reads_tokens_that_are_kept_as_they_are_spills_nothing(reader):
 @pytest.mark.slow
 def test_no_kernel_of_any_codec_spills():
     assert not [usage for usage in build.every_usage() if usage.spills]
+
+
+@pytest.mark.parametrize("sinks, others, turned", itertools.product((False, True), (False, True), (0, 16)))
+def test_the_combination_compiles_beside_sinks_and_tokens_that_are_summed_elsewhere(sinks, others, turned):
+    """What Triton's interpreter lets pass: a name that has another shape inside a loop than before it."""
+    kernel = combine.combine_module(None, False).attend_combine
+    constants = {"VALUE_DIM": 64, "BLOCK_S": 16, "BLOCK_V": 64, "BLOCK_J": turned}
+    constants |= {"SINKS": sinks, "OTHERS": others, "EARLY": True}
+    types = {name: "*fp32" for name in kernel.arg_names if name not in ("rows", "splits", *constants)}
+    assert build.compiled("combine", kernel, {}, constants, types, 4, None, 90).spills == 0
