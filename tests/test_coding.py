@@ -397,7 +397,7 @@ def near_a_sign(codec, y):
         return torch.zeros(y.shape[:-1], dtype=torch.bool)
     head_dim = codec.head_dim(y.shape[-1])
     first, second = codec.bands(head_dim)
-    left = y[..., second] - round_trip(codec, y)[..., first] @ tables.overlap(codec, head_dim, 0, 1)
+    left = y[..., second] - round_trip(codec, y)[..., first] @ torch.tensor(tables.overlap(codec, head_dim, 0, 1))
     return (left.abs() < 1e-5 * y[..., first].norm(dim=-1, keepdim=True)).any(-1)
 
 

@@ -260,12 +260,12 @@ def test_an_overlap_is_what_a_later_term_sees_of_an_earlier_one(codec):
     matrix = tables.basis_matrix(codec, 48)
     numbers = torch.randn(5, 48)
     seen = (numbers @ matrix[first]) @ matrix[second].T
-    torch.testing.assert_close(numbers @ tables.overlap(codec, 48, 0, 1), seen, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(numbers @ torch.tensor(tables.overlap(codec, 48, 0, 1)), seen, rtol=1e-4, atol=1e-5)
 
 
 @every(lambda codec: len(codec.terms) > 1 and sum(term.share for term in codec.terms) == 1)
 def test_terms_that_share_the_channels_out_see_nothing_of_each_other(codec):
-    assert not tables.overlap(codec, 48, 0, 1).any()
+    assert not torch.tensor(tables.overlap(codec, 48, 0, 1)).any()
 
 
 @pytest.mark.parametrize("head_dim", [2, 3, 16, 64, 128])

@@ -32,7 +32,8 @@ def encode(codec: Codec, y: torch.Tensor) -> tuple[torch.Tensor, ...]:
         if band.start and term.share >= 1:
             size = _size(y[..., bands[0]].float() - made[0])
             for earlier, numbers in enumerate(made):
-                left = left - numbers @ tables.overlap(codec, head_dim, earlier, place).to(y.device)
+                seen = tables.overlap(codec, head_dim, earlier, place)
+                left = left - numbers @ torch.tensor(seen, dtype=torch.float32, device=y.device)
         codes = _FITS[term.fit](term, left, head_dim, size)
         if len(codec.terms) > 1 and place < len(codec.terms) - 1:
             made.append(_product(term, codes, band.stop - band.start))

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
-from tqcompile import cpu, formats, recent, reference
+from tqcompile import cpu, formats, recent, reference, tables
 from tqcompile.codec import Codec
 
 Tensors = Sequence[torch.Tensor]
@@ -45,6 +45,7 @@ remember = torch.ops.tqcompile.remember.default
 
 def prepare(codec: Codec, head_dim: int, device: torch.device) -> None:
     """Make what the operators keep for a codec on `device`, so that none of it is made during a step."""
+    tables.prepare(codec, head_dim)
     if device.type == "cuda":
         from tqcompile.kernels import append as kernel
         from tqcompile.kernels import integer

@@ -90,10 +90,17 @@ def basis_matrix(
 
 
 @cache
-def overlap(codec: Codec, head_dim: int, first: int, second: int) -> torch.Tensor:
-    """What term `second` sees of a vector that term `first` makes: [coordinates of first, coordinates of second]."""
-    bands, basis = codec.bands(head_dim), basis_matrix(codec, head_dim, dtype=torch.float64)
-    return (basis[bands[first]] @ basis[bands[second]].T).float()
+def overlap(codec: Codec, head_dim: int, first: int, second: int) -> tuple[tuple[float, ...], ...]:
+    """What term `second` sees of a vector that term `first` makes: [coordinates of first][coordinates of second]."""
+    bands, basis = codec.bands(head_dim), basis_matrix(codec, head_dim, dtype=torch.float64).numpy()
+    return tuple(map(tuple, (basis[bands[first]] @ basis[bands[second]].T).tolist()))
+
+
+def prepare(codec: Codec, head_dim: int) -> None:
+    """Make what a graph that encodes takes for constants, before anything traces it."""
+    for place, term in enumerate(codec.terms):
+        for earlier in range(place if term.share >= 1 else 0):
+            overlap(codec, head_dim, earlier, place)
 
 
 def _hadamard(rows: int, columns: int) -> torch.Tensor:
