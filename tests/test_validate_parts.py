@@ -249,6 +249,8 @@ def test_a_choice_is_a_preset_a_codec_or_a_pair():
     assert choice("q8_0").pair == ("q8_0", "q8_0")
     assert choice("turboquant:4/q8_0").pair == ("turboquant:4", "q8_0")
     assert [one.name for one in choices(["q8_0, small", "q8_0"])] == ["q8_0", "small"]
+    with pytest.raises(ValueError, match="serves keys alone"):
+        choice("qjl:2")
     for wrong in ("q8", "q8_0/", "a/b/c", ""):
         with pytest.raises(ValueError, match="codecs '"):
             choice(wrong)
