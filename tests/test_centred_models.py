@@ -21,6 +21,31 @@ def conversation(rows=2, seed=50):
     return [prompt(rows, tokens, seed + index) for index, tokens in enumerate(CALLS)]
 
 
+def padded(call, model, kind):
+    """The cache of `call` after a conversation whose rows are padded on the left, equal to the eager model's."""
+    ours, dense = new_cache(kind, model), new_cache(kind, model)
+    mask, done = torch.ones(3, sum(CALLS), dtype=torch.int64), 0
+    mask[1, :2], mask[2, :7] = 0, 0
+    for ids in conversation(3):
+        done += ids.shape[1]
+        mine, theirs = (step(each, ids, c, attention_mask=mask[:, :done]) for each, c in ((call, ours), (model, dense)))
+        real = mask[:, done - ids.shape[1] : done] == 1
+        assert_same(mine[real], theirs[real])
+    return ours
+
+
+def changed(between, call, model):
+    """The cache of `call` after a conversation in which eager code changes it, equal to the eager model's."""
+    ours, dense = new_cache("dynamic", model), new_cache("dynamic", model)
+    first, *others = conversation()
+    for ids in (first, *others[:1]):
+        step(call, ids, ours), step(model, ids, dense)
+    between(ours), between(dense)
+    for ids in others:
+        assert_same(step(call, ids, ours), step(model, ids, dense))
+    return ours
+
+
 def assert_centred(cache, model):
     """All keys are, by a rotation and a mean of their own, and nothing went wrong."""
     assert_compressed(cache, model)
@@ -45,15 +70,7 @@ def test_identity_equals_the_eager_model(name, attention, kind):
 @EVERY_CACHE
 def test_rows_that_are_padded_on_the_left_equal_the_eager_model(kind):
     model = tiny()
-    call, ours, dense = compiled(model), new_cache(kind, model), new_cache(kind, model)
-    mask = torch.ones(3, sum(CALLS), dtype=torch.int64)
-    mask[1, :2], mask[2, :7] = 0, 0
-    done = 0
-    for ids in conversation(3):
-        done += ids.shape[1]
-        mine, theirs = (step(each, ids, c, attention_mask=mask[:, :done]) for each, c in ((call, ours), (model, dense)))
-        assert_same(mine[mask[:, done - ids.shape[1] : done] == 1], theirs[mask[:, done - ids.shape[1] : done] == 1])
-    assert_centred(ours, model)
+    assert_centred(padded(compiled(model), model, kind), model)
 
 
 BETWEEN = {
@@ -66,14 +83,7 @@ BETWEEN = {
 @pytest.mark.parametrize("name", BETWEEN)
 def test_a_cache_that_eager_code_changed_goes_on_as_the_dense_one(name):
     model = tiny()
-    call, ours, dense = compiled(model), new_cache("dynamic", model), new_cache("dynamic", model)
-    first, *others = conversation()
-    for ids in (first, *others[:1]):
-        step(call, ids, ours), step(model, ids, dense)
-    BETWEEN[name](ours), BETWEEN[name](dense)
-    for ids in others:
-        assert_same(step(call, ids, ours), step(model, ids, dense))
-    assert_centred(ours, model)
+    assert_centred(changed(BETWEEN[name], compiled(model), model), model)
 
 
 def test_a_static_cache_that_was_reset_starts_another_chat():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from checkpoints import assert_same, new_cache, prompt, step, tiny
-from test_centred_models import BETWEEN, CALLS, EVERY_CACHE, assert_centred, conversation
+from test_centred_models import BETWEEN, CALLS, EVERY_CACHE, assert_centred, changed, conversation, padded
 
 EVERYTHING = {"keys": "turboquant:2", "values": "turboquant:2", "sinks": 2, "window": 60}
 SOME = {"preset": "lossless", "sinks": 2, "window": 7}
@@ -34,27 +34,13 @@ def test_what_is_kept_is_less_the_centre_that_scores_get_back(name, options, kin
 @EVERY_CACHE
 def test_rows_that_are_padded_on_the_left(kind):
     model = tiny()
-    call, ours, dense = compiled(model, **EVERYTHING), new_cache(kind, model), new_cache(kind, model)
-    mask, done = torch.ones(3, sum(CALLS), dtype=torch.int64), 0
-    mask[1, :2], mask[2, :7] = 0, 0
-    for ids in conversation(3):
-        done += ids.shape[1]
-        mine, theirs = (step(each, ids, c, attention_mask=mask[:, :done]) for each, c in ((call, ours), (model, dense)))
-        real = mask[:, done - ids.shape[1] : done] == 1
-        assert_same(mine[real], theirs[real])
+    assert_kept(padded(compiled(model, **EVERYTHING), model, kind), sum(CALLS))
 
 
 @pytest.mark.parametrize("name", ["crop", "beam reorder"])
 def test_eager_code_in_between(name):
     model = tiny()
-    call, ours, dense = compiled(model, **EVERYTHING), new_cache("dynamic", model), new_cache("dynamic", model)
-    first, *others = conversation()
-    for ids in (first, *others[:1]):
-        step(call, ids, ours), step(model, ids, dense)
-    BETWEEN[name](ours), BETWEEN[name](dense)
-    for ids in others:
-        assert_same(step(call, ids, ours), step(model, ids, dense))
-    assert_kept(ours, 20)
+    assert_kept(changed(BETWEEN[name], compiled(model, **EVERYTHING), model), 20)
 
 
 def test_a_cache_that_was_made_without_a_centre_is_read_by_a_graph_that_centres():

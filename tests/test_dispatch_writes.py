@@ -101,7 +101,6 @@ def test_a_fill_is_the_dense_fill(name, codec):
     for tensor in (cache, twin):
         FILLS[name](tensor) if "number" not in name else FILLS[name](tensor, 1.5)
     changed = twin != cache.decode()
-    assert cache.decode()[changed].sub(twin[changed]).abs().le(twin[changed].abs() * 0.45).all()
     torch.testing.assert_close(
         cache.decode(), torch.where(changed, fake_quantised(twin, codec), twin), atol=1e-6, rtol=0
     )

@@ -5,11 +5,12 @@ import math
 import numpy as np
 import torch
 from scipy.integrate import quad
-from scipy.special import erf, gammaln
+from scipy.special import erf
 from scipy.stats import norm
 
 from tqcompile import tables
 from tqcompile.codec import Codec, Term
+from tqcompile.paper.theory import mean_magnitude, polar_cosine
 
 
 def error(codec: Codec, head_dim: int) -> tuple[float, float]:
@@ -53,7 +54,7 @@ def error_of_term(term: Term, coordinates: int) -> tuple[float, float]:
         found = extreme_error(term.scale.plane.per, term.codes.plane.bits)
         return found, found
     if term.fit == "polar":
-        found = 2 * (1 - kept_by_angles(term))
+        found = 2 * (1 - polar_cosine(term))
         return found, found
     raise AssertionError(f"fit {term.fit!r} needs its theory here")
 
@@ -81,34 +82,6 @@ def extreme_error(block: int, bits: int) -> float:
     return (block - 1) / block * quad(lambda m: others(m) * density(m), 0.2, 8, limit=60, epsabs=1e-9)[0]
 
 
-def kept_by_angles(term: Term) -> float:
-    """E<u, u'> of a block's direction u and the one that its angles are decoded to.
-
-    <u, u'> = cos a cos a' <v, v'> + sin a sin a' <w, w'> for halves v and w with an angle a between their norms. Angles
-    of different levels are independent for a Gaussian vector, so the expectation is the product of E cos(a - a').
-    """
-    kept = 1.0
-    for factor in term.factors:
-        if factor.table == "angle":
-            kept *= _kept_by_angle(factor.plane.per.bit_length() - 1, factor.plane.bits)
-    return kept
-
-
-def _kept_by_angle(level: int, bits: int) -> float:
-    found, power = tables.angles(level, bits), 0 if level == 1 else 2 ** (level - 1) - 1
-    edges = [0.0, *tables.boundaries(found), 2 * math.pi if level == 1 else math.pi / 2]
-    total, mass = 0.0, 0.0
-    for angle, low, high in zip(found, edges, edges[1:]):
-        total += quad(lambda a, angle=angle: math.cos(a - angle) * math.sin(2 * a) ** power, low, high)[0]
-        mass += quad(lambda a: math.sin(2 * a) ** power, low, high)[0]
-    return total / mass
-
-
-def mean_of_sphere(head_dim: int) -> float:
-    """E|u_1| of a uniform point u on the unit sphere."""
-    return math.exp(gammaln(head_dim / 2) - gammaln((head_dim + 1) / 2)) / math.sqrt(math.pi)
-
-
 def sign_error(term: Term, sketch: torch.Tensor) -> float:
     """E|r - r'|^2 / |r|^2 of an isotropic r that is rebuilt from its norm and the signs of `sketch` r.
 
@@ -120,7 +93,7 @@ def sign_error(term: Term, sketch: torch.Tensor) -> float:
     lengths = sketch.norm(dim=1)
     products = sketch @ sketch.T
     agreement = 2 / math.pi * torch.asin((products / torch.outer(lengths, lengths)).clamp(-1, 1))
-    along = float(lengths.sum()) * mean_of_sphere(head_dim)
+    along = float(lengths.sum()) * mean_magnitude(head_dim)
     return float((products * agreement).sum()) * gain**2 - 2 * gain * along + 1
 
 
@@ -135,7 +108,7 @@ def sign_variance(term: Term, rows: int, q: torch.Tensor, r: torch.Tensor) -> to
     along = (q * r).sum(-1)
     if term.basis == "gaussian":
         return (math.pi / 2 * q.square().sum(-1) * r.square().sum(-1) - along**2) / rows
-    gain = 1 / (head_dim * mean_of_sphere(head_dim))
+    gain = 1 / (head_dim * mean_magnitude(head_dim))
     square = r.square().sum(-1)
     across = q.square().sum(-1) * square - along**2
     of_length = along**2 * (gain**2 * (1 + 2 * (head_dim - 1) / math.pi) - 1)
@@ -149,7 +122,7 @@ def shrinkage(codec: Codec, head_dim: int) -> list[float]:
         if term.fit == "norm":
             found.append(1 - tables.sphere_distortion(term.codes.plane.bits, band.stop - band.start))
         elif term.fit == "polar":
-            found.append(kept_by_angles(term))
+            found.append(polar_cosine(term))
         else:
             raise AssertionError(f"fit {term.fit!r} has no bias, or none that is known")
     return found

@@ -2,7 +2,10 @@
 
 import pytest
 import torch
+from cases import TOLERANCE
 from hypothesis import HealthCheck, settings
+
+from tqcompile.kernels import integer
 
 settings.register_profile("kernels", deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 settings.load_profile("kernels")
@@ -14,3 +17,17 @@ def device(request):
     if request.param == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     return request.param
+
+
+@pytest.fixture(params=["cpu", *(pytest.param(k, marks=pytest.mark.gpu) for k in ("cuda-portable", "cuda-int8"))])
+def attending_device(request, monkeypatch):
+    """The interpreter, and on a GPU both kernels that attend: int8 units have no interpreter."""
+    device, _, kernel = request.param.partition("-")
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    if kernel == "int8":
+        # Fifteen bits of q and of the weights, whatever the dtype of q.
+        monkeypatch.setitem(TOLERANCE, torch.float32, 4e-4)
+    else:
+        monkeypatch.setattr(integer, "takes", lambda *arguments: False)
+    return device

@@ -2,33 +2,22 @@ import math
 
 import pytest
 import torch
-from cases import TOLERANCE, close, compressed, numbers_of
+from cases import close, compressed, numbers_of
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from reaching import SPANS, hidden_case
 from representatives import REPRESENTATIVES
 
 from tqcompile import formats, reference, tables
-from tqcompile.kernels import attend, integer, tune
+from tqcompile.kernels import attend, tune
 
 CODECS = REPRESENTATIVES
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
-@pytest.fixture(
-    params=["cpu", *(pytest.param(kernel, marks=pytest.mark.gpu) for kernel in ("cuda-portable", "cuda-int8"))]
-)
-def device(request, monkeypatch):
-    """Each test runs in the interpreter, and on a GPU on both kernels: int8 units have no interpreter."""
-    device, _, kernel = request.param.partition("-")
-    if device == "cuda" and not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
-    if kernel == "int8":
-        # Fifteen bits of q and of the weights, whatever the dtype of q.
-        monkeypatch.setitem(TOLERANCE, torch.float32, 4e-4)
-    else:
-        monkeypatch.setattr(integer, "takes", lambda *arguments: False)
-    return device
+@pytest.fixture
+def device(attending_device):
+    return attending_device
 
 
 def both(q, keys, values, mask, causal, codecs, head_dims):

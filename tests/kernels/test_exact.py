@@ -7,21 +7,14 @@ from representatives import REPRESENTATIVES
 from test_attend import mask_of
 
 from tqcompile import formats, recent, reference, tables
-from tqcompile.kernels import attend, decoded, exact, integer
+from tqcompile.kernels import attend, decoded, exact
 
 SINKS, WINDOW, LENGTH = 3, 37, 150
 
 
-@pytest.fixture(params=["cpu", *(pytest.param(k, marks=pytest.mark.gpu) for k in ("cuda-portable", "cuda-int8"))])
-def device(request, monkeypatch):
-    device, _, kernel = request.param.partition("-")
-    if device == "cuda" and not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
-    if kernel == "int8":
-        monkeypatch.setitem(TOLERANCE, torch.float32, 4e-4)
-    else:
-        monkeypatch.setattr(integer, "takes", lambda *arguments: False)
-    return device
+@pytest.fixture
+def device(attending_device):
+    return attending_device
 
 
 def kept(x, hole=None):

@@ -113,7 +113,8 @@ def test_nothing_gives_scores_of_nothing(device, length, queries):
 
 def test_codecs_without_a_side_are_not_taken():
     sides = {name: logits.side_of(codec, 128) for name, codec in formats.REGISTRY.items()}
-    assert {name for name, side in sides.items() if side} == set(NAMES)
+    with_the_norm = {f"turboquant:{bits}:norm" for bits in (2, 3, 4)}
+    assert {name for name, side in sides.items() if side} == {*NAMES, *with_the_norm}
     assert logits.side_of(formats.codec("turboquant:4"), 512) is None
 
 

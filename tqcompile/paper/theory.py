@@ -8,7 +8,7 @@ from scipy.integrate import quad
 from scipy.special import gammaln
 
 from tqcompile import tables
-from tqcompile.codec import Codec
+from tqcompile.codec import Codec, Term
 
 # A head_dim at which a coordinate on the sphere is as good as Gaussian.
 LARGE = 2**16
@@ -54,7 +54,7 @@ def gaussian_spread(head_dim: int) -> tuple[float, float]:
     return math.sqrt(0.5) / head_dim, math.hypot(math.pi / math.sqrt(2), 2) / head_dim
 
 
-def polar_cosine(codec: Codec) -> float:
+def polar_cosine(codec: Codec | Term) -> float:
     """E<x, x'> of unit vectors x and x' in the polar codes of `codec`, whose radii are exact: |x'| = 1.
 
     A pair's inner product with its decoded twin is cos(psi) cos(psi') <u, u'> + sin(psi) sin(psi') <v, v'>, where u and

@@ -6,10 +6,11 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from tqcompile.bench.compressed import live_bytes
 from tqcompile.validate import greedy, needle, tasks, text
 from tqcompile.validate.compare import Tokens, compare
 from tqcompile.validate.damage import Damage, kept
-from tqcompile.validate.reading import Reading, elements, held_bytes, live_bytes
+from tqcompile.validate.reading import Reading, elements, held_bytes, tensors
 from tqcompile.validate.result import Quality, Row, Size
 from tqcompile.validate.settings import Settings
 
@@ -143,7 +144,7 @@ class Measure:
             following = ids[self.plan.pieces.first + at + 1 :][: stop - at]
             parts.append(compare(rows, logits, following))
             at = stop
-        self.row.size = Size(live_bytes(cache), held_bytes(cache), elements(cache))
+        self.row.size = Size(live_bytes(tensors(cache)), held_bytes(cache), elements(cache))
         self.done(cache)
         return Tokens.joined(parts)
 

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 import torch
 
-from tqcompile.cache import CompressedKV, storages
+from tqcompile.cache import CompressedKV
 from tqcompile.explain.section import Compiled
 from tqcompile.passes.sites import REPEATED, STATE
 
@@ -83,18 +83,10 @@ def tensors(cache) -> list[torch.Tensor]:
     return [tensor for tensor in found if isinstance(tensor, torch.Tensor)]
 
 
-def live_bytes(cache) -> int:
-    """Bytes of the storages that the cache keeps alive, spare room included."""
-    found: dict[int, torch.UntypedStorage] = {}
-    for tensor in tensors(cache):
-        found.update(storages(tensor))
-    return sum(storage.nbytes() for storage in found.values())
-
-
 def held_bytes(cache) -> int:
-    """Bytes of the tokens that it holds, without spare room."""
-    planes = (plane for tensor in tensors(cache) for plane in getattr(tensor, "planes", (tensor,)))
-    return sum(plane.numel() * plane.itemsize for plane in planes)
+    """Bytes of all that it holds of its tokens, without spare room."""
+    kept = (part for tensor in tensors(cache) for part in getattr(tensor, "tensors", (tensor,)))
+    return sum(part.numel() * part.itemsize for part in kept)
 
 
 def elements(cache) -> int:
