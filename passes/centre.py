@@ -1,6 +1,7 @@
 """Which keys are centred before they are encoded, and by what: see `tqcompile.centre`."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import fx
@@ -64,8 +65,8 @@ def _centring(site: Site, survey: Survey, rotations: Rotations, context: Context
     if isinstance(held, CompressedKV):
         if held.centre is None or held.centre.dim != dim:
             raise NotCentred("its first tokens were encoded as they are", root)
-        return Centring(held.centre.rotation, dim)
-    return _found(rotations, tokens, int(tensor_of(root).shape[-1]), dim)
+        return Centring(held.centre.rotation, dim, sinks=context.options.sinks)
+    return replace(_found(rotations, tokens, int(tensor_of(root).shape[-1]), dim), sinks=context.options.sinks)
 
 
 def _found(rotations: Rotations, tokens: list[tuple[fx.Node, int]], head_dim: int, dim: int) -> Centring:

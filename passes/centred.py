@@ -61,7 +61,7 @@ class Centrer(Editor):
         given = centring.start(tensor_of(source))
         given = None if given is None else self._constant(("given", site.root), (given,))[0]
         turns = self._turns(centring.rotation, source)
-        self.means[site.root] = self.call(centre.learned, source, slots, *turns, given, centring.dim)
+        self.means[site.root] = self.call(centre.learned, source, slots, *turns, given, centring.dim, centring.sinks)
         self.left[source] = self.less(source, site, slots)
         return self.means[site.root], self.left[source]
 

@@ -79,6 +79,14 @@ def test_empty_tokens_and_those_that_are_not_finite_are_no_part_of_the_mean():
     assert Centring(HALVES, 2).of(longer).mean.isfinite().all()
 
 
+def test_what_is_kept_as_it_is_is_no_part_of_the_mean():
+    keys = keys_of(torch.randn(HEADS, HEAD_DIM), noise=0.0)
+    expected = Centring(HALVES, 2).of(keys).mean
+    keys[:, :, :3] = 1000
+    torch.testing.assert_close(Centring(HALVES, 2, sinks=3).of(keys).mean, expected)
+    assert not Centring(HALVES, 2, sinks=TOKENS - FEWEST + 1).of(keys).mean.any()
+
+
 def test_of_few_tokens_nothing_is_learned_but_what_weights_say():
     keys, given = torch.randn(2, HEADS, FEWEST - 1, HEAD_DIM), torch.randn(HEADS, HEAD_DIM)
     assert not Centring(HALVES, 2).of(keys).mean.any()

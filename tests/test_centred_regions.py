@@ -53,3 +53,28 @@ def test_a_cache_that_was_made_without_a_centre_is_read_by_a_graph_that_centres(
     step(plain, ids, ours), step(model, ids, dense)
     for ids in conversation()[1:]:
         assert_same(step(call, ids, ours), step(model, ids, dense))
+
+
+def made_beforehand(model, rows=2):
+    """A static cache whose tensors are there before any graph is."""
+    cache, layer = new_cache("static", model), model.model.layers[0].self_attn
+    cache.early_initialization(rows, model.config.num_key_value_heads, layer.head_dim, torch.float32, "cpu")
+    return cache
+
+
+@pytest.mark.parametrize("first", ["compiled", "eager"])
+def test_a_cache_that_was_made_beforehand_learns_and_keeps_of_its_prompt(first):
+    """Its sinks come in the call that learns the mean, and only then."""
+    model = tiny()
+    call, ours, dense = compiled(model, **SOME), made_beforehand(model), made_beforehand(model)
+    prompt, *others = conversation()
+    assert_same(step(call if first == "compiled" else model, prompt, ours), step(model, prompt, dense))
+    if first == "compiled":
+        assert_kept(ours, SOME["sinks"] + SOME["window"])
+    for ids in others:
+        assert_same(step(call, ids, ours), step(model, ids, dense))
+        assert_kept(ours, SOME["sinks"] + SOME["window"])
+    assert_centred(ours, model)
+    for mine, theirs in zip(ours.layers, dense.layers):
+        assert set(range(SOME["sinks"])) < set(mine.keys.recent.index.tolist())
+        torch.testing.assert_close(mine.keys.decode(), theirs.keys, atol=1e-5, rtol=1e-5)

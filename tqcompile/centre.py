@@ -71,19 +71,21 @@ def planes_of(rotation: Rotation, device: torch.device) -> tuple[torch.Tensor, .
 class Centring:
     """What a graph takes off the keys of a cache whose tokens lie along `dim`.
 
-    `given` [H, D] float32 are the vectors that the weights say; without them they come from the first tokens.
+    `given` [H, D] float32 are the vectors that the weights say; without them they come from the first tokens, less the
+    `sinks` that are kept as they are: those are like no others, and have no codes to gain.
     """
 
     rotation: Rotation
     dim: int
     given: torch.Tensor | None = None
+    sinks: int = 0
 
     def of(self, keys: torch.Tensor) -> "Centre":
         """The centre of dense keys, which fill a cache from its first place on."""
         frequencies, partners = tables(self.rotation, keys.device)
         slots = torch.arange(keys.shape[self.dim], device=keys.device)
         with torch.inference_mode(False), torch.no_grad():
-            mean = learned(keys.detach(), slots, frequencies, partners, self.start(keys), self.dim)
+            mean = learned(keys.detach(), slots, frequencies, partners, self.start(keys), self.dim, self.sinks)
         return Centre(self.rotation, self.dim, mean)
 
     def nothing(self, keys: torch.Tensor) -> "Centre":
@@ -113,9 +115,9 @@ class Centre:
         """What was taken off at these places [T], float32."""
         return turned(self.mean, slots, *tables(self.rotation, self.mean.device), self.dim)
 
-    def less(self, dense: torch.Tensor) -> torch.Tensor:
-        """What is left of dense keys that fill a cache from its first place on, in their dtype."""
-        return (dense.float() - self.at(self.places(0, dense))).to(dense.dtype)
+    def less(self, dense: torch.Tensor, slots: torch.Tensor | None = None) -> torch.Tensor:
+        """What is left of dense keys at the places `slots` [T], or from a cache's first place on, in their dtype."""
+        return (dense.float() - self.at(self.places(0, dense) if slots is None else slots)).to(dense.dtype)
 
     def more(self, left: torch.Tensor) -> torch.Tensor:
         """The dense keys of which this is left, in float32."""
@@ -125,10 +127,16 @@ class Centre:
         return torch.arange(start, start + tokens.shape[self.dim], device=self.mean.device)
 
 
-def _angles(slots: torch.Tensor, frequencies: torch.Tensor, rank: int, dim: int) -> torch.Tensor:
+def _along(numbers: torch.Tensor, rank: int, dim: int) -> torch.Tensor:
+    """Numbers [T] or [T, D] as they lie beside `rank` dimensions, of which `dim` is that of tokens."""
     shape = [1] * rank
-    shape[dim], shape[-1] = slots.shape[0], frequencies.shape[0]
-    return (slots.float().unsqueeze(-1) * frequencies).view(shape)
+    shape[dim] = numbers.shape[0]
+    shape[-1] = numbers.shape[-1] if numbers.dim() == 2 else 1
+    return numbers.view(shape)
+
+
+def _angles(slots: torch.Tensor, frequencies: torch.Tensor, rank: int, dim: int) -> torch.Tensor:
+    return _along(slots.float().unsqueeze(-1) * frequencies, rank, dim)
 
 
 def turned(mean: torch.Tensor, slots, frequencies, partners, dim: int) -> torch.Tensor:
@@ -148,13 +156,15 @@ def more(left: torch.Tensor, mean: torch.Tensor, frequencies, partners, dim: int
     return (left.float() + turned(mean, slots, frequencies, partners, dim)).to(left.dtype)
 
 
-def learned(keys: torch.Tensor, slots, frequencies, partners, given, dim: int) -> torch.Tensor:
+def learned(keys: torch.Tensor, slots, frequencies, partners, given, dim: int, sinks: int = 0) -> torch.Tensor:
     """The mean of keys that are turned back, or `given` where fewer than `FEWEST` tokens hold anything; float32.
 
-    A token of zeros is one that was not written, and one that is not finite must not be in what others are less.
+    A token of zeros is one that was not written, and one that is not finite must not be in what others are less. The
+    first `sinks` places are left out.
     """
     keys = keys.float()
     seen = keys.isfinite().all(-1, keepdim=True) & (keys != 0).any(-1, keepdim=True)
+    seen = seen & _along(slots >= sinks, keys.dim(), dim)
     keys = torch.where(seen, keys, 0.0)
     back = turned(keys, -slots, frequencies, partners, dim)
     count = seen.sum(dim, keepdim=True)

@@ -62,6 +62,13 @@ class Recent:
         """One for the `places` of a cache along a dimension that is not of tokens."""
         return replace(self, numbers=self.numbers.index_select(dim, places), index=self.index.clone())
 
+    @torch.inference_mode(False)
+    def less(self, centre) -> "Recent":
+        """One for keys that a `centre.Centre` is taken off, or this one for None."""
+        if centre is None:
+            return self
+        return replace(self, numbers=centre.less(self.numbers, self.index.clamp(min=0)))
+
     def void(self) -> None:
         """Forget every token, for all that hold it."""
         self.index.fill_(-1)
@@ -134,6 +141,27 @@ def first_and_last(dense: torch.Tensor, dim: int, sinks: int, window: int) -> tu
     held = (slot < sinks + window) & (token < length) & ((slot < sinks) | (token >= sinks))
     numbers = dense.index_select(dim, token.clamp(0, length - 1))
     return numbers.contiguous(), torch.where(held, token, -1)
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def of_dense(dense: torch.Tensor, regions: Regions | None, filled: bool = True) -> Recent | None:
+    """What is to be kept of a dense cache [..., S, head_dim]; None where that is nothing.
+
+    All of its places hold tokens, or, where it is not `filled`, those up to the last that is not zeros.
+    """
+    if regions is None or not dense.numel():
+        return None
+    dense, length = dense.detach(), dense.shape[regions.dim]
+    if not filled:
+        others = [dim for dim in range(dense.dim()) if dim != regions.dim]
+        places = (dense != 0).any(others).nonzero()
+        length = int(places.amax()) + 1 if len(places) else 0
+    if not length:
+        return None
+    return Recent(
+        *first_and_last(dense.narrow(regions.dim, 0, length), regions.dim, regions.sinks, regions.window), regions
+    )
 
 
 @dataclass(frozen=True)

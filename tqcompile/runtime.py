@@ -8,12 +8,12 @@ import sympy
 import torch
 from torch import fx
 
-from tqcompile.adopt import adopt
+from tqcompile.adopt import adopt, refusal
 from tqcompile.cache import CompressedKV
 from tqcompile.centre import Centre
 from tqcompile.centred import fitted, refit
 from tqcompile.passes.context import CacheInput, Context
-from tqcompile.recent import Recent, empty, first_and_last
+from tqcompile.recent import Recent, empty, of_dense
 from tqcompile.report import Graph
 
 
@@ -46,6 +46,10 @@ class CompiledGraph:
                 values += recent().tensors if recent() is not None else ()
                 start = index + 1
             return self._given(self.compiled(*values, *args[start:]), args, {})
+        if self._begins(args):
+            results = self.original(*args)
+            self._adopt(args)
+            return results
         if not self._adopt(args):
             return self.original(*args)
         caches = {index: self._cache(entry, args) for index, entry in self.inputs.items()}
@@ -88,6 +92,19 @@ class CompiledGraph:
                 values.append(argument if cache is None else cache)
         return values
 
+    def _begins(self, args: tuple) -> bool:
+        """Whether this call writes the first tokens of a cache whose keys are to be less the mean of those.
+
+        They are written and read as they are, and encoded afterwards.
+        """
+        return any(
+            entry.centring is not None
+            and not isinstance(args[entry.index], CompressedKV)
+            and refusal(args[entry.index]) is None
+            and not args[entry.index].any()
+            for entry in self.in_place
+        )
+
     def _adopt(self, args: tuple) -> bool:
         """Compress the caches that are written in place, and say whether the graph can write into all of them.
 
@@ -99,7 +116,10 @@ class CompiledGraph:
             if isinstance(held, CompressedKV):
                 reason = refit(held, entry.centring)
             else:
+                kept = of_dense(held, entry.regions, filled=False)
                 reason = adopt(held, entry.site.codec, entry.centring)
+                if reason is None:
+                    held.recent = kept and kept.less(held.centre)
             reason = held.own(entry.strides) if reason is None else reason
             if reason is not None:
                 self.record.events[entry.name] = reason
@@ -157,12 +177,8 @@ def _made(results, output) -> CompressedKV:
 
 def _encoded(dense: torch.Tensor, entry: CacheInput) -> CompressedKV:
     """A dense cache that is not written where it stands, with what is to be kept of it as it is."""
-    cache, regions = CompressedKV.encode(dense, entry.site.codec, entry.centring), entry.regions
-    if regions is not None and dense.shape[regions.dim]:
-        with torch.inference_mode(False), torch.no_grad():
-            left = dense.detach() if cache.centre is None else cache.centre.less(dense.detach())
-            kept = first_and_last(left, regions.dim, regions.sinks, regions.window)
-        cache.recent = Recent(*kept, regions)
+    cache, kept = CompressedKV.encode(dense, entry.site.codec, entry.centring), of_dense(dense, entry.regions)
+    cache.recent = kept and kept.less(cache.centre)
     return cache
 
 
