@@ -8,7 +8,7 @@ from torch import fx
 
 from tqcompile.cache import CompressedKV
 from tqcompile.centre import Centring, Rotation, still
-from tqcompile.passes.centred import root_dims
+from tqcompile.passes.centred import order_of, root_dims
 from tqcompile.passes.context import Context, Uncentred
 from tqcompile.passes.indices import full, index_items, kept_run, same_size
 from tqcompile.passes.nodes import spelling, tensor_of
@@ -56,6 +56,8 @@ def _centring(site: Site, survey: Survey, rotations: Rotations, context: Context
     dims |= {dim for _, dim in tokens}
     if site.kind == "create" and not tokens:
         tokens = [(root, dim) for dim in dims]
+    if site.kind == "create" and reads:
+        context.asking[root] = reads[0].left, order_of(reads[0].key, survey.views)
     if len(dims) != 1:
         raise NotCentred("its reads and writes do not say along which dimension its tokens lie", root)
     (dim,) = dims

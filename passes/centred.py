@@ -23,13 +23,19 @@ def root_dims(view: View, dims: tuple[int, ...], views: dict[fx.Node, View]) -> 
     return dims
 
 
+def order_of(view: View, views: dict[fx.Node, View]) -> tuple[int, ...]:
+    """The dimensions of a cache that a read takes for those of sequences, heads, tokens and channels."""
+    places = places_of(view)
+    return (*root_dims(view, (*places.heads, *places.tokens), views), 3)
+
+
 class Centrer(Editor):
-    """`means` are the nodes of what was taken off each cache, as wide as that with one token, and `left` what is left
-    of the tokens that a graph makes."""
+    """`vectors` are the nodes of `centre.Centre.vectors` of each cache, and `left` what is left of the tokens that a
+    graph makes."""
 
     def __init__(self, gm: fx.GraphModule, context: Context):
         super().__init__(gm, context)
-        self.means: dict[fx.Node, fx.Node] = {}
+        self.vectors: dict[fx.Node, fx.Node] = {}
         self.left: dict[fx.Node, fx.Node] = {}
         self.constants: dict[object, tuple[fx.Node, ...]] = {}
         self.shared: dict[tuple, fx.Node] = {}
@@ -38,7 +44,7 @@ class Centrer(Editor):
         """Tokens for the places `slots` of a cache, less what is taken off them there."""
         centring = self.context.centres[site.root]
         node = self.call(
-            centre.less, source, self.means[site.root], slots, *self._turns(centring.rotation, source), centring.dim
+            centre.less, source, self.vectors[site.root], slots, *self._turns(centring.rotation, source), centring.dim
         )
         node.meta["example_value"] = tensor_of(source)
         return node
@@ -49,7 +55,7 @@ class Centrer(Editor):
         if centring is None:
             return dense
         node = self.call(
-            centre.more, dense, self.means[view.root], *self._turns(centring.rotation, dense), centring.dim
+            centre.more, dense, self.vectors[view.root], *self._turns(centring.rotation, dense), centring.dim
         )
         node.meta = dict(dense.meta)
         return node
@@ -61,9 +67,25 @@ class Centrer(Editor):
         given = centring.start(tensor_of(source))
         given = None if given is None else self._constant(("given", site.root), (given,))[0]
         turns = self._turns(centring.rotation, source)
-        self.means[site.root] = self.call(centre.learned, source, slots, *turns, given, centring.dim, centring.sinks)
+        self.vectors[site.root] = self.call(
+            centre.learned, source, slots, *turns, given, self._squares(site.root), centring.dim, centring.sinks
+        )
         self.left[source] = self.less(source, site, slots)
-        return self.means[site.root], self.left[source]
+        return self.vectors[site.root], self.left[source]
+
+    def _squares(self, root: fx.Node) -> fx.Node | None:
+        """How large the channels of the queries are that the keys made here meet first; None where none do here."""
+        if root not in self.context.asking:
+            return None
+        query, order = self.context.asking[root]
+        heads = int(tensor_of(root).shape[order[1]])
+        return self.call(centre.squares_of, self.dense(query), heads, order)
+
+    def weighed(self, read: Read, query: fx.Node) -> fx.Node:
+        """Queries for keys that were divided by a balance."""
+        if read.key.root not in self.context.centres:
+            return query
+        return self.call_like(centre.weighed, query, self._ordered_vectors(read))
 
     def run_of(self, start, stop, value: torch.Tensor) -> fx.Node:
         return self.call(torch.arange, start, stop, device=value.device)
@@ -77,14 +99,13 @@ class Centrer(Editor):
         planes_of = self._constant(("planes", rotation), centre.planes_of(rotation, value.device))
         table = self._table(rotation, planes[0], tensor_of(read.key.node).shape[-2], query, planes_of[0])
         scale = tensor_of(read.key.base).shape[-1] ** -0.5 if read.scale is None else read.scale
-        bias = self.call(centre.scores, query, self._ordered_mean(read), table, *planes_of, scale)
+        bias = self.call(centre.scores, query, self._ordered_vectors(read), table, *planes_of, scale)
         return bias if mask is None else self.call(centre.added, bias, mask)
 
-    def _ordered_mean(self, read: Read) -> fx.Node:
-        """The mean of what a read has as [batch, heads, tokens, head_dim]."""
-        mean, places = self.means[read.key.root], places_of(read.key)
-        order = (*root_dims(read.key, (*places.heads, *places.tokens), self.survey.views), 3)
-        return mean if order == (0, 1, 2, 3) else self.call(torch.permute, mean, order)
+    def _ordered_vectors(self, read: Read) -> fx.Node:
+        """The vectors of what a read has as [batch, heads, tokens, head_dim]."""
+        vectors, order = self.vectors[read.key.root], order_of(read.key, self.survey.views)
+        return vectors if order == (0, 1, 2, 3) else self.call_like(torch.permute, vectors, order)
 
     def _table(self, rotation: Rotation, plane: fx.Node, tokens, query: fx.Node, first: fx.Node) -> fx.Node:
         """`centre.waves`, once for all layers that are as long."""

@@ -108,19 +108,19 @@ class _Rewriter(Writer):
                 strides.append(tuple(fake.stride()))
             centring = self.context.centres.get(root)
             if centring is not None:
-                self.means[root] = self._open_mean(root, value, centring.dim)
+                self.vectors[root] = self._open_vectors(root, value, centring.dim)
         tokens = tensor_of(site.append.tokens).shape[site.append.dim] if site.append else None
         regions = self.open_regions(root, value)
         what = {"centring": centring, "regions": regions}
         self.context.inputs.append(CacheInput(index, site, name_of(root), tuple(strides), tokens, **what))
         self.planes[root] = tuple(nodes)
 
-    def _open_mean(self, root: fx.Node, value: torch.Tensor, dim: int) -> fx.Node:
-        mean = self.graph.placeholder(f"{root.name}_mean")
-        shape = [1 if place == dim else size for place, size in enumerate(value.shape)]
+    def _open_vectors(self, root: fx.Node, value: torch.Tensor, dim: int) -> fx.Node:
+        vectors = self.graph.placeholder(f"{root.name}_vectors")
+        shape = [2 if place == dim else size for place, size in enumerate(value.shape)]
         fake = value.new_empty_strided(shape, rewrite.strides(shape, None), dtype=torch.float32)
-        mean.meta = {"example_value": fake, "tensor_dict": dict(root.meta.get("tensor_dict", {}))}
-        return mean
+        vectors.meta = {"example_value": fake, "tensor_dict": dict(root.meta.get("tensor_dict", {}))}
+        return vectors
 
     def _move(self, node: fx.Node, view: View) -> None:
         """A view on the planes: the same operator on each of them where it moves tokens, nothing where it relabels."""
@@ -182,6 +182,7 @@ class _Rewriter(Writer):
         hiding = mask if len(hides) == len(read.masks) else self._mask(hides, folding)
         reach = None if folds or hiding is None else self._reach(hiding)
         mask = self.centred_mask(read, query, planes[0], mask)
+        query = self.weighed(read, query)
         sinks = None if read.sinks is None else self._numbers(read.sinks, folding, tokens=False)
         return self.call(
             ops.attend,

@@ -55,8 +55,8 @@ class Output:
 
     `tensor`: value `index` of the compiled graph. `argument`: argument `index`, as it is. `appended`: of the cache that
     grew out of argument `index`, the tokens `run` along a dimension. `planes`: a new cache of the values
-    `index .. index + count`: its planes, the mean of its centre where it has a `centring`, and two of what is kept of
-    `regions`, where there are such.
+    `index .. index + count`: its planes, the vectors of its centre where it has a `centring`, and two of what is kept
+    of `regions`, where there are such.
     """
 
     kind: str
@@ -86,6 +86,7 @@ class Context:
     foreign: dict[int, list] = field(default_factory=dict)
     fallbacks: list[Fallback] = field(default_factory=list)
     centres: dict[fx.Node, Centring] = field(default_factory=dict)
+    asking: dict[fx.Node, tuple[fx.Node, tuple[int, ...]]] = field(default_factory=dict)
     uncentred: list[Uncentred] = field(default_factory=list)
     reads: int = 0
     inputs: list[CacheInput] = field(default_factory=list)

@@ -60,11 +60,11 @@ class Writer(Centrer, Keeper):
         self.changed += 1
 
     def encoded(self, tokens: fx.Node, site: Site) -> list[fx.Node]:
-        """Planes of a cache's first tokens, and behind them the mean that these are less where they are centred."""
-        mean, tokens = self.learned(tokens, site) if site.root in self.context.centres else (None, tokens)
+        """Planes of a cache's first tokens, and behind them the vectors of its centre where it has one."""
+        vectors, tokens = self.learned(tokens, site) if site.root in self.context.centres else (None, tokens)
         planes = self.call(rewrite.encode, self.rotated(tokens, site), site.codec.name)
         planes = [self.call(operator.getitem, planes, place) for place in range(len(site.codec.stores))]
-        return planes if mean is None else [*planes, mean]
+        return planes if vectors is None else [*planes, vectors]
 
     def write(self, node: fx.Node, view: View) -> None:
         site, name, source = self.sites[view.root], spelling(node), source_of(node)

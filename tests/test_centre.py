@@ -20,6 +20,7 @@ from tqcompile.centre import (
     tables,
     turned,
     waves,
+    weighed,
 )  # fmt: skip
 
 HEADS, QUERIES, TOKENS, HEAD_DIM = 2, 6, 40, 8
@@ -49,16 +50,17 @@ def test_what_was_taken_off_comes_back(dim):
     assert centre.mean.norm() > 0
     torch.testing.assert_close(centre.more(centre.less(keys)), keys)
     turns = tables(HALVES, CPU)
-    left = less(keys, centre.mean, torch.arange(5), *turns, dim)
+    left = less(keys, centre.vectors, torch.arange(5), *turns, dim)
     torch.testing.assert_close(left, centre.less(keys))
-    torch.testing.assert_close(more(left, centre.mean, *turns, dim), keys)
+    torch.testing.assert_close(more(left, centre.vectors, *turns, dim), keys)
 
 
 def test_the_mean_is_that_of_keys_before_they_turn():
     mean = torch.randn(HEADS, HEAD_DIM)
     centre = Centring(HALVES, 2).of(keys_of(mean, 400))
     torch.testing.assert_close(centre.mean[0, :, 0], mean, atol=0.03, rtol=0)
-    assert centre.less(keys_of(mean)).std() < 0.2 < keys_of(mean).std()
+    left = centre.more(centre.less(keys_of(mean))) - centre.at(torch.arange(TOKENS))
+    assert left.std() < 0.2 < keys_of(mean).std()
 
 
 def test_places_beside_the_positions_turn_the_mean_and_nothing_else():
@@ -87,19 +89,31 @@ def test_what_is_kept_as_it_is_is_no_part_of_the_mean():
     assert not Centring(HALVES, 2, sinks=TOKENS - FEWEST + 1).of(keys).mean.any()
 
 
+def test_channels_are_balanced_between_keys_and_queries():
+    sizes = torch.tensor([1.0, 2, 4, 1, 2, 0.5, 1, 1])
+    keys = torch.randn(2, HEADS, 4000, HEAD_DIM) * sizes
+    turns, slots, squares = tables(still(HEAD_DIM), CPU), torch.arange(4000), (1 / sizes**2).expand(2, HEADS, 1, -1)
+    for known, power in ((None, 1 / 4), (squares, 1)):
+        balance = learned(keys, slots, *turns, None, known, 2)[:, :, 1]
+        expected = sizes**power / sizes.log().mean().mul(power).exp()
+        torch.testing.assert_close(balance, expected.expand_as(balance), atol=0, rtol=0.03)
+    wide = learned(keys * torch.tensor([1e20] + 7 * [1e-9]), slots, *turns, None, None, 2)[:, :, 1]
+    assert wide.isfinite().all() and wide.max() <= 8.001 and wide.min() >= 1 / 8.001
+
+
 def test_of_few_tokens_nothing_is_learned_but_what_weights_say():
     keys, given = torch.randn(2, HEADS, FEWEST - 1, HEAD_DIM), torch.randn(HEADS, HEAD_DIM)
     assert not Centring(HALVES, 2).of(keys).mean.any()
     torch.testing.assert_close(Centring(HALVES, 2, given).of(keys).mean[1, :, 0], given)
-    again = learned(keys, torch.arange(FEWEST - 1), *tables(HALVES, CPU), given.unsqueeze(1), 2)
-    torch.testing.assert_close(again, Centring(HALVES, 2, given).of(keys).mean)
+    again = learned(keys, torch.arange(FEWEST - 1), *tables(HALVES, CPU), given.unsqueeze(1), None, 2)
+    torch.testing.assert_close(again, Centring(HALVES, 2, given).of(keys).vectors)
 
 
 @pytest.mark.parametrize("rotation", [HALVES, still(HEAD_DIM)])
 def test_scores_are_those_of_what_was_taken_off(rotation):
     q, mean = torch.randn(2, QUERIES, 3, HEAD_DIM), torch.randn(2, HEADS, 1, HEAD_DIM)
     turns, planes = tables(rotation, CPU), planes_of(rotation, CPU)
-    found = scores(q, mean, waves(TOKENS, turns[0], planes[0]), *planes, 0.3)
+    found = scores(q, torch.cat([mean, mean + 1], 2), waves(TOKENS, turns[0], planes[0]), *planes, 0.3)
     taken = turned(mean, torch.arange(TOKENS), *turns, 2).expand(-1, -1, TOKENS, -1)
     expected = 0.3 * q @ taken.repeat_interleave(QUERIES // HEADS, 1).mT
     torch.testing.assert_close(found, expected)
@@ -119,7 +133,7 @@ def test_attention_over_centred_keys_with_their_scores_is_attention_over_the_key
     q, kept = torch.randn(2, QUERIES, 3, HEAD_DIM), torch.rand(2, 1, 3, TOKENS) > 0.3
     centre, planes = Centring(HALVES, 2).of(keys), planes_of(HALVES, CPU)
     table = waves(TOKENS, tables(HALVES, CPU)[0], planes[0])
-    mask = added(scores(q, centre.mean, table, *planes, 0.3), kept)
+    mask = added(scores(q, centre.vectors, table, *planes, 0.3), kept)
     others = False, 0.3, identity, identity, (HEAD_DIM, HEAD_DIM)
-    ours = reference.attend(q, (centre.less(keys),), (values,), mask, *others)
+    ours = reference.attend(weighed(q, centre.vectors), (centre.less(keys),), (values,), mask, *others)
     torch.testing.assert_close(ours, reference.attend(q, (keys,), (values,), kept, *others), atol=1e-4, rtol=1e-4)

@@ -130,6 +130,6 @@ def test_a_plain_cache_gets_a_centre_that_takes_nothing_off():
     assert_alike(made, dense)
 
 
-def test_bytes_count_the_mean():
+def test_bytes_count_the_centre():
     cache, dense = pair()
-    assert cache.nbytes == dense.nbytes + cache.centre.mean.nbytes
+    assert cache.nbytes == dense.nbytes + cache.centre.vectors.nbytes

@@ -116,6 +116,26 @@ def test_a_short_prompt_is_centred_by_the_biases_of_the_model():
         torch.testing.assert_close(layer.keys.centre.mean[:, :, 0], bias.expand(2, -1, -1))
 
 
+def test_channels_that_queries_weigh_more_are_kept_more_exactly():
+    """|q b| and |k / b| share out what one of them gains: a tenfold query takes half of that on a logarithmic scale."""
+    balances, first = [], conversation()[0]
+    for factor in (1, 10):
+        torch._dynamo.reset()
+        model = tiny()
+        attention = model.model.layers[0].self_attn
+        with torch.no_grad():
+            attention.q_proj.weight.view(-1, attention.head_dim, attention.q_proj.in_features)[
+                :, [1, 1 + attention.head_dim // 2]
+            ] *= factor
+        cache = new_cache("dynamic", model)
+        step(compiled(model), first, cache)
+        balances.append(cache.layers[0].keys.centre.balance)
+    once, tenfold = (balance / balance[..., :1] for balance in balances)
+    assert balances[0].max() < 7 and balances[0].min() > 1 / 7, "within its bounds, which would hide the factor"
+    torch.testing.assert_close(once[..., 1] / tenfold[..., 1], torch.full_like(once[..., 1], 10**0.5))
+    torch.testing.assert_close(once[..., 2:5], tenfold[..., 2:5])
+
+
 def test_beams_are_those_of_the_eager_model():
     model = tiny()
     ids, options = prompt(2, 20), {"num_beams": 3, "max_new_tokens": 6, "do_sample": False}

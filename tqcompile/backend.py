@@ -168,7 +168,7 @@ def _name_sources(gm: fx.GraphModule, copy: fx.GraphModule, context: Context) ->
     for entry in context.inputs:
         if entry.site is not None:
             root = originals[entry.index]
-            for name in (*entry.site.codec.stores, "mean", "numbers", "index"):
+            for name in (*entry.site.codec.stores, "vectors", "numbers", "index"):
                 plane_source[f"{root.name}_{name}"] = AttrSource(root._dynamo_source, name)
     for node in _placeholders(copy):
         if not hasattr(node, "_dynamo_source"):

@@ -95,8 +95,8 @@ class CompressedKV(torch.Tensor):
 
     @property
     def parts(self) -> Planes:
-        """What a compiled graph is given: the planes, and the mean of the centre where there is one."""
-        return self.planes if self.centre is None else (*self.planes, self.centre.mean)
+        """What a compiled graph is given: the planes, and the vectors of the centre where there is one."""
+        return self.planes if self.centre is None else (*self.planes, self.centre.vectors)
 
     @property
     def tensors(self) -> tuple[torch.Tensor, ...]:

@@ -1,11 +1,13 @@
-"""A vector for all tokens of a head, turned by each token's place: what is taken off keys before they are encoded.
+"""Two vectors for all tokens of a head: what is taken off keys before they are encoded, and what they are divided by.
 
-Keys that a model rotates by their positions have a mean before that rotation. Token s of a cache keeps what is left
-of it less R(s) m, and the score of a query q gets q . R(s) m back. Whatever m, R and a token's place are, scores stay
-what they were: it is codes of keys that get better where R(s) m comes close to the mean. As a rotation by s + a is one
-by s after one by a, a place in the cache does for the position: what rows are padded by is in their m.
+Keys that a model rotates by their positions have a mean m before that rotation. Token s of a cache keeps
+(k - R(s) m) / b, channel by channel; attention multiplies queries by b, and the score of a query q gets q . R(s) m
+back. Whatever m, b, R and a token's place are, scores stay what they were: it is codes of keys that get better where
+R(s) m comes close to the mean, and where b makes channels that queries weigh alike equally large. As a rotation by
+s + a is one by s after one by a, a place in the cache does for the position: what rows are padded by is in their m.
 """
 
+import math
 from dataclasses import dataclass
 from functools import cache
 
@@ -15,6 +17,10 @@ from tqcompile import reference
 
 # Tokens from which a mean is taken: fewer say little, and the first one of a text is often like no other.
 FEWEST = 16
+# The balance of a channel is within this factor of the mean one's, either way.
+MOST_BALANCE = 8.0
+# Mean squares that it is made of: of less nothing is known, and more is beyond float32.
+SQUARES = (1e-12, 1e36)
 
 
 @dataclass(frozen=True)
@@ -85,14 +91,15 @@ class Centring:
         frequencies, partners = tables(self.rotation, keys.device)
         slots = torch.arange(keys.shape[self.dim], device=keys.device)
         with torch.inference_mode(False), torch.no_grad():
-            mean = learned(keys.detach(), slots, frequencies, partners, self.start(keys), self.dim, self.sinks)
-        return Centre(self.rotation, self.dim, mean)
+            vectors = learned(keys.detach(), slots, frequencies, partners, self.start(keys), None, self.dim, self.sinks)
+        return Centre(self.rotation, self.dim, vectors)
 
     def nothing(self, keys: torch.Tensor) -> "Centre":
         """The centre of keys that nothing was taken off."""
         shape = [*keys.shape[: self.dim], 1, *keys.shape[self.dim + 1 :]]
         with torch.inference_mode(False):
-            return Centre(self.rotation, self.dim, torch.zeros(shape, device=keys.device))
+            mean = torch.zeros(shape, device=keys.device)
+            return Centre(self.rotation, self.dim, torch.cat([mean, mean + 1], self.dim))
 
     def start(self, keys: torch.Tensor) -> torch.Tensor | None:
         """`given`, as it lies beside the keys."""
@@ -101,11 +108,22 @@ class Centring:
 
 @dataclass(frozen=True, eq=False)
 class Centre:
-    """What was taken off the keys of one cache: `mean`, as wide as the cache with one token along `dim`, float32."""
+    """What was taken off the keys of one cache, and what they were divided by.
+
+    `vectors` float32 are as wide as the cache with two tokens along `dim`: the mean m, and the balance b behind it.
+    """
 
     rotation: Rotation
     dim: int
-    mean: torch.Tensor
+    vectors: torch.Tensor
+
+    @property
+    def mean(self) -> torch.Tensor:
+        return self.vectors.narrow(self.dim, 0, 1)
+
+    @property
+    def balance(self) -> torch.Tensor:
+        return self.vectors.narrow(self.dim, 1, 1)
 
     def fits(self, centring: Centring | None) -> bool:
         """Whether a graph that centres so reads these keys aright."""
@@ -113,18 +131,19 @@ class Centre:
 
     def at(self, slots: torch.Tensor) -> torch.Tensor:
         """What was taken off at these places [T], float32."""
-        return turned(self.mean, slots, *tables(self.rotation, self.mean.device), self.dim)
+        return turned(self.mean, slots, *tables(self.rotation, self.vectors.device), self.dim)
 
     def less(self, dense: torch.Tensor, slots: torch.Tensor | None = None) -> torch.Tensor:
         """What is left of dense keys at the places `slots` [T], or from a cache's first place on, in their dtype."""
-        return (dense.float() - self.at(self.places(0, dense) if slots is None else slots)).to(dense.dtype)
+        slots = self.places(0, dense) if slots is None else slots
+        return less(dense, self.vectors, slots, *tables(self.rotation, self.vectors.device), self.dim)
 
     def more(self, left: torch.Tensor) -> torch.Tensor:
         """The dense keys of which this is left, in float32."""
-        return left.float() + self.at(self.places(0, left))
+        return left.float() * self.balance + self.at(self.places(0, left))
 
     def places(self, start: int, tokens: torch.Tensor) -> torch.Tensor:
-        return torch.arange(start, start + tokens.shape[self.dim], device=self.mean.device)
+        return torch.arange(start, start + tokens.shape[self.dim], device=self.vectors.device)
 
 
 def _along(numbers: torch.Tensor, rank: int, dim: int) -> torch.Tensor:
@@ -145,19 +164,24 @@ def turned(mean: torch.Tensor, slots, frequencies, partners, dim: int) -> torch.
     return mean * angles.cos() + mean.index_select(-1, partners) * angles.sin()
 
 
-def less(keys: torch.Tensor, mean: torch.Tensor, slots, frequencies, partners, dim: int) -> torch.Tensor:
-    """Keys less R(s) m, in their dtype."""
-    return (keys.float() - turned(mean, slots, frequencies, partners, dim)).to(keys.dtype)
+def less(keys: torch.Tensor, vectors: torch.Tensor, slots, frequencies, partners, dim: int) -> torch.Tensor:
+    """(k - R(s) m) / b of keys, in their dtype."""
+    mean, balance = vectors.narrow(dim, 0, 1), vectors.narrow(dim, 1, 1)
+    return ((keys.float() - turned(mean, slots, frequencies, partners, dim)) / balance).to(keys.dtype)
 
 
-def more(left: torch.Tensor, mean: torch.Tensor, frequencies, partners, dim: int) -> torch.Tensor:
+def more(left: torch.Tensor, vectors: torch.Tensor, frequencies, partners, dim: int) -> torch.Tensor:
     """The keys of which this is left, from a cache's first place on, in their dtype."""
+    mean, balance = vectors.narrow(dim, 0, 1), vectors.narrow(dim, 1, 1)
     slots = torch.arange(left.shape[dim], device=left.device)
-    return (left.float() + turned(mean, slots, frequencies, partners, dim)).to(left.dtype)
+    return (left.float() * balance + turned(mean, slots, frequencies, partners, dim)).to(left.dtype)
 
 
-def learned(keys: torch.Tensor, slots, frequencies, partners, given, dim: int, sinks: int = 0) -> torch.Tensor:
-    """The mean of keys that are turned back, or `given` where fewer than `FEWEST` tokens hold anything; float32.
+def learned(
+    keys: torch.Tensor, slots, frequencies, partners, given, squares: torch.Tensor | None, dim: int, sinks: int = 0
+) -> torch.Tensor:
+    """`Centre.vectors` of keys: the mean of what is turned back, or `given` where fewer than `FEWEST` tokens hold
+    anything, and the balance, by the mean `squares` of queries' channels where those are known, as wide as one token.
 
     A token of zeros is one that was not written, and one that is not finite must not be in what others are less. The
     first `sinks` places are left out.
@@ -166,10 +190,40 @@ def learned(keys: torch.Tensor, slots, frequencies, partners, given, dim: int, s
     seen = keys.isfinite().all(-1, keepdim=True) & (keys != 0).any(-1, keepdim=True)
     seen = seen & _along(slots >= sinks, keys.dim(), dim)
     keys = torch.where(seen, keys, 0.0)
-    back = turned(keys, -slots, frequencies, partners, dim)
     count = seen.sum(dim, keepdim=True)
-    mean = back.sum(dim, keepdim=True) / count.clamp(min=1)
-    return torch.where(count >= FEWEST, mean, 0.0 if given is None else given)
+    enough, few = count >= FEWEST, count.clamp(min=1)
+    mean = turned(keys, -slots, frequencies, partners, dim).sum(dim, keepdim=True) / few
+    mean = torch.where(enough & mean.isfinite(), mean, 0.0 if given is None else given)
+    left = torch.where(seen, keys - turned(mean, slots, frequencies, partners, dim), 0.0)
+    balance = _balance(left.square().sum(dim, keepdim=True) / few, squares)
+    return torch.cat([mean, torch.where(enough, balance, 1.0)], dim)
+
+
+def _balance(keys: torch.Tensor, queries: torch.Tensor | None) -> torch.Tensor:
+    """The balance of channels with these mean squares [..., D].
+
+    |q b|^2 |k / b|^2 is least where b^4 = E k^2 / E q^2 (Cauchy-Schwarz, channel by channel). Of queries that nobody
+    has seen, half of that is right on a logarithmic scale: they are small where keys are large, but how much is theirs.
+    """
+    logarithm = keys.clamp(*SQUARES).log() / 8
+    if queries is not None:
+        logarithm = 2 * logarithm - queries.nan_to_num(0.0).clamp(*SQUARES).log() / 4
+    most = math.log(MOST_BALANCE)
+    return (logarithm - logarithm.mean(-1, keepdim=True)).clamp(-most, most).exp()
+
+
+def squares_of(q: torch.Tensor, heads: int, order: tuple[int, ...]) -> torch.Tensor:
+    """Mean squares of the channels of queries [B, Hq, T, D] for each of so many heads of keys, as a cache has one
+    token whose dimensions are to be permuted by `order` to lie as theirs do."""
+    squares = q.float().square().mean(2, keepdim=True).unflatten(1, (heads, -1)).mean(2)
+    return squares.permute([order.index(dim) for dim in range(4)])
+
+
+def weighed(q: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
+    """Queries [B, Hq, T, D] times the balance of `vectors` [B or 1, H, 2, D], in their dtype."""
+    heads = vectors.shape[1]
+    grouped = q.float().unflatten(1, (heads, q.shape[1] // heads)) * vectors[:, :, 1:].unsqueeze(2)
+    return grouped.flatten(1, 2).to(q.dtype)
 
 
 def waves(tokens: int, frequencies: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
@@ -180,9 +234,9 @@ def waves(tokens: int, frequencies: torch.Tensor, first: torch.Tensor) -> torch.
 
 
 @reference.as_stored
-def scores(q: torch.Tensor, mean: torch.Tensor, table: torch.Tensor, first, second, others, scale: float):
-    """scale q . R(s) m of queries [B, Hq, T, D], a mean [B or 1, H, 1, D] and `waves` [S, columns]: [B, Hq, T, S]."""
-    heads = mean.shape[1]
+def scores(q: torch.Tensor, vectors: torch.Tensor, table: torch.Tensor, first, second, others, scale: float):
+    """scale q . R(s) m of queries [B, Hq, T, D], vectors [B or 1, H, 2, D] and `waves` [S, columns]: [B, Hq, T, S]."""
+    heads, mean = vectors.shape[1], vectors[:, :, :1]
     q, mean = q.float().unflatten(1, (heads, q.shape[1] // heads)) * scale, mean.unsqueeze(2)
     q1, q2, m1, m2 = q[..., first], q[..., second], mean[..., first], mean[..., second]
     still = (q[..., others] * mean[..., others]).sum(-1, keepdim=True)

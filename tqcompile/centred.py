@@ -69,37 +69,37 @@ def _kept(func, cache, *args, **kwargs) -> Centre:
 
 
 def _copied(func, cache, *args, **kwargs) -> Centre:
-    return replace(cache.centre, mean=cache.centre.mean.clone())
+    return replace(cache.centre, vectors=cache.centre.vectors.clone())
 
 
 def _sliced(func, cache, dim=0, start=None, end=None, step=1) -> Centre | None:
     """Of sequences or heads, or of the first tokens."""
     dim %= cache.dim()
     if dim != cache.centre.dim:
-        return replace(cache.centre, mean=func(cache.centre.mean, dim, start, end, step))
+        return replace(cache.centre, vectors=func(cache.centre.vectors, dim, start, end, step))
     return cache.centre if start in (None, 0) and step == 1 else None
 
 
 def _selected(func, cache, dim, index) -> Centre | None:
     """Some of the sequences or heads, one by one."""
     dim %= cache.dim()
-    return None if dim == cache.centre.dim else replace(cache.centre, mean=func(cache.centre.mean, dim, index))
+    return None if dim == cache.centre.dim else replace(cache.centre, vectors=func(cache.centre.vectors, dim, index))
 
 
 def _indexed(func, cache, indices) -> Centre | None:
     """Sequences by an index of them alone."""
     lone = len(indices) == 1 and indices[0] is not None and indices[0].dim() == 1 and cache.centre.dim != 0
-    return replace(cache.centre, mean=func(cache.centre.mean, indices)) if lone else None
+    return replace(cache.centre, vectors=func(cache.centre.vectors, indices)) if lone else None
 
 
 def _repeated(func, cache, repeats) -> Centre | None:
     """All sequences several times."""
     lone = len(repeats) == cache.dim() and all(times == 1 for times in repeats[1:]) and cache.centre.dim != 0
-    return replace(cache.centre, mean=func(cache.centre.mean, repeats)) if lone else None
+    return replace(cache.centre, vectors=func(cache.centre.vectors, repeats)) if lone else None
 
 
 def _copied_to(func, cache, *, device=None, **kwargs) -> Centre:
-    return replace(cache.centre, mean=cache.centre.mean.to(device=device, copy=True))
+    return replace(cache.centre, vectors=cache.centre.vectors.to(device=device, copy=True))
 
 
 _MOVES: dict[object, Callable] = {
@@ -117,30 +117,28 @@ def _dense(value: torch.Tensor) -> torch.Tensor:
     return value.decode() if isinstance(value, CompressedKV) else value
 
 
-def _everywhere(cache: CompressedKV) -> torch.Tensor:
-    """What is taken off at every place, as wide as the cache."""
-    slots = torch.arange(cache.shape[cache.centre.dim], device=cache.device)
-    return cache.centre.at(slots).expand(cache.shape)
-
-
-def _less(cache: CompressedKV, source: torch.Tensor, taken: torch.Tensor) -> torch.Tensor:
-    return (_dense(source).float() - taken).to(cache.dtype)
+def _less(cache: CompressedKV, source: torch.Tensor, chosen: Callable = lambda x: x) -> torch.Tensor:
+    """What is left of a source for the places of a cache that `chosen` takes of a tensor as wide as that."""
+    centre = cache.centre
+    slots = torch.arange(cache.shape[centre.dim], device=cache.device)
+    taken, balance = (chosen(each.expand(cache.shape)) for each in (centre.at(slots), centre.balance))
+    return ((_dense(source).float() - taken) / balance).to(cache.dtype)
 
 
 def _write_copy(cache, source, non_blocking=False) -> tuple:
-    return (_less(cache, source, _everywhere(cache)),)
+    return (_less(cache, source),)
 
 
 def _write_index_copy(cache, dim, index, source) -> tuple:
     if source.dtype != cache.dtype or dim % cache.dim() == cache.dim() - 1:
         return dim, index, source
-    return dim, index, _less(cache, source, _everywhere(cache).index_select(dim, index))
+    return dim, index, _less(cache, source, lambda x: x.index_select(dim, index))
 
 
 def _write_index_put(cache, indices, values, accumulate=False) -> tuple:
     if len(indices) >= cache.dim() or accumulate:
         return indices, values, accumulate
-    return indices, _less(cache, values, aten.index.Tensor(_everywhere(cache), indices))
+    return indices, _less(cache, values, lambda x: aten.index.Tensor(x, indices))
 
 
 def _write_fill(cache, value=0.0) -> tuple:
@@ -172,12 +170,11 @@ def _cat(func, tensors, dim=0):
         )  # fmt: skip
         if not alike or dim == first.dim() - 1:
             return dispatch.decoded(func, (tensors, dim), {})
-        mean = func([each.centre.mean for each in tensors], dim)
-        return dispatch.run(func, (tensors, dim), {}).centred(replace(centre, mean=mean))
+        vectors = func([each.centre.vectors for each in tensors], dim)
+        return dispatch.run(func, (tensors, dim), {}).centred(replace(centre, vectors=vectors))
     parts, start = [first], first.shape[dim]
     for part in map(_dense, others):
-        taken = centre.at(torch.arange(start, start + part.shape[dim], device=first.device))
-        parts.append((part.float() - taken).to(part.dtype))
+        parts.append(centre.less(part, centre.places(start, part)))
         start += part.shape[dim]
     return dispatch.run(func, (parts, dim), {}).centred(centre)
 

@@ -164,7 +164,7 @@ class CompiledGraph:
 
 
 def _made(results, output) -> CompressedKV:
-    """A new cache of what a graph made: planes, the mean of its centre, and what is kept of it as it is."""
+    """A new cache of what a graph made: planes, the vectors of its centre, and what is kept of it as it is."""
     rest = list(results)
     planes = [rest.pop(0) for _ in output.codec.stores]
     cache = CompressedKV(planes, output.codec, output.head_dim, output.dtype)
