@@ -1,5 +1,6 @@
 """Each example runs as its own process, as a reader would start it, and prints what it promises."""
 
+import functools
 import importlib
 import json
 import os
@@ -195,6 +196,20 @@ def test_frontier(checkpoint, tmp_path):
     # Three bars with a model's tables counted and shared, and the last for each way to centre.
     assert len(re.findall(r"\| (?:NOT )?met +\|", shown)) == 2 * 3 + 3
     assert "<svg" in drawing.read_text()
+
+
+def test_option_costs(capsys, monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    example, decoder = importlib.import_module("option_costs"), importlib.import_module("tqcompile.bench.decoder")
+    monkeypatch.setattr(decoder, "VOCABULARY", 50)
+    monkeypatch.setattr(example, "Shape", functools.partial(example.Shape, heads=2, kv_heads=1, head_dim=16))
+    example.main(["--device", "cpu", "--inner", "eager", "--batch", "1", "--context", "40", "--layers", "1"])
+    rows = re.findall(r"^(\S.*?) +([\d.]+) +([\d.]+) x +([+-]\d+)$", capsys.readouterr().out, re.MULTILINE)
+    times = {name: float(ms) for name, ms, *_ in rows}
+    assert list(times) == ["dense", *example.EXTRAS]
+    for name, ms, ratio, more in rows:
+        assert float(ratio) == pytest.approx(times["dense"] / float(ms), abs=0.02)
+        assert float(more) == pytest.approx(1e3 * (times[name] - times["plain codes"]), abs=1.1)
 
 
 @pytest.mark.parametrize("mistake", WRONG)

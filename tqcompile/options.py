@@ -45,9 +45,11 @@ class Options:
     """
 
     centre: bool = False
-    """Take off keys, before they are encoded, the mean that they have before they are rotated by their positions.
+    """Take off keys, before they are encoded, the mean that they have before they are rotated by their positions, and
+    divide what is left by the balance of their channels with those of queries.
 
-    Attention adds what it contributes to the scores. The mean comes from a cache's first tokens, or from weights.
+    Attention adds what the mean contributes to the scores, and multiplies queries by the balance. Both come from a
+    cache's first tokens, the mean also from weights.
     """
 
     disable: tuple[str, ...] = ()
