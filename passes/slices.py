@@ -43,8 +43,11 @@ class Slicer:
 
     def __init__(self, graph: fx.Graph, caches=()):
         self.order = {node: at for at, node in enumerate(graph.nodes)}
-        written = (operand for node in graph.nodes for operand in written_operands(node))
-        self.written = {memory_of(operand) for operand in written if tensor_of(operand) is not None}
+        self.writers: dict[int, list[fx.Node]] = {}
+        for node in graph.nodes:
+            for operand in written_operands(node):
+                if tensor_of(operand) is not None:
+                    self.writers.setdefault(memory_of(operand), []).append(node)
         self.contents: dict[fx.Node, bool] = {}
         for node in graph.nodes:
             # What a model computes comes of parameters somewhere; what it computes of positions alone does not.
@@ -64,7 +67,7 @@ class Slicer:
             each for node in inside if node not in sources for each in node.all_input_nodes if each not in inside
         ]
         positions, count = {}, str(tensor_of(tokens).shape[dim])
-        for node in walk(factors, lambda node: [] if node in positions else node.all_input_nodes):
+        for node in walk(factors, lambda node: [] if node in positions else self._before(node, tokens)):
             inside[node] = None
             if self._is_position(node, count):
                 positions[node] = None
@@ -73,9 +76,22 @@ class Slicer:
         if not positions and not runs:
             raise NotRotated(NO_POSITION)
         ordered = sorted(inside, key=self.order.__getitem__)
-        if any(tensor_of(x) is not None and memory_of(x) in self.written for x in ordered if x not in positions):
+        # What the model holds must not be written by running a part of its graph, and content is not followed there.
+        kept = [node for node in ordered if self.contents[node] or node.op in ("placeholder", "get_attr")]
+        if any(self._written(node) for node in kept if node not in positions):
             raise NotRotated(WRITTEN)
         return Slice(tokens, tuple(sources), tuple(positions), tuple(runs), tuple(ordered))
+
+    def _written(self, node: fx.Node) -> list[fx.Node]:
+        """The nodes that write into the memory of a tensor."""
+        return [] if tensor_of(node) is None else self.writers.get(memory_of(node), [])
+
+    def _before(self, node: fx.Node, tokens: fx.Node) -> list[fx.Node]:
+        """What a factor is computed from, and what is written into that before the tokens are there."""
+        writers = [writer for writer in self._written(node) if self.order[writer] < self.order[tokens]]
+        if any(self.contents[writer] for writer in writers):
+            raise NotRotated(WRITTEN)
+        return [*node.all_input_nodes, *writers]
 
     def _behind(self, node: fx.Node, sources: dict[fx.Node, None]) -> list[fx.Node]:
         """The content that a node is linear in; without any it is a source."""

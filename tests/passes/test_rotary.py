@@ -97,6 +97,16 @@ def a_part_with_the_rest_behind(model, x, positions):
     return torch.cat((part * cos + rotate_half(part) * sin, rest), dim=-1)
 
 
+@spelled(HALVES)
+def halves_of_angles_that_are_filled_in(model, x, positions):
+    """Angles of several kinds of positions, those of one kind written over the others'."""
+    angles = positions.expand(3, 1, -1)[..., None] * model.inv_freq
+    first = angles[0]
+    first[..., 1:HALF:3] = angles[1, ..., 1:HALF:3]
+    emb = torch.cat((first, first), -1)
+    return x * emb.cos() + rotate_half(x) * emb.sin()
+
+
 @spelled(PAIRS)
 def pairs_stacked(model, x, positions):
     cos, sin = model.cos[positions], model.sin[positions]
@@ -229,6 +239,12 @@ def _at_rest():
     return Rotation((0.0,) * HEAD_DIM, tuple(range(HEAD_DIM)))
 
 
+def _cleared_in_part(model, x, positions):
+    keys = halves(model, x, positions)
+    keys[..., 0] = 0
+    return keys
+
+
 NONE_FOUND = {
     "learned positions": (lambda model, x, positions: x + model.cos[positions].repeat(1, 2), NO_POSITION),
     "no positions": (lambda model, x, positions: x * 2, NO_POSITION),
@@ -240,6 +256,7 @@ NONE_FOUND = {
         ),
         NOT_A_ROTATION,
     ),
+    "keys that are written into": (_cleared_in_part, WRITTEN),
     "tables written in place": (
         lambda model, x, positions: x * model.cos.mul_(1.0)[positions].repeat(1, 2),
         WRITTEN,
