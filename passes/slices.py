@@ -101,6 +101,11 @@ class Slicer:
         linear = name in _MOVES | CASTS or pieces or (name in _SUMS and len(content) == len(_tensors(node)))
         if content and (linear or (name in _PRODUCTS and self._is_scaled(node, content))):
             return content
+        scales = [operand for operand in content if same_size(tensor_of(operand).shape[-1], 1)]
+        if name in _PRODUCTS and len(content) == 2 and len(scales) == 1 and node.args[0] is not scales[0]:
+            # One number for all channels of a token, as a norm without weights has, leaves a rotation what it is.
+            sources[scales[0]] = None
+            return content
         sources[node] = None
         return []
 

@@ -199,6 +199,32 @@ def test_rotated_keys_that_are_repeated_for_every_query_are_found_alike():
     assert rotations(Keys(rotate), hidden, positions) == rotations(Keys(halves), hidden, positions)
 
 
+def normed(x):
+    return x * x.square().mean(-1, keepdim=True).rsqrt()
+
+
+@pytest.mark.parametrize("after", [False, True])
+def test_a_norm_without_weights_before_or_behind_a_rotation_changes_no_angle(after):
+    def rotate(model, x, positions):
+        return normed(halves(model, x, positions)) if after else halves(model, normed(x), positions)
+
+    hidden, positions = torch.randn(2, TOKENS, EMBED), torch.arange(TOKENS)
+    assert rotations(Keys(rotate), hidden, positions) == rotations(Keys(halves), hidden, positions)
+
+
+def test_weights_behind_a_rotation_are_not_taken_for_one():
+    class Weighed(Keys):
+        def __init__(self):
+            super().__init__(halves)
+            self.weight = nn.Parameter(torch.linspace(0.5, 2, HEAD_DIM))
+
+        def forward(self, hidden, positions):
+            return super().forward(hidden, positions) * self.weight
+
+    with pytest.raises(NotRotated, match=NO_POSITION):
+        rotations(Weighed(), torch.randn(2, TOKENS, EMBED), torch.arange(TOKENS))
+
+
 def test_half_precision_is_no_reason_to_find_other_frequencies():
     model = Keys(halves_of_a_matrix_product)
     model.proj.to(torch.bfloat16)
@@ -282,16 +308,18 @@ def test_an_angle_that_is_no_multiple_of_the_position_is_not_taken_for_one():
 
 
 def test_a_slice_stops_where_keys_stop_being_linear():
-    """Behind a norm nothing is linear: what leaves it is what is rotated."""
+    """Behind a function of single numbers nothing is: what leaves it is what is rotated."""
 
     class Normed(Keys):
+        weight = nn.Parameter(torch.ones(HEAD_DIM))
+
         def forward(self, hidden, positions):
             x = self.proj(hidden).view(*hidden.shape[:2], HEADS, HEAD_DIM).transpose(1, 2)
-            return halves(self, x * x.square().mean(-1, keepdim=True).rsqrt(), positions)
+            return halves(self, self.weight * torch.tanh(x), positions)
 
     gm, (tokens,) = captured(Normed(halves), torch.randn(2, TOKENS, EMBED), torch.arange(TOKENS))
     (source,) = Slicer(gm.graph).slice(tokens, 2).sources
-    assert spelling(source) == "mul" and "rsqrt" in [spelling(operand) for operand in source.all_input_nodes]
+    assert spelling(source) == "mul" and "tanh" in [spelling(operand) for operand in source.all_input_nodes]
 
 
 @pytest.mark.parametrize(
