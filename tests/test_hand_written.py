@@ -24,6 +24,9 @@ VOCABULARY = 48
 
 EVERY_MODEL = pytest.mark.parametrize("name", MODELS)
 
+# Those whose keys can be centred.
+CENTRED = ("autocast", "fast", "index_copy", "lora", "nano", "printed", "relative_bias", "speculative")
+
 # Tokens of each call: a prefill, single steps, several tokens at once; and another conversation with the same model.
 FIRST, SECOND, SHORT = [7, 1, 1, 1, 1, 1, 3], [7, 1, 3], [6, 1]
 
@@ -118,6 +121,18 @@ def test_a_lossless_codec_changes_nothing_and_the_steps_soon_need_no_new_graph(n
         assert difference(ours, dense) < tolerance(module)
         assert_as_expected(module, model, state)
     assert call.graphs[3] == call.graphs[5], call.graphs
+
+
+@pytest.mark.parametrize("name", CENTRED)
+def test_centred_keys_with_first_and_last_tokens_as_they_are_change_nothing(name):
+    module, model = load(name)
+    twin, call = copy.deepcopy(model), compiled(model, "identity", centre=True, sinks=2, window=6)
+    for lengths, seed in ((FIRST, 0), (SECOND, 1)):
+        ours, state = converse(module, model, call, lengths, seed)
+        dense, _ = converse(module, twin, twin, lengths, seed)
+        assert difference(ours, dense) < tolerance(module)
+    caches = module.caches(model, state)
+    assert any(isinstance(cache, tqcompile.CompressedKV) and cache.centre is not None for cache in caches)
 
 
 @EVERY_MODEL
