@@ -1,5 +1,6 @@
 """What every test starts from: nothing compiled, no records, one thread."""
 
+import gc
 import logging
 import pathlib
 import sys
@@ -26,12 +27,23 @@ settings.load_profile("tests")
 torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def collected():
+    """What was frozen for the tests of a file is looked at again, lest what died since is kept."""
+    yield
+    gc.unfreeze()
+
+
 @pytest.fixture(autouse=True)
-def fresh_compiler():
+def fresh_compiler(collected):
     """No graph, record or seed is carried from one test to the next."""
     torch._dynamo.reset()
     cpu.use_row_compiler(None)
     clear()
     torch.manual_seed(0)
+    # A graph over a growing cache collects at its first call. Of the million objects that were imported before, and are
+    # kept, that takes longer than compiling: the collector looks at those of this test only.
+    gc.collect()
+    gc.freeze()
     yield
     torch._dynamo.reset()

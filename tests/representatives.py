@@ -5,6 +5,8 @@ or compiled another way. Rotated codebooks are read by kernels that are printed 
 a preset or a user is likely to take has its own.
 """
 
+from collections.abc import Collection
+
 from tqcompile.codec import Codec, Term
 from tqcompile.formats import REGISTRY
 
@@ -21,6 +23,17 @@ def _kind_of_term(term: Term) -> tuple:
     # Terms that share the channels out are fitted one by one, as whole codecs are, and read the same whatever the fit.
     part = "part" if term.share < 1 else "whole" if term.share == 1 else "several"
     return term.fit if part != "part" else term.codes.table, term.basis, part
+
+
+def every_pair(first: Collection, second: Collection, third: Collection) -> list[tuple]:
+    """Cases of three axes in which each two values of two axes meet, and not each three.
+
+    Raises ValueError where the third axis has more values than another, some of which it would not meet.
+    """
+    if len(third) > min(len(first), len(second)):
+        raise ValueError(f"the third axis has {len(third)} values, more than another: put the longest first")
+    third = list(third)
+    return [(a, b, third[(i + j) % len(third)]) for i, a in enumerate(first) for j, b in enumerate(second)]
 
 
 REPRESENTATIVES = list({kind_of(codec): codec.name for codec in reversed(REGISTRY.values())}.values())[::-1]

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from checkpoints import assert_compressed, assert_same, new_cache, prompt, step, tiny
+from representatives import every_pair
 
 from tqcompile import report
 
@@ -54,9 +55,7 @@ def assert_centred(cache, model):
     assert not any(graph.uncentred for graph in report(model).graphs)
 
 
-@EVERY_CACHE
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name, attention, kind", every_pair(MODELS, ("sdpa", "eager"), ("dynamic", "static")))
 def test_identity_equals_the_eager_model(name, attention, kind):
     model = tiny(name, attention)
     call, ours, dense = compiled(model), new_cache(kind, model), new_cache(kind, model)

@@ -3,7 +3,8 @@
 import pytest
 import torch
 from checkpoints import assert_same, new_cache, prompt, step, tiny
-from test_centred_models import BETWEEN, CALLS, EVERY_CACHE, assert_centred, changed, conversation, padded
+from representatives import every_pair
+from test_centred_models import BETWEEN, CALLS, EVERY_CACHE, MODELS, assert_centred, changed, conversation, padded
 
 EVERYTHING = {"keys": "turboquant:2", "values": "turboquant:2", "sinks": 2, "window": 60}
 SOME = {"preset": "lossless", "sinks": 2, "window": 7}
@@ -19,9 +20,7 @@ def assert_kept(cache, least):
             assert (side.recent.index >= 0).sum() >= least
 
 
-@EVERY_CACHE
-@pytest.mark.parametrize("options", [EVERYTHING, SOME], ids=["all exact", "some exact"])
-@pytest.mark.parametrize("name", ["llama", "qwen2, biases"])
+@pytest.mark.parametrize("name, options, kind", every_pair(MODELS, (EVERYTHING, SOME), ("dynamic", "static")))
 def test_what_is_kept_is_less_the_centre_that_scores_get_back(name, options, kind):
     model = tiny(name)
     call, ours, dense = compiled(model, **options), new_cache(kind, model), new_cache(kind, model)

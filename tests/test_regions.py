@@ -89,13 +89,17 @@ def test_a_cache_that_fits_in_its_regions_is_as_good_as_dense(kind, codec):
     ours, dense = conversations(kind, shape, (codec, codec), sinks=4, window=20)
     dense = Twin(dense, ("identity",) * 2, 0, 0)
     x = torch.randn(2, 11, EMBED)
-    for part in x.split((5, 1, 3, 1, 1), 1):
+    # What a codec can change shows in a prompt and a step; which calls there are changes the graph, and not the codec.
+    for part in x.split((5, 1, 3, 1, 1) if codec == "turboquant:2" else (10, 1), 1):
         torch.testing.assert_close(ours.feed(part), dense.feed(part), rtol=1e-5, atol=1e-5)
     assert all(kept(cache) >= set(range(11)) for cache in ours.caches())
 
 
-@pytest.mark.parametrize("reader", READERS)
-@pytest.mark.parametrize("kind", ["tuples", "counter"])
+# Each spelling in each of the two kinds of cache is in test_cache_shapes.py: here they take turns.
+SPELLINGS = [(("tuples", "counter")[place % 2], reader) for place, reader in enumerate(READERS)]
+
+
+@pytest.mark.parametrize("kind, reader", SPELLINGS)
 def test_every_spelling_of_attention_reads_them(kind, reader):
     shape = Shape(layers=1, reader=reader, head_dim=24)
     ours, twin = talks(kind, shape, 2, 3)

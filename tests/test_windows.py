@@ -4,6 +4,7 @@ import pytest
 import torch
 from checkpoints import assert_compressed, assert_same, new_cache, prompt, step, tensors, tiny
 from conversations import fake_quantised
+from representatives import every_pair
 
 import tqcompile
 from tqcompile import CompressedKV, formats
@@ -52,6 +53,8 @@ def ring(q, k, v, past, filled):
 
 
 STEPS = {"cut": cut, "rolled": rolled, "ring": ring}
+CODECS = [("identity", "identity"), ("turboquant:3", "q8_0")]
+WINDOWED = [("gemma2, softcap and window", "eager"), ("mistral, window", "sdpa")]
 
 
 def new(kind):
@@ -59,9 +62,7 @@ def new(kind):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("calls", CALLS)
-@pytest.mark.parametrize("codecs", [("identity", "identity"), ("turboquant:3", "q8_0")], ids="/".join)
-@pytest.mark.parametrize("kind", STEPS)
+@pytest.mark.parametrize("kind, calls, codecs", every_pair(STEPS, CALLS, CODECS))
 def test_a_window_holds_the_codes_of_its_tokens_as_they_were_first_made(kind, codecs, calls):
     generator = torch.Generator().manual_seed(5)
     options = {"keys": codecs[0], "values": codecs[1], "inner": "eager"}
@@ -98,11 +99,11 @@ def test_a_window_that_slides_takes_the_room_of_a_window():
     assert max(held) <= (WINDOW + 33) * HEADS * width
 
 
-@pytest.mark.parametrize("kind", ["dynamic", "static"])
-@pytest.mark.parametrize(("name", "attention"), [("gemma2, softcap and window", "eager"), ("mistral, window", "sdpa")])
-@pytest.mark.parametrize("calls", [(6, 1, 1, 3, 1, 1, 1, 4, 1), (12, 1, 3, 1)], ids=str)
-def test_windows_of_transformers_equal_the_eager_model(kind, name, attention, calls):
-    model = tiny(name, attention)
+@pytest.mark.parametrize(
+    "kind, model, calls", every_pair(("dynamic", "static"), WINDOWED, [(6, 1, 1, 3, 1, 1, 1, 4, 1), (12, 1, 3, 1)])
+)
+def test_windows_of_transformers_equal_the_eager_model(kind, model, calls):
+    model = tiny(*model)
     compiled = torch.compile(model, backend="turboquant", options={"preset": "lossless", "inner": "eager"})
     for _ in range(2):
         ours, dense = new_cache(kind, model), new_cache(kind, model)
