@@ -78,8 +78,8 @@ def page() -> str:
     bits = [f"bits at {d}" for d in HEAD_DIMS]
     headers = ("codec", "stored", "basis", *bits, "unbiased", "values", "least head_dim", "source")
     codecs = tabulate([row(codec) for codec in formats.REGISTRY.values()], headers, "github", disable_numparse=True)
-    presets = [(f"`{name}`", f"`{keys}`", f"`{values}`") for name, (keys, values) in formats.PRESETS.items()]
-    return TEXT.format(codecs=codecs, presets=tabulate(presets, ("preset", "keys", "values"), "github"))
+    presets = [(f"`{name}`", f"`{p.keys}`", f"`{p.values}`", p.extras) for name, p in formats.PRESETS.items()]
+    return TEXT.format(codecs=codecs, presets=tabulate(presets, ("preset", "keys", "values", "beside codes"), "github"))
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -45,7 +45,7 @@ def main() -> None:
     """Read the figures, write the drawing."""
     # Text as text and a fixed salt: the same figures make the same file.
     matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "tqcompile"})
-    chosen = {"/".join(pair): name for name, pair in formats.PRESETS.items()}
+    chosen = {"/".join(preset.pair): name for name, preset in formats.PRESETS.items() if not preset.extras}
     figure = draw(json.loads(SOURCE.read_text()), chosen)
     figure.savefig(TARGET, metadata={"Date": None})
     print(f"wrote {TARGET.name}")

@@ -29,11 +29,11 @@ class NotCentred(Exception):
 
 def centre(gm: fx.GraphModule, context: Context) -> int:
     """Fill `context.centres` and `context.uncentred`; returns how many caches of keys are centred."""
-    if not context.options.centre or not context.sites:
+    if not context.options.chosen.centre or not context.sites:
         return 0
     made = [site.root for site in context.sites if site.kind == "create"]
     created = Survey(gm.graph, dict.fromkeys(made)) if made else None
-    rotations = Rotations(gm, context.survey.views)
+    rotations = Rotations(gm, {site.root for site in context.sites})
     for site in context.sites:
         if site.role not in ("keys", "both"):
             continue
@@ -67,8 +67,8 @@ def _centring(site: Site, survey: Survey, rotations: Rotations, context: Context
     if isinstance(held, CompressedKV):
         if held.centre is None or held.centre.dim != dim:
             raise NotCentred("its first tokens were encoded as they are", root)
-        return Centring(held.centre.rotation, dim, sinks=context.options.sinks)
-    return replace(_found(rotations, tokens, int(tensor_of(root).shape[-1]), dim), sinks=context.options.sinks)
+        return Centring(held.centre.rotation, dim, sinks=context.options.chosen.sinks)
+    return replace(_found(rotations, tokens, int(tensor_of(root).shape[-1]), dim), sinks=context.options.chosen.sinks)
 
 
 def _found(rotations: Rotations, tokens: list[tuple[fx.Node, int]], head_dim: int, dim: int) -> Centring:

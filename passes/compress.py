@@ -200,7 +200,7 @@ class _Rewriter(Writer):
             values.codec.name,
             *dims,
             result.dtype,
-            **({"exact": exact, "first": self.context.options.sinks} if (exact := self.exact(read)) else {}),
+            **({"exact": exact, "first": self.context.options.chosen.sinks} if (exact := self.exact(read)) else {}),
         )
 
     def _mask(self, masks: tuple[Mask, ...], folding: tuple[fx.Node, fx.Node] | None) -> fx.Node | None:

@@ -17,7 +17,7 @@ from tqcompile.recent import Regions
 
 def regions(gm: fx.GraphModule, context: Context) -> int:
     """Fill `context.regions`, and `context.kept` for the report; returns how many caches keep such tokens."""
-    sinks, window = context.options.sinks, context.options.window
+    sinks, window = context.options.chosen.sinks, context.options.chosen.window
     if not sinks + window:
         return 0
     made = [site.root for site in context.sites if site.kind == "create"]

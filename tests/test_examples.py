@@ -13,6 +13,8 @@ import sys
 import pytest
 from checkpoints import save_characters
 
+from tqcompile import formats
+
 ROOT = pathlib.Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
 TINY = ("--inner", "eager", "--keys", "turboquant:5", "--values", "turboquant:4")
@@ -196,6 +198,32 @@ def test_frontier(checkpoint, tmp_path):
     # Three bars with a model's tables counted and shared, and the last for each way to centre.
     assert len(re.findall(r"\| (?:NOT )?met +\|", shown)) == 2 * 3 + 3
     assert "<svg" in drawing.read_text()
+
+
+def test_presets(checkpoint, tmp_path, capsys, monkeypatch):
+    """Of random weights, only what does not hang on them: bits, bytes, and that a bar is judged by its figures."""
+    monkeypatch.syspath_prepend(EXAMPLES)
+    example, found = importlib.import_module("presets"), tmp_path / "found.json"
+    monkeypatch.setattr(example, "SEEDS", example.SEEDS[:2])
+    monkeypatch.setattr(example, "SHORT", dict(list(example.SHORT.items())[:1]))
+    presets = {name: formats.PRESETS[name] for name in ("balanced", "tiny")}
+    monkeypatch.setattr(formats, "PRESETS", presets)
+    size = {"context": 128, "short": 128, "windows": 2, "batch": 2, "chunk": 16, "dtype": "float32", "json": found}
+    given = ["--model", checkpoint, "--no-needle", *(part for name, of in size.items() for part in (f"--{name}", of))]
+    example.main(list(map(str, [*given, "--part", "table", "short"])))
+    shown, parts = capsys.readouterr().out, json.loads(found.read_text())
+    table = parts["table"]
+    assert list(table) == ["dense", *presets] and presets["tiny"].extras in shown
+    # A scalar of 16 bits for each vector of 32 numbers; and of a Llama, for 128.
+    assert table["balanced"]["bits"] == 4.5 and table["balanced"]["bytes_a_token"] == 32 * 8 * (128 * 8 / 8 + 4)
+    # 68 of 128 tokens in 32 bits, and two vectors.
+    assert table["tiny"]["bits"] > 2.5 + 68 / 128 * 32 and table["tiny"]["kl"] > 0
+    rows = {name: [row["kl"] for row in rows] for name, rows in parts["short"].items()}
+    assert len(rows["q4_0:hadamard"]) == 1 and len(set(rows["turboquant:4+centre+sinks=1"])) == 2
+    (line,) = (line for line in shown.splitlines() if line.startswith("| <= 4.3"))
+    kl, _, bits, bound, said = (cell.split(" by ")[0].strip() for cell in line.split("|")[2:-1])
+    assert float(bound) == pytest.approx(0.6 * rows["q4_0:hadamard"][0], abs=1e-5)
+    assert said == ("met" if float(kl) <= float(bound) and float(bits) <= 4.3 else "NOT met")
 
 
 def test_option_costs(capsys, monkeypatch):

@@ -306,7 +306,8 @@ def test_options_of_a_script_stand_over_those_of_the_command(tmp_path):
     script = written(tmp_path, REFUSED.replace("{options}", ', options={"preset": "quality"}'))
     _, text, _ = explain(script, "--preset", "small")
     assert "self.v_cache: in_place, values as q8_0" in text
-    assert "keys turboquant:4, values turboquant:2, inner eager; what the script says itself stands over these" in text
+    small = "keys turboquant:3, values turboquant:2, first 4 and last 64 tokens exact, keys centred, inner eager"
+    assert f"{small}; what the script says itself stands over these" in text
 
 
 def test_a_script_that_compiles_nothing_is_told_what_to_write(tmp_path):
@@ -359,7 +360,7 @@ WRONG = {
         "--keys='turboqant:4' is unknown; did you mean 'turboquant:4'",
     ),
     "no codec of values": (("./nowhere", "--values", "q8"), "--values='q8' is unknown; did you mean 'q8_0'?"),
-    "no preset": (("./nowhere", "--preset", "tiny"), "--preset='tiny' is unknown"),
+    "no preset": (("./nowhere", "--preset", "huge"), "--preset='huge' is unknown"),
     "no tokens": (("./nowhere", "--context", 0), "--context: '0' is not a whole number of 1 or more"),
     "no cache": (("./nowhere", "--cache", "paged"), "--cache: invalid choice: 'paged'"),
     "no place": (

@@ -24,8 +24,16 @@ def test_no_two_codecs_share_a_digest():
 
 
 def test_each_preset_is_a_pair_of_codecs_that_exist():
-    for keys, values in formats.PRESETS.values():
-        assert formats.codec(keys) and formats.codec(values)
+    for preset in formats.PRESETS.values():
+        assert all(map(formats.codec, preset.pair))
+
+
+def test_a_preset_says_what_it_has_beside_codes():
+    said = {name: preset.extras for name, preset in formats.PRESETS.items()}
+    assert said["balanced"] == said["quality"] == said["lossless"] == ""
+    assert said["small"] == said["tiny"] == "first 4 and last 64 tokens exact, keys centred"
+    assert formats.Preset("q8_0", "q8_0", window=3).extras == "last 3 tokens exact"
+    assert formats.Preset("q8_0", "q8_0", centre=True).extras == "keys centred"
 
 
 @pytest.mark.parametrize(
@@ -85,7 +93,8 @@ def test_only_sketches_of_keys_are_no_good_for_values():
     refused = {codec.name for codec in formats.REGISTRY.values() if not codec.for_values}
     assert refused == {"qjl:1", "qjl:2", "qjl:4"}
     assert {*formats.REGISTRY} - {*formats.FOR_VALUES} == refused
-    for _, values in (*formats.PRESETS.values(), *map(formats.pair_of, formats.REGISTRY)):
+    presets = (preset.pair for preset in formats.PRESETS.values())
+    for _, values in (*presets, *map(formats.pair_of, formats.REGISTRY)):
         formats.check_values(values)
     for name in formats.REGISTRY:
         keys, values = formats.pair_of(name)

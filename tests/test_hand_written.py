@@ -24,7 +24,8 @@ VOCABULARY = 48
 
 EVERY_MODEL = pytest.mark.parametrize("name", MODELS)
 
-# Those whose keys can be centred.
+# Those whose keys can be centred, and of them those that rotate keys by their positions.
+TURNED = {"fast", "index_copy"}
 CENTRED = ("autocast", "fast", "index_copy", "lora", "nano", "printed", "relative_bias", "speculative")
 
 # Tokens of each call: a prefill, single steps, several tokens at once; and another conversation with the same model.
@@ -131,8 +132,9 @@ def test_centred_keys_with_first_and_last_tokens_as_they_are_change_nothing(name
         ours, state = converse(module, model, call, lengths, seed)
         dense, _ = converse(module, twin, twin, lengths, seed)
         assert difference(ours, dense) < tolerance(module)
-    caches = module.caches(model, state)
-    assert any(isinstance(cache, tqcompile.CompressedKV) and cache.centre is not None for cache in caches)
+    caches = (cache for cache in module.caches(model, state) if isinstance(cache, tqcompile.CompressedKV))
+    turns = [cache.centre.rotation.turns for cache in caches if cache.centre is not None]
+    assert turns and all(turning == (name in TURNED) for turning in turns)
 
 
 @EVERY_MODEL

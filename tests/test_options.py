@@ -31,24 +31,36 @@ def test_defaults():
         "preset": "balanced",
         "keys": None,
         "values": None,
-        "sinks": 0,
-        "window": 0,
+        "sinks": None,
+        "window": None,
         "strict": False,
-        "centre": False,
+        "centre": None,
         "disable": (),
         "inner": "inductor",
         "dump": None,
     }
-    assert codecs(options) == formats.PRESETS["balanced"]
+    assert options.chosen == formats.PRESETS["balanced"] and codecs(options) == formats.PRESETS["balanced"].pair
 
 
 @pytest.mark.parametrize("preset", formats.PRESETS)
 def test_a_preset_is_a_pair_and_each_half_can_be_replaced(preset):
-    keys, values = formats.PRESETS[preset]
+    keys, values = formats.PRESETS[preset].pair
     assert codecs(resolve({"preset": preset})) == (keys, values)
     assert codecs(resolve({"preset": preset, "keys": "turboquant:8"})) == ("turboquant:8", values)
     assert codecs(resolve({"preset": preset, "values": "turboquant:8"})) == (keys, "turboquant:8")
     assert codecs(resolve({"keys": "identity", "values": "q8_0"})) == ("identity", "q8_0")
+
+
+def test_a_preset_is_whole():
+    """A codec that is named takes the place of one that was measured with what is kept exactly and centred."""
+    small = formats.PRESETS["small"]
+    assert resolve({"preset": "small"}).chosen == small and small.sinks and small.window and small.centre
+    named = resolve({"preset": "small", "keys": "q8_0"}).chosen
+    assert named == formats.Preset("q8_0", small.values)
+    assert resolve({"preset": "small", "keys": "q8_0", "window": 8}).chosen == dataclasses.replace(named, window=8)
+    for name, value in (("sinks", 0), ("window", 7), ("centre", False)):
+        assert resolve({"preset": "small", name: value}).chosen == dataclasses.replace(small, **{name: value})
+    assert resolve({"sinks": 3}).chosen == dataclasses.replace(formats.PRESETS["balanced"], sinks=3)
 
 
 @pytest.mark.parametrize(
@@ -83,10 +95,10 @@ def test_what_is_given_beats_the_environment(monkeypatch):
 
 
 def test_a_given_preset_beats_the_halves_of_the_environment(monkeypatch):
-    monkeypatch.setenv(ENVIRONMENT, "preset=quality,keys=identity,values=identity")
+    monkeypatch.setenv(ENVIRONMENT, "preset=quality,keys=identity,values=identity,sinks=9,centre=0")
     assert codecs(resolve()) == ("identity", "identity")
-    assert codecs(resolve({"preset": "small"})) == formats.PRESETS["small"]
-    assert codecs(resolve({"preset": "small", "keys": "q8_0"})) == ("q8_0", formats.PRESETS["small"][1])
+    assert resolve({"preset": "small"}).chosen == formats.PRESETS["small"]
+    assert codecs(resolve({"preset": "small", "keys": "q8_0"})) == ("q8_0", formats.PRESETS["small"].values)
     assert codecs(resolve({"values": "q8_0"})) == ("identity", "q8_0")
 
 
@@ -149,7 +161,7 @@ def test_a_wrong_environment_is_named(monkeypatch, text, words):
 
 @pytest.mark.parametrize("name", [name for name in formats.REGISTRY if name not in formats.FOR_VALUES])
 def test_what_serves_keys_alone_is_taken_for_keys_and_no_list_offers_it_for_values(name):
-    assert codecs(resolve({"keys": name})) == (name, formats.PRESETS["balanced"][1])
+    assert codecs(resolve({"keys": name})) == (name, formats.PRESETS["balanced"].values)
     with pytest.raises(ValueError) as raised:
         resolve({"keys": name, "values": name})
     offered = str(raised.value).partition("for values one of: ")[2].split(", ")
@@ -185,7 +197,7 @@ def test_every_option_says_what_it_is():
 
 def test_a_digest_tells_apart_what_compiles_differently_only():
     digest = Options().digest()
-    keys, values = formats.PRESETS["balanced"]
+    keys, values = formats.PRESETS["balanced"].pair
     for alike in (Options(keys=keys), Options(keys=keys, values=values, preset="small"), Options(dump="here")):
         assert alike.digest() == digest
     both = Options(disable=("sites", "compress"))
@@ -289,7 +301,7 @@ def test_inner_compilers(inner):
     [
         (None, {"keys": "q8_0"}, "q8_0", "turboquant:3"),
         ("keys=turboquant:2, values=turboquant:2", {"keys": "q8_0"}, "q8_0", "turboquant:2"),
-        ("keys=turboquant:2,preset=quality", {"preset": "small"}, "turboquant:4", "turboquant:2"),
+        ("keys=turboquant:2,preset=quality", {"preset": "small"}, *formats.PRESETS["small"].pair),
         ("preset=small", {"preset": "quality", "values": "identity"}, "q8_0", "identity"),
         ("", {}, "turboquant:5", "turboquant:3"),
     ],

@@ -85,7 +85,9 @@ def test_a_cache_that_grows_asks_for_any_length_where_sizes_are_static_otherwise
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
 def test_a_llama_decodes_for_long_without_compiling(kind):
     model = tiny("llama")
-    call = torch.compile(model, backend="turboquant", options={"preset": "small", "inner": "eager"})
+    call = torch.compile(
+        model, backend="turboquant", options={"keys": "turboquant:4", "values": "turboquant:2", "inner": "eager"}
+    )
     cache = StaticCache(config=model.config, max_cache_len=128) if kind == "static" else new_cache(kind, model)
 
     @torch.no_grad()

@@ -29,7 +29,7 @@ def dense(q, k, v, mask=None, causal=False, scale=1.0, change=lambda scores: sco
 class Case:
     """Random compressed keys and values, a query, and both sides of the comparison."""
 
-    def __init__(self, pair=PRESETS["balanced"], shape=(2, 4, 2, 3, 37), dims=(64, 64), dtype=torch.float32):
+    def __init__(self, pair=PRESETS["balanced"].pair, shape=(2, 4, 2, 3, 37), dims=(64, 64), dtype=torch.float32):
         batch, heads, kv_heads, queries, length = shape
         self.codecs = tuple(codec(name) for name in pair)
         self.dims, self.shape = dims, (batch, heads, queries, length)

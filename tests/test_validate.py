@@ -163,6 +163,27 @@ def small(folder, codecs, **settings):
     return model, validate(model, tokenizer, TEXT, codecs, chosen)
 
 
+def test_windows_beside_each_other_give_what_they_give_alone(folder):
+    names = ["turboquant:8", "turboquant:2+centre+sinks=2+window=8"]
+    alone, beside = (small(folder, names, prefill=20, chunk=4, batch=batch)[1] for batch in (1, 2))
+    for one, two in zip((alone.dense, *alone.rows), (beside.dense, *beside.rows)):
+        assert two.size.bits == pytest.approx(one.size.bits, rel=0.02) and two.size.elements == 2 * one.size.elements
+        assert two.quality.perplexity == pytest.approx(one.quality.perplexity, rel=1e-3)
+        assert two.quality.kl == pytest.approx(one.quality.kl, rel=0.02, abs=1e-12)
+        assert two.damage_keys == pytest.approx(one.damage_keys, rel=1e-3)
+    assert alone.rows[1].extras == "first 2 and last 8 tokens exact, keys centred" and not alone.rows[0].extras
+
+
+def test_a_window_is_worth_more_to_few_tokens_at_a_time(folder):
+    """The first of many see their neighbours as codes."""
+    kl = {}
+    for chunk in (2, 12):
+        _, found = small(folder, ["turboquant:2", "turboquant:2+window=8"], prefill=20, chunk=chunk)
+        plain, window = (row.quality.kl for row in found.rows)
+        kl[chunk] = window / plain
+    assert kl[2] < kl[12]
+
+
 def test_a_cache_that_stayed_dense_is_never_safe(folder, monkeypatch):
     """Its figures are perfect: they are the dense cache's."""
     monkeypatch.setenv(ENVIRONMENT, "disable=canonicalize")

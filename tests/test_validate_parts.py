@@ -3,12 +3,15 @@
 import json
 import math
 import pathlib
+from dataclasses import replace
 
 import numpy
 import pytest
 import torch
 
-from tqcompile.validate import Threshold, metrics, needle, tasks, text
+from tqcompile import formats
+from tqcompile.options import ENVIRONMENT
+from tqcompile.validate import Settings, Threshold, metrics, needle, tasks, text
 from tqcompile.validate.choice import choice, choices
 from tqcompile.validate.compare import Increase, Tokens, block_size, compare, increase
 from tqcompile.validate.result import Quality, Row
@@ -28,6 +31,16 @@ class Characters:
 
     def decode(self, ids):
         return "".join(map(chr, ids))
+
+
+def test_a_long_first_piece_is_read_before_short_ones():
+    assert text.pieces(100, 4, 60) == text.Pieces(60, 4, 10)
+    assert text.pieces(101, 4, 60) == text.Pieces(61, 4, 10)
+    assert text.pieces(100, 25) == text.Pieces(25, 25, 3)
+    for wrong in (0, 97, 100, 2.0):
+        with pytest.raises(ValueError, match=r"prefill.*from 1 to 96"):
+            Settings(context=100, chunk=4, prefill=wrong)
+    assert Settings(context=100, chunk=4, prefill=96).usual_chunk == 25
 
 
 @pytest.mark.parametrize(
@@ -246,14 +259,23 @@ def test_a_threshold_that_means_nothing_is_named(item):
 
 def test_a_choice_is_a_preset_a_codec_or_a_pair():
     assert choice("balanced").options == (("preset", "balanced"),)
-    assert choice("q8_0").pair == ("q8_0", "q8_0")
-    assert choice("turboquant:4/q8_0").pair == ("turboquant:4", "q8_0")
+    assert choice("q8_0").preset.pair == ("q8_0", "q8_0")
+    assert choice("turboquant:4/q8_0").preset.pair == ("turboquant:4", "q8_0")
     assert [one.name for one in choices(["q8_0, small", "q8_0"])] == ["q8_0", "small"]
     with pytest.raises(ValueError, match="serves keys alone"):
         choice("qjl:2")
-    for wrong in ("q8", "q8_0/", "a/b/c", ""):
+    with_extras = formats.Preset("turboquant:4", "q8_0", sinks=4, window=64, centre=True)
+    assert choice("turboquant:4/q8_0+centre+window=64+sinks=4").preset == with_extras
+    assert choice("small+window=0").preset == replace(formats.PRESETS["small"], window=0)
+    for wrong in ("q8", "q8_0/", "a/b/c", "", "q8_0+", "q8_0+center", "q8_0+sinks", "q8_0+sinks=-1", "q8_0+centre=1"):
         with pytest.raises(ValueError, match="codecs '"):
             choice(wrong)
+
+
+def test_a_choice_means_the_same_whatever_the_environment_says(monkeypatch):
+    monkeypatch.setenv(ENVIRONMENT, "preset=small,keys=identity,sinks=9")
+    assert choice("turboquant:4").preset == formats.Preset("turboquant:4", "turboquant:4")
+    assert choice("tiny").preset == formats.PRESETS["tiny"]
 
 
 def test_the_sample_is_ten_items_of_the_published_format():

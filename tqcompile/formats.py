@@ -1,6 +1,7 @@
 """One constructor a format, and the registry. The only file in which a format's name appears."""
 
 import difflib
+from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache
 
@@ -100,13 +101,40 @@ REGISTRY: dict[str, Codec] = {
 # What values can be kept in: the others serve products with a query alone.
 FOR_VALUES = tuple(name for name, codec in REGISTRY.items() if codec.for_values)
 
-# keys, values. Keys want more bits than values at every budget that was measured.
-PRESETS: dict[str, tuple[str, str]] = {
-    "balanced": ("turboquant:5", "turboquant:3"),
-    "quality": ("q8_0", "q8_0"),
-    "small": ("turboquant:4", "turboquant:2"),
-    "lossless": ("identity", "identity"),
+
+@dataclass(frozen=True)
+class Preset:
+    """How caches are kept: the codecs of keys and of values by name, how many of the first and last tokens are kept as
+    they are beside their codes, and whether keys are centred.
+    """
+
+    keys: str
+    values: str
+    sinks: int = 0
+    window: int = 0
+    centre: bool = False
+
+    @property
+    def pair(self) -> tuple[str, str]:
+        return self.keys, self.values
+
+    @property
+    def extras(self) -> str:
+        """In words what it has beside codecs; nothing where that is nothing."""
+        exact = [f"{which} {count}" for which, count in (("first", self.sinks), ("last", self.window)) if count]
+        return ", ".join([f"{' and '.join(exact)} tokens exact"] * bool(exact) + ["keys centred"] * self.centre)
+
+
+# Keys want more bits than values at every budget that was measured. Where bits are few, what is kept exactly and
+# centring gain more than bits would, and cost a step more than codes alone (docs/gpu.md): the default has neither.
+PRESETS: dict[str, Preset] = {
+    "balanced": Preset("turboquant:5", "turboquant:3"),
+    "quality": Preset("q8_0", "q8_0"),
+    "small": Preset("turboquant:3", "turboquant:2", sinks=4, window=64, centre=True),
+    "tiny": Preset("turboquant:2", "turboquant:2", sinks=4, window=64, centre=True),
+    "lossless": Preset("identity", "identity"),
 }
+DEFAULT = "balanced"
 
 
 @cache
@@ -137,4 +165,4 @@ def check_values(name: str) -> None:
 
 def pair_of(name: str) -> tuple[str, str]:
     """The codec called `name` for keys and values, or beside the default's values where it serves keys alone."""
-    return name, name if codec(name).for_values else PRESETS["balanced"][1]
+    return name, name if codec(name).for_values else PRESETS[DEFAULT].values

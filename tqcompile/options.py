@@ -6,14 +6,18 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from tqcompile import formats
 from tqcompile.codec import Codec
+from tqcompile.formats import Preset
 
 ENVIRONMENT = "TQCOMPILE_OPTIONS"
 PASSES = ("flex", "canonicalize", "absorb", "sites", "centre", "regions", "compress", "fuse")
+# What a preset has beside codecs.
+EXTRAS = ("sinks", "window", "centre")
 INNERS = ("inductor", "aot_eager", "eager")
 
 
@@ -23,8 +27,10 @@ class Options:
     environment variable TQCOMPILE_OPTIONS ("keys=turboquant:4,values=q8_0"), the later ones as defaults.
     """
 
-    preset: str = "balanced"
-    """A pair of codecs by name; `keys` and `values` override its halves."""
+    preset: str = formats.DEFAULT
+    """How both caches are kept, by name. Where `keys` or `values` is given it takes the place of the preset's, and what
+    the preset keeps exactly or centres is left out: a preset was measured as a whole.
+    """
 
     keys: str | None = None
     """Codec of the key cache, such as "turboquant:4" or "q8_0"."""
@@ -32,10 +38,10 @@ class Options:
     values: str | None = None
     """Codec of the value cache; some codecs serve keys alone."""
 
-    sinks: int = 0
-    """How many of the first tokens of each cache are kept as they are, too."""
+    sinks: int | None = None
+    """How many of the first tokens of each cache are kept as they are, too; None for what the preset says."""
 
-    window: int = 0
+    window: int | None = None
     """How many of its last tokens are: in the cache's own dtype, beside the codes of all tokens."""
 
     strict: bool = False
@@ -44,7 +50,7 @@ class Options:
     What a graph stores tokens in and reads counts as a cache, known to a pattern or not.
     """
 
-    centre: bool = False
+    centre: bool | None = None
     """Take off keys, before they are encoded, the mean that they have before they are rotated by their positions, and
     divide what is left by the balance of their channels with those of queries.
 
@@ -75,10 +81,10 @@ class Options:
                 raise ValueError(f"values={self.values!r}: {error}") from None
         for name in ("sinks", "window"):
             given = getattr(self, name)
-            if type(given) is not int or given < 0:
+            if given is not None and (type(given) is not int or given < 0):
                 raise ValueError(f"{name}={given!r}; give a number of tokens, 0 or more")
         for name in ("strict", "centre"):
-            if not isinstance(getattr(self, name), bool):
+            if not isinstance(getattr(self, name), bool) and (name, getattr(self, name)) != ("centre", None):
                 raise ValueError(f"{name}={getattr(self, name)!r}; allowed are True and False")
         if not isinstance(self.disable, (str, tuple, list, set, frozenset)):
             raise ValueError(f"disable={self.disable!r}; give names of passes, of: {', '.join(PASSES)}")
@@ -92,23 +98,32 @@ class Options:
         if self.dump is not None:
             object.__setattr__(self, "dump", Path(self.dump))
 
+    @cached_property
+    def chosen(self) -> Preset:
+        """The preset, and what is given beside it."""
+        preset = formats.PRESETS[self.preset]
+        if self.keys or self.values:
+            preset = Preset(self.keys or preset.keys, self.values or preset.values)
+        given = {name: getattr(self, name) for name in EXTRAS}
+        return replace(preset, **{name: value for name, value in given.items() if value is not None})
+
     @property
     def key_codec(self) -> Codec:
-        return formats.codec(self.keys or formats.PRESETS[self.preset][0])
+        return formats.codec(self.chosen.keys)
 
     @property
     def value_codec(self) -> Codec:
-        return formats.codec(self.values or formats.PRESETS[self.preset][1])
+        return formats.codec(self.chosen.values)
 
     def digest(self) -> str:
         """Equal exactly where two sets of options compile a graph alike."""
-        codecs, regions = (self.key_codec.digest(), self.value_codec.digest()), (self.sinks, self.window)
-        content = (*codecs, *regions, self.strict, self.centre, sorted(self.disable), self.inner)
+        codecs = self.key_codec.digest(), self.value_codec.digest()
+        content = (*codecs, self.chosen, self.strict, sorted(self.disable), self.inner)
         return hashlib.sha256(repr(content).encode()).hexdigest()[:12]
 
 
 def resolve(given: Mapping[str, Any] | None = None, defaults: Options | None = None) -> Options:
-    """Options of `given`, over `defaults` or those of the environment; a given preset overrides both of its halves.
+    """Options of `given`, over `defaults` or those of the environment; a given preset overrides all of its parts.
 
     Raises:
         ValueError: an unknown name or value; says what was given, what is allowed, and the nearest match.
@@ -116,7 +131,7 @@ def resolve(given: Mapping[str, Any] | None = None, defaults: Options | None = N
     given = dict(given or {})
     _check_names(given)
     if "preset" in given:
-        given = {"keys": None, "values": None, **given}
+        given = dict.fromkeys(("keys", "values", *EXTRAS)) | given
     return replace(defaults or _from_environment(), **given)
 
 
@@ -124,13 +139,13 @@ def resolve(given: Mapping[str, Any] | None = None, defaults: Options | None = N
 def as_defaults(given: Mapping[str, str]) -> Iterator[None]:
     """While this is open, TQCOMPILE_OPTIONS says `given` too: what a compile takes that does not say otherwise.
 
-    A given preset overrides both of its halves.
+    A given preset overrides all of its parts.
 
     Raises:
         ValueError: an unknown name or value.
     """
     before = os.environ.get(ENVIRONMENT)
-    replaced = {*given, "keys", "values"} if "preset" in given else set(given)
+    replaced = {*given, "keys", "values", *EXTRAS} if "preset" in given else set(given)
     kept = [item for item in (before or "").split(",") if item.strip()]
     kept = [item for item in kept if item.partition("=")[0].strip() not in replaced]
     os.environ[ENVIRONMENT] = ",".join([*kept, *(f"{name}={value}" for name, value in given.items())])

@@ -84,7 +84,7 @@ def basis_matrix(
             channels = left[np.arange(count) * len(left) // count]
             left = np.setdiff1d(left, channels)
         part = torch.zeros(count, head_dim, dtype=torch.float32, device="cpu")
-        part[:, channels] = _BASES[term.basis](count, len(channels))
+        part[:, channels] = BASES[term.basis](count, len(channels))
         rows.append(part)
     return torch.cat(rows).to(device, dtype)
 
@@ -119,7 +119,7 @@ def _gaussian(rows: int, columns: int) -> torch.Tensor:
     ).float()
 
 
-_BASES = {
+BASES = {
     "standard": lambda rows, columns: torch.eye(rows, dtype=torch.float32, device="cpu"),
     "rotation": lambda rows, columns: rotation(columns),
     "hadamard": _hadamard,

@@ -13,7 +13,7 @@ from tqcompile.bench.rows import Row
 from tqcompile.bench.shapes import Case
 
 # Stands for any codec, where the codec does not matter.
-LOSSLESS = formats.PRESETS["lossless"][0]
+LOSSLESS = formats.PRESETS["lossless"].keys
 
 
 class Session:

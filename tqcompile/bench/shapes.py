@@ -102,7 +102,7 @@ VARIANTS = (
 )
 OTHERS = tuple(
     pair
-    for pair in (*map(formats.pair_of, formats.REGISTRY), *formats.PRESETS.values())
+    for pair in (*map(formats.pair_of, formats.REGISTRY), *(preset.pair for preset in formats.PRESETS.values()))
     if pair not in (FOUR, MIXED, THREE, TWO)
 )
 SUITE_LAYERS = 32
@@ -110,7 +110,7 @@ SUITE_LAYERS = 32
 
 def suite() -> list[Case]:
     """The rows that the project publishes, in the order in which it does."""
-    default = formats.PRESETS["balanced"]
+    default = formats.PRESETS[formats.DEFAULT].pair
     plan = [("attend", LONG, (FOUR, MIXED, THREE, TWO, *dict.fromkeys(OTHERS)))]
     plan += [("attend", shape, (FOUR, MIXED, THREE, TWO)) for shape in SHAPES[1:]]
     plan += [("attend", shape, (FOUR, THREE, TWO)) for shape in VARIANTS]

@@ -142,5 +142,6 @@ def _explanation(options, what: str, asked: str, place: str, sections: list) -> 
 
 
 def _said(options: Options) -> str:
-    said = f"keys {options.key_codec.name}, values {options.value_codec.name}, inner {options.inner}"
+    extras = f", {options.chosen.extras}" * bool(options.chosen.extras)
+    said = f"keys {options.key_codec.name}, values {options.value_codec.name}{extras}, inner {options.inner}"
     return said + (f", without {', '.join(options.disable)}" if options.disable else "")

@@ -57,17 +57,25 @@ def _add_measured(what) -> None:
         "--codecs",
         nargs="+",
         metavar="NAME",
-        help=f"codecs, KEYS/VALUES, or presets, with commas or spaces between (default {', '.join(formats.PRESETS)}); "
-        f"codecs: {', '.join(formats.REGISTRY)}",
+        help="codecs, KEYS/VALUES, or presets, each with +sinks=N, +window=N or +centre behind it, and commas or "
+        f"spaces between (default {', '.join(formats.PRESETS)}); codecs: {', '.join(formats.REGISTRY)}",
     )
     for name, kind, said in (
         ("context", whole, "tokens of a window"),
         ("windows", whole, "windows, spread evenly over the text"),
+        ("batch", whole, "windows read beside each other"),
         ("generate", whole_or_none, "tokens of a greedy continuation, 0 for none"),
     ):
         default = getattr(DEFAULTS, name)
         what.add_argument(f"--{name}", type=kind, default=default, metavar="N", help=f"{said} (default {default})")
     what.add_argument("--chunk", type=whole, metavar="N", help="tokens read in a call (default a quarter of --context)")
+    what.add_argument(
+        "--prefill",
+        type=whole,
+        metavar="N",
+        help="tokens of a window's first call (default a chunk); with --chunk 4 what follows sees a kept window as a "
+        "generation does",
+    )
     what.add_argument("--needle", action="store_true", help="look for needles in a haystack, too: depth x length")
     what.add_argument(
         "--tasks", type=Path, metavar="FOLDER", help="answer the tasks in it, JSONL in LongBench's format"
@@ -106,6 +114,6 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
 
 
 def _settings(options: argparse.Namespace) -> Settings:
-    names = ("context", "windows", "generate", "chunk", "needle", "tasks", "inner")
+    names = ("context", "windows", "batch", "generate", "chunk", "prefill", "needle", "tasks", "inner")
     threshold = Threshold.parse(options.threshold)
     return Settings(**{name: getattr(options, name) for name in names}, threshold=threshold)

@@ -46,10 +46,13 @@ class Question:
 
 @dataclass(frozen=True)
 class Plan:
-    """What every row reads: windows [N, T] in pieces, prompts [N, T] of greedy continuations, needles."""
+    """What every row reads: windows [N, T] in pieces, `batch` at a time; prompts [N, T] of greedy continuations, in
+    `sizes`; needles; and what is asked in tasks."""
 
     windows: torch.Tensor
+    batch: int
     pieces: text.Pieces
+    sizes: list[int]
     prompts: torch.Tensor
     generate: int
     needles: list[needle.Needle]
@@ -59,15 +62,16 @@ class Plan:
     def of(cls, model, tokenizer, document: str, settings: Settings) -> "Plan":
         """Raises ValueError where a text is too short for the windows, a context for needles, or tasks are none."""
         windows = text.windows(tokenizer, document, settings.windows, settings.context)
-        pieces = text.pieces(settings.context, settings.chunk)
-        generate = min(settings.generate, settings.chunk)
-        prompts = windows[:: -(-len(windows) // PROMPTS), : -settings.chunk][: PROMPTS if generate else 0]
+        pieces = text.pieces(settings.context, settings.chunk, settings.prefill)
+        usual, chunk = text.pieces(settings.context, settings.usual_chunk), settings.usual_chunk
+        generate = min(settings.generate, chunk)
+        prompts = windows[:: -(-len(windows) // PROMPTS), :-chunk][: PROMPTS if generate else 0]
         room = limit(model)
-        hidden = needle.needles(tokenizer, document, pieces, room) if settings.needle else []
+        hidden = needle.needles(tokenizer, document, usual, room) if settings.needle else []
         items = tasks.read(settings.tasks) if settings.tasks else []
         room = room or settings.context
-        asked = [Question(item, tokenizer, room, settings.chunk, stops(model)) for item in items]
-        return cls(windows, pieces, prompts, generate, hidden, asked)
+        asked = [Question(item, tokenizer, room, chunk, stops(model)) for item in items]
+        return cls(windows, settings.batch, pieces, usual.sizes[:-1], prompts, generate, hidden, asked)
 
     @property
     def scored(self) -> int:
@@ -77,7 +81,7 @@ class Plan:
     @property
     def calls(self) -> int:
         """Things that are measured of one row."""
-        return len(self.windows) + len(self.prompts) + len(self.needles) + len(self.items)
+        return -(-len(self.windows) // self.batch) + len(self.prompts) + len(self.needles) + len(self.items)
 
 
 @dataclass
@@ -112,7 +116,8 @@ class Measure:
 
     def all(self) -> None:
         """Every part of the row."""
-        tokens = Tokens.stacked([self._window(index) for index in range(len(self.plan.windows))])
+        batches = torch.arange(len(self.plan.windows)).split(self.plan.batch)
+        tokens = Tokens.stacked([window for rows in batches for window in self._windows(rows.tolist())])
         self.row.quality = Quality.of(tokens)
         self.row.damage_keys, self.row.damage_values = self.damage.relative()
         for index in range(len(self.plan.prompts)):
@@ -131,32 +136,38 @@ class Measure:
             self.row.decoded = self.reading.decoded()
         self.bar.update()
 
-    def _window(self, index: int) -> Tokens:
-        ids, cache, parts, at = self.plan.windows[index], self.reading.new_cache(), [], 0
+    def _windows(self, rows: list[int]) -> list[Tokens]:
+        ids, cache, at = self.plan.windows[rows], self.reading.new_cache(), 0
+        parts: list[list[Tokens]] = [[] for _ in rows]
         for number, logits in enumerate(self.reading.read(ids, self.plan.pieces.sizes, cache)):
             if number == 0:
-                self._first(index, cache)
+                self._first(rows, cache)
                 continue
-            stop = min(at + len(logits), self.plan.scored)
-            logits, rows = logits[: stop - at], self.exact.rows(index, self.plan, logits)[at:stop]
-            if self.is_dense:
-                rows.copy_(logits)
-            following = ids[self.plan.pieces.first + at + 1 :][: stop - at]
-            parts.append(compare(rows, logits, following))
+            stop = min(at + logits.shape[1], self.plan.scored)
+            for part, row, mine, tokens in zip(parts, rows, logits, ids):
+                part.append(self._compared(row, at, mine[: stop - at], tokens))
             at = stop
         self.row.size = Size(live_bytes(tensors(cache)), held_bytes(cache), elements(cache))
         self.done(cache)
-        return Tokens.joined(parts)
+        return list(map(Tokens.joined, parts))
 
-    def _first(self, index: int, cache) -> None:
+    def _compared(self, row: int, at: int, logits: torch.Tensor, ids: torch.Tensor) -> Tokens:
+        """Figures of logits [T, vocabulary] at the scored tokens of a window from `at` on."""
+        exact = self.exact.rows(row, self.plan, logits)[at : at + len(logits)]
+        if self.is_dense:
+            exact.copy_(logits)
+        return compare(exact, logits, ids[self.plan.pieces.first + at + 1 :][: len(logits)])
+
+    def _first(self, rows: list[int], cache) -> None:
+        place = rows[0] // self.plan.batch
         if self.is_dense:
             self.exact.kept.append(kept(cache))
         else:
-            self.damage.add(self.exact.kept[index], cache)
+            self.damage.add(self.exact.kept[place], cache)
 
     def _continue(self, index: int) -> None:
         prompt = self.plan.prompts[index]
-        sizes = self.plan.pieces.sizes[:-1]
+        sizes = self.plan.sizes
         if self.is_dense:
             chosen, cache = greedy.continued(self.reading, prompt, sizes, self.plan.generate)
             self.exact.continued.append(chosen)

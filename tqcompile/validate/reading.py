@@ -40,12 +40,14 @@ class Reading:
         return DynamicCache(config=self.model.config)
 
     def call(self, ids: torch.Tensor, cache) -> torch.Tensor:
-        """Logits [T, vocabulary] of the tokens `ids` [T], which the cache holds afterwards."""
-        return self.model(input_ids=ids[None].to(self.device), use_cache=True, **{self.given: cache}).logits[0]
+        """Logits [..., T, vocabulary] of the tokens `ids` [T] or [B, T], which the cache holds afterwards."""
+        rows = ids.view(-1, ids.shape[-1]).to(self.device)
+        logits = self.model(input_ids=rows, use_cache=True, **{self.given: cache}).logits
+        return logits if ids.dim() == 2 else logits[0]
 
     def read(self, ids: torch.Tensor, sizes: list[int], cache) -> Iterator[torch.Tensor]:
-        """The logits of each piece of `ids` [T]."""
-        for piece in ids.split(sizes):
+        """The logits of each piece of `ids` [T] or [B, T]."""
+        for piece in ids.split(sizes, -1):
             yield self.call(piece, cache)
 
     def last(self, ids: torch.Tensor, sizes: list[int], cache) -> torch.Tensor:

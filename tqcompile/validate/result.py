@@ -56,13 +56,15 @@ class Quality:
 class Row:
     """One choice, or the dense cache, whose `keys` and `values` are empty.
 
-    `greedy` counts for each prompt the tokens that were dense's; `dense_caches` says which caches were not compressed
-    after all, `decoded` what read codes decoded, and `trouble` what ended the run early. Damage is by layer.
+    `extras` says what is kept beside codes. `greedy` counts for each prompt the tokens that were dense's;
+    `dense_caches` says which caches were not compressed after all, `decoded` what read codes decoded, and `trouble`
+    what ended the run early. Damage is by layer.
     """
 
     name: str
     keys: str = ""
     values: str = ""
+    extras: str = ""
     size: Size | None = None
     quality: Quality | None = None
     damage_keys: list[float] = field(default_factory=list)
@@ -76,7 +78,7 @@ class Row:
 
     @classmethod
     def of(cls, choice: Choice) -> "Row":
-        return cls(choice.name, *choice.pair)
+        return cls(choice.name, *choice.preset.pair, choice.preset.extras)
 
     @property
     def tasks(self) -> dict[str, float]:

@@ -19,7 +19,18 @@ class Settings:
     """Windows, spread evenly over the text."""
 
     chunk: int | None = None
-    """Tokens that are read in one call; None for a quarter of the context, 256 at most."""
+    """Tokens that are read in one call; None for a quarter of the context, 256 at most.
+
+    A call keeps its own last tokens exactly, where a window is kept, and its first ones see the others as codes: few at
+    a time, behind a long `prefill`, are what a generation sees.
+    """
+
+    prefill: int | None = None
+    """Tokens of a window's first piece, which is not scored; None for a chunk. Needles and continuations are read in
+    chunks of the usual size where this is given."""
+
+    batch: int = 1
+    """Windows that are read beside each other."""
 
     generate: int = 64
     """Tokens of a greedy continuation, a chunk at most; 0 for none."""
@@ -37,10 +48,16 @@ class Settings:
     """What is called safe."""
 
     def __post_init__(self):
-        for name, least in (("context", 8), ("windows", 1), ("generate", 0)):
+        for name, least in (("context", 8), ("windows", 1), ("batch", 1), ("generate", 0)):
             value = getattr(self, name)
             if not isinstance(value, int) or value < least:
                 raise ValueError(f"{name}={value!r}; give a whole number of {least} or more")
         if self.inner not in INNERS:
             raise ValueError(f"inner={self.inner!r}; allowed are {', '.join(INNERS)}")
         object.__setattr__(self, "chunk", text.chunk_for(self.context, self.chunk))
+        text.check_prefill(self.context, self.chunk, self.prefill)
+
+    @property
+    def usual_chunk(self) -> int:
+        """Tokens of a call where no window is scored."""
+        return self.chunk if self.prefill is None else text.chunk_for(self.context, None)

@@ -44,15 +44,20 @@ def _costs(result: Result) -> Table:
 
 def _more(result: Result) -> Table | None:
     """Which codecs they are, and what is no mean over tokens."""
-    headers = ["codecs", "keys", "values", "damage of K", "damage of V"]
     rows = [row for row in _measured(result) if row is not result.dense]
-    cells = [[row.name, row.keys, row.values, _mean(row.damage_keys), _mean(row.damage_values)] for row in rows]
+    headers, cells = ["codecs", "keys", "values"], [[row.name, row.keys, row.values] for row in rows]
+    if any(row.extras for row in rows):
+        headers.append("beside codes")
+        cells = [[*line, row.extras] for row, line in zip(rows, cells)]
+    words = len(headers)
+    headers += ["damage of K", "damage of V"]
+    cells = [[*line, _mean(row.damage_keys), _mean(row.damage_values)] for row, line in zip(rows, cells)]
     for name, shown in (("greedy", _greedy), ("needles", lambda row: f"{row.found} of {len(row.needle)}")):
         if getattr(result.dense, {"needles": "needle"}.get(name, name)):
             headers.append(f"{name} (dense {shown(result.dense)})" if name == "needles" else name)
             for row, line in zip(rows, cells):
                 line.append(shown(row))
-    return Table("what they are and do", tuple(headers), tuple(map(tuple, cells)), numbers=len(headers) - 3)
+    return Table("what they are and do", tuple(headers), tuple(map(tuple, cells)), numbers=len(headers) - words)
 
 
 def _greedy(row: Row) -> str:

@@ -45,9 +45,9 @@ class Pieces:
         return self.first + self.chunk * self.chunks
 
 
-def pieces(length: int, chunk: int) -> Pieces:
-    """`length` tokens in equal chunks behind a first piece that takes the remainder, too."""
-    chunks = max(0, length // chunk - 1)
+def pieces(length: int, chunk: int, prefill: int | None = None) -> Pieces:
+    """`length` tokens in equal chunks behind a first piece, of a chunk or `prefill`, that takes the remainder, too."""
+    chunks = max(0, (length - (chunk if prefill is None else prefill)) // chunk)
     return Pieces(length - chunk * chunks, chunk, chunks)
 
 
@@ -65,6 +65,19 @@ def chunk_for(context: int, chunk: int | None) -> int:
             f"scored; give a context of at least {max(8, 2 * chunk)} tokens, or a chunk from 2 to {context // 2}"
         )
     return chunk
+
+
+def check_prefill(context: int, chunk: int, prefill: int | None) -> None:
+    """Raise where nothing would be scored behind a first piece of `prefill` tokens.
+
+    Raises:
+        ValueError: it leaves no room for a chunk, or is none.
+    """
+    if prefill is not None and not (isinstance(prefill, int) and 1 <= prefill <= context - chunk):
+        raise ValueError(
+            f"context={context}, chunk={chunk} and prefill={prefill!r}: what follows the first piece is scored; give "
+            f"a prefill from 1 to {context - chunk}"
+        )
 
 
 def tokens(tokenizer, text: str) -> list[int]:
