@@ -4,6 +4,7 @@ import torch
 from torch import fx
 
 from tqcompile import ops, reference
+from tqcompile.centre import VECTORS
 from tqcompile.layout import layout_of
 from tqcompile.passes import rewrite
 from tqcompile.passes.context import CacheInput, Context, Fallback, Output
@@ -118,7 +119,7 @@ class _Rewriter(Writer):
     def _open_vectors(self, root: fx.Node, value: torch.Tensor, dim: int) -> fx.Node:
         vectors = self.graph.placeholder(f"{root.name}_vectors")
         shape = [2 if place == dim else size for place, size in enumerate(value.shape)]
-        fake = value.new_empty_strided(shape, rewrite.strides(shape, None), dtype=torch.float32)
+        fake = value.new_empty_strided(shape, rewrite.strides(shape, None), dtype=VECTORS)
         vectors.meta = {"example_value": fake, "tensor_dict": dict(root.meta.get("tensor_dict", {}))}
         return vectors
 

@@ -69,7 +69,8 @@ def test_places_beside_the_positions_turn_the_mean_and_nothing_else():
     keys = keys_of(torch.randn(HEADS, HEAD_DIM), TOKENS, noise=0.0)
     padded = torch.cat([torch.zeros(2, HEADS, padding, HEAD_DIM), keys], 2)
     left = Centring(HALVES, 2).of(padded).less(padded)
-    assert left[:, :, padding:].abs().max() < 1e-5
+    # What float16 rounds of a mean of this size is left.
+    assert left[:, :, padding:].abs().max() < 2e-3
 
 
 def test_empty_tokens_and_those_that_are_not_finite_are_no_part_of_the_mean():
@@ -79,6 +80,9 @@ def test_empty_tokens_and_those_that_are_not_finite_are_no_part_of_the_mean():
     torch.testing.assert_close(Centring(HALVES, 2).of(longer).mean, expected)
     longer[0, 0, 3, 5] = math.inf
     assert Centring(HALVES, 2).of(longer).mean.isfinite().all()
+    huge = Centring(HALVES, 2).of(1e7 * keys)
+    assert huge.vectors.isfinite().all()
+    torch.testing.assert_close(huge.more(huge.less(1e7 * keys)), 1e7 * keys)
 
 
 def test_what_is_kept_as_it_is_is_no_part_of_the_mean():
@@ -94,7 +98,7 @@ def test_channels_are_balanced_between_keys_and_queries():
     keys = torch.randn(2, HEADS, 4000, HEAD_DIM) * sizes
     turns, slots, squares = tables(still(HEAD_DIM), CPU), torch.arange(4000), (1 / sizes**2).expand(2, HEADS, 1, -1)
     for known, power in ((None, 1 / 4), (squares, 1)):
-        balance = learned(keys, slots, *turns, None, known, 2)[:, :, 1]
+        balance = learned(keys, slots, *turns, None, known, 2)[:, :, 1].float()
         expected = sizes**power / sizes.log().mean().mul(power).exp()
         torch.testing.assert_close(balance, expected.expand_as(balance), atol=0, rtol=0.03)
     wide = learned(keys * torch.tensor([1e20] + 7 * [1e-9]), slots, *turns, None, None, 2)[:, :, 1]
@@ -104,7 +108,7 @@ def test_channels_are_balanced_between_keys_and_queries():
 def test_of_few_tokens_nothing_is_learned_but_what_weights_say():
     keys, given = torch.randn(2, HEADS, FEWEST - 1, HEAD_DIM), torch.randn(HEADS, HEAD_DIM)
     assert not Centring(HALVES, 2).of(keys).mean.any()
-    torch.testing.assert_close(Centring(HALVES, 2, given).of(keys).mean[1, :, 0], given)
+    torch.testing.assert_close(Centring(HALVES, 2, given).of(keys).mean[1, :, 0], given.half().float())
     again = learned(keys, torch.arange(FEWEST - 1), *tables(HALVES, CPU), given.unsqueeze(1), None, 2)
     torch.testing.assert_close(again, Centring(HALVES, 2, given).of(keys).vectors)
 
@@ -113,7 +117,8 @@ def test_of_few_tokens_nothing_is_learned_but_what_weights_say():
 def test_scores_are_those_of_what_was_taken_off(rotation):
     q, mean = torch.randn(2, QUERIES, 3, HEAD_DIM), torch.randn(2, HEADS, 1, HEAD_DIM)
     turns, planes = tables(rotation, CPU), planes_of(rotation, CPU)
-    found = scores(q, torch.cat([mean, mean + 1], 2), waves(TOKENS, turns[0], planes[0]), *planes, 0.3)
+    mean = mean.half().float()
+    found = scores(q, torch.cat([mean, mean + 1], 2).half(), waves(TOKENS, turns[0], planes[0]), *planes, 0.3)
     taken = turned(mean, torch.arange(TOKENS), *turns, 2).expand(-1, -1, TOKENS, -1)
     expected = 0.3 * q @ taken.repeat_interleave(QUERIES // HEADS, 1).mT
     torch.testing.assert_close(found, expected)

@@ -112,7 +112,7 @@ def test_a_short_prompt_is_centred_by_the_biases_of_the_model():
         step(call, prompt(2, tokens), ours)
     biases = [layer.self_attn.k_proj.bias.view(2, -1) for layer in model.model.layers]
     for layer, bias in zip(ours.layers, biases):
-        torch.testing.assert_close(layer.keys.centre.mean[:, :, 0], bias.expand(2, -1, -1))
+        torch.testing.assert_close(layer.keys.centre.mean[:, :, 0], bias.half().float().expand(2, -1, -1))
 
 
 def test_channels_that_queries_weigh_more_are_kept_more_exactly():
@@ -131,8 +131,10 @@ def test_channels_that_queries_weigh_more_are_kept_more_exactly():
         balances.append(cache.layers[0].keys.centre.balance)
     once, tenfold = (balance / balance[..., :1] for balance in balances)
     assert balances[0].max() < 7 and balances[0].min() > 1 / 7, "within its bounds, which would hide the factor"
-    torch.testing.assert_close(once[..., 1] / tenfold[..., 1], torch.full_like(once[..., 1], 10**0.5))
-    torch.testing.assert_close(once[..., 2:5], tenfold[..., 2:5])
+    torch.testing.assert_close(
+        once[..., 1] / tenfold[..., 1], torch.full_like(once[..., 1], 10**0.5), atol=0, rtol=3e-3
+    )
+    torch.testing.assert_close(once[..., 2:5], tenfold[..., 2:5], atol=0, rtol=3e-3)
 
 
 def test_beams_are_those_of_the_eager_model():

@@ -19,6 +19,8 @@ from tqcompile import reference
 FEWEST = 16
 # The balance of a channel is within this factor of the mean one's, either way.
 MOST_BALANCE = 8.0
+# What both vectors are kept in, and the largest mean that is: any mean does.
+VECTORS, MOST_MEAN = torch.float16, 6e4
 # Mean squares that it is made of: of less nothing is known, and more is beyond float32.
 SQUARES = (1e-12, 1e36)
 
@@ -98,7 +100,7 @@ class Centring:
         """The centre of keys that nothing was taken off."""
         shape = [*keys.shape[: self.dim], 1, *keys.shape[self.dim + 1 :]]
         with torch.inference_mode(False):
-            mean = torch.zeros(shape, device=keys.device)
+            mean = torch.zeros(shape, dtype=VECTORS, device=keys.device)
             return Centre(self.rotation, self.dim, torch.cat([mean, mean + 1], self.dim))
 
     def start(self, keys: torch.Tensor) -> torch.Tensor | None:
@@ -110,7 +112,7 @@ class Centring:
 class Centre:
     """What was taken off the keys of one cache, and what they were divided by.
 
-    `vectors` float32 are as wide as the cache with two tokens along `dim`: the mean m, and the balance b behind it.
+    `vectors` float16 are as wide as the cache with two tokens along `dim`: the mean m, and the balance b behind it.
     """
 
     rotation: Rotation
@@ -119,11 +121,11 @@ class Centre:
 
     @property
     def mean(self) -> torch.Tensor:
-        return self.vectors.narrow(self.dim, 0, 1)
+        return _mean_and_balance(self.vectors, self.dim)[0]
 
     @property
     def balance(self) -> torch.Tensor:
-        return self.vectors.narrow(self.dim, 1, 1)
+        return _mean_and_balance(self.vectors, self.dim)[1]
 
     def fits(self, centring: Centring | None) -> bool:
         """Whether a graph that centres so reads these keys aright."""
@@ -164,15 +166,20 @@ def turned(mean: torch.Tensor, slots, frequencies, partners, dim: int) -> torch.
     return mean * angles.cos() + mean.index_select(-1, partners) * angles.sin()
 
 
+def _mean_and_balance(vectors: torch.Tensor, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both in float32: what is computed with them must be the same wherever it is."""
+    return vectors.narrow(dim, 0, 1).float(), vectors.narrow(dim, 1, 1).float()
+
+
 def less(keys: torch.Tensor, vectors: torch.Tensor, slots, frequencies, partners, dim: int) -> torch.Tensor:
     """(k - R(s) m) / b of keys, in their dtype."""
-    mean, balance = vectors.narrow(dim, 0, 1), vectors.narrow(dim, 1, 1)
+    mean, balance = _mean_and_balance(vectors, dim)
     return ((keys.float() - turned(mean, slots, frequencies, partners, dim)) / balance).to(keys.dtype)
 
 
 def more(left: torch.Tensor, vectors: torch.Tensor, frequencies, partners, dim: int) -> torch.Tensor:
     """The keys of which this is left, from a cache's first place on, in their dtype."""
-    mean, balance = vectors.narrow(dim, 0, 1), vectors.narrow(dim, 1, 1)
+    mean, balance = _mean_and_balance(vectors, dim)
     slots = torch.arange(left.shape[dim], device=left.device)
     return (left.float() * balance + turned(mean, slots, frequencies, partners, dim)).to(left.dtype)
 
@@ -194,9 +201,11 @@ def learned(
     enough, few = count >= FEWEST, count.clamp(min=1)
     mean = turned(keys, -slots, frequencies, partners, dim).sum(dim, keepdim=True) / few
     mean = torch.where(enough & mean.isfinite(), mean, 0.0 if given is None else given)
+    # As it is kept: what is taken off is what comes back.
+    mean = mean.clamp(-MOST_MEAN, MOST_MEAN).to(VECTORS).float()
     left = torch.where(seen, keys - turned(mean, slots, frequencies, partners, dim), 0.0)
     balance = _balance(left.square().sum(dim, keepdim=True) / few, squares)
-    return torch.cat([mean, torch.where(enough, balance, 1.0)], dim)
+    return torch.cat([mean, torch.where(enough, balance, 1.0)], dim).to(VECTORS)
 
 
 def _balance(keys: torch.Tensor, queries: torch.Tensor | None) -> torch.Tensor:
@@ -222,7 +231,7 @@ def squares_of(q: torch.Tensor, heads: int, order: tuple[int, ...]) -> torch.Ten
 def weighed(q: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
     """Queries [B, Hq, T, D] times the balance of `vectors` [B or 1, H, 2, D], in their dtype."""
     heads = vectors.shape[1]
-    grouped = q.float().unflatten(1, (heads, q.shape[1] // heads)) * vectors[:, :, 1:].unsqueeze(2)
+    grouped = q.float().unflatten(1, (heads, q.shape[1] // heads)) * vectors[:, :, 1:].float().unsqueeze(2)
     return grouped.flatten(1, 2).to(q.dtype)
 
 
@@ -236,7 +245,7 @@ def waves(tokens: int, frequencies: torch.Tensor, first: torch.Tensor) -> torch.
 @reference.as_stored
 def scores(q: torch.Tensor, vectors: torch.Tensor, table: torch.Tensor, first, second, others, scale: float):
     """scale q . R(s) m of queries [B, Hq, T, D], vectors [B or 1, H, 2, D] and `waves` [S, columns]: [B, Hq, T, S]."""
-    heads, mean = vectors.shape[1], vectors[:, :, :1]
+    heads, mean = vectors.shape[1], vectors[:, :, :1].float()
     q, mean = q.float().unflatten(1, (heads, q.shape[1] // heads)) * scale, mean.unsqueeze(2)
     q1, q2, m1, m2 = q[..., first], q[..., second], mean[..., first], mean[..., second]
     still = (q[..., others] * mean[..., others]).sum(-1, keepdim=True)
