@@ -15,7 +15,7 @@ are in the model's dtype. Dense is measured first, in the same run.
 
 import argparse
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -41,7 +41,7 @@ SEEDS = (tables.ROTATION_SEED, 11, 23)
 LAYERS, KV_HEADS, HEAD_DIM, DENSE_BYTES = 32, 8, 128, 131072
 BIAS_NORM = 300.0
 ROTATED_Q4, PLAIN_4, PLAIN_3 = "q4_0:hadamard", "turboquant:4", "turboquant:3"
-CENTRED_4 = "turboquant:4+centre"
+BIASED = ("turboquant:4+centre", "turboquant:4+centre+sinks=1")
 SHORT = {
     "<= 4.3 bits: 0.6 of rotated q4_0": (4.3, "turboquant:4+centre+sinks=1", ROTATED_Q4, 0.6),
     "<= 3.3 bits: plain TurboQuant 4/4": (3.3, "turboquant:3/turboquant:2+centre+sinks=1+window=16", PLAIN_4, 1.0),
@@ -77,7 +77,7 @@ class Measured:
     rows: dict[str, list[Row]]
 
 
-def measure(model, tokenizer, settings: Settings, names: list[str], seeds: tuple[int, ...]) -> Measured:
+def measure(model, tokenizer, settings: Settings, names: Sequence[str], seeds: tuple[int, ...]) -> Measured:
     """Dense once, and each choice once for each seed; once where no matrix is random."""
     document = text.python_help()
     plan = Plan.of(model, tokenizer, document[len(document) // 2 :], settings)
@@ -130,11 +130,12 @@ def table(model, tokenizer, given: argparse.Namespace) -> tuple[str, dict]:
     settings = Settings(
         context=given.context, prefill=given.context * 3 // 4, **_shared(given), generate=0, needle=not given.no_needle
     )
-    found = measure(model, tokenizer, settings, list(formats.PRESETS), SEEDS[:1])
+    found = measure(model, tokenizer, settings, given.presets, SEEDS[:1])
     lines, records = [], {"dense": found.dense.record()}
-    for name, preset in formats.PRESETS.items():
-        (row,), size = found.rows[name], bytes_a_token(preset, given.context)
-        quality, needles = row.quality, f"{row.found} of {found.dense.found}" if row.needle else ""
+    for name in given.presets:
+        preset, (row,) = formats.PRESETS[name], found.rows[name]
+        size = bytes_a_token(preset, given.context)
+        quality, needles = row.quality, f"{row.found} of {len(row.needle)}" if row.needle else ""
         change = f"{quality.increase.mean:+.2%} [{quality.increase.low:+.2%}, {quality.increase.high:+.2%}]"
         kept = f"`{preset.keys}`", f"`{preset.values}`", preset.extras
         figures = f"{row.size.bits:.2f}", f"{size:,.0f}", f"{DENSE_BYTES / size:.2f} x", f"{quality.kl:.4f}"
@@ -154,9 +155,10 @@ def _shared(given: argparse.Namespace) -> dict:
 
 def _setting(settings: Settings, found: Measured) -> str:
     scored = settings.context - settings.prefill
+    needles = f", needles {found.dense.found} of {len(found.dense.needle)}" if found.dense.needle else ""
     return (
         f"{settings.windows} windows of {settings.context:,} tokens, the last {scored:,} scored {settings.chunk} at a "
-        f"time; dense perplexity {found.dense.quality.perplexity:.3f}"
+        f"time; dense: perplexity {found.dense.quality.perplexity:.3f}{needles}"
     )
 
 
@@ -185,22 +187,21 @@ def long(model, tokenizer, given: argparse.Namespace) -> tuple[str, dict]:
 def bias(model, tokenizer, given: argparse.Namespace) -> tuple[str, dict]:
     """The bar of keys with large biases; the model has them afterwards no more than before."""
     settings = Settings(context=given.short, prefill=given.short // 8, **_shared(given), generate=0)
-    unbiased = measure(model, tokenizer, settings, [CENTRED_4], SEEDS)
+    unbiased = measure(model, tokenizer, settings, list(BIASED), SEEDS)
     projections = [module.k_proj for module in model.modules() if hasattr(module, "k_proj")]
     before, attention = [projection.bias for projection in projections], model.config._attn_implementation
     Simulation(model).bias_keys(BIAS_NORM)
     model.set_attn_implementation(attention)
     try:
-        biased = measure(model, tokenizer, settings, [PLAIN_4, CENTRED_4], SEEDS)
+        biased = measure(model, tokenizer, settings, [PLAIN_4, *BIASED], SEEDS)
     finally:
         for projection, old in zip(projections, before):
             projection.bias = old
     title = f"key biases of norm {BIAS_NORM:g}: 1.5 of unmodified"
-    bound = 1.5 * _kl(unbiased.rows[CENTRED_4])
-    shown = _shown([_bar(title, biased.rows[CENTRED_4], 16, CENTRED_4, bound)])
+    lines = [_bar(title, biased.rows[name], 16, name, 1.5 * _kl(unbiased.rows[name])) for name in BIASED]
     plain = f"plain {PLAIN_4} of the biased model: {_kl(biased.rows[PLAIN_4]):.3f}"
     records = {"unbiased": _records(unbiased), "biased": _records(biased)}
-    return f"{shown}\n\n{plain}; {_setting(settings, biased)}", records
+    return f"{_shown(lines)}\n\n{plain}; {_setting(settings, biased)}", records
 
 
 def _shown(lines: list[tuple]) -> str:
@@ -230,6 +231,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", metavar="NAME", help="default: SmolLM2-135M-Instruct")
     parser.add_argument("--part", nargs="+", choices=PARTS, default=tuple(PARTS))
+    every = tuple(formats.PRESETS)
+    parser.add_argument("--presets", nargs="+", choices=every, default=every, help="rows of the table (all)")
     for name, default, said in (
         ("context", 4096, "tokens of a window of the table, and of the last bar"),
         ("short", 1024, "tokens of a window of the other bars"),

@@ -236,9 +236,9 @@ class _Rewriter(Writer):
 
     def _fall_back(self, node: fx.Node) -> None:
         """Decode in front of an operator that no rule knows, as late as can be."""
-        dense = {operand: self.rebuild(operand) for operand in node.all_input_nodes if self.view(operand)}
-        node.args = fx.map_arg(node.args, lambda old: dense.get(old, old))
-        node.kwargs = fx.map_arg(node.kwargs, lambda old: dense.get(old, old))
+        shown = self.outline if shape_only(node) else self.rebuild
+        dense = {operand: shown(operand) for operand in node.all_input_nodes if self.view(operand)}
+        node.args, node.kwargs = fx.map_arg((node.args, node.kwargs), lambda old: dense.get(old, old))
         for root in dict.fromkeys(self.view(operand).root for operand in dense if not shape_only(node)):
             self.context.fallbacks.append(Fallback(name_of(root), spelling(node), where(node)))
         self.changed += 1

@@ -23,6 +23,13 @@ def plane_index(items: list) -> tuple:
     return (*items[:-1], slice(None))
 
 
+def outline(plane: torch.Tensor, dim: int, tokens: int, head_dim: int, dtype: torch.dtype) -> torch.Tensor:
+    """A tensor of any content, of the shape of the numbers that a plane stands for without its last `tokens`."""
+    shape = [*plane.shape[:-1], head_dim]
+    shape[dim] -= tokens
+    return plane.new_empty(shape, dtype=dtype)
+
+
 def broadcast(source: torch.Tensor, plane: torch.Tensor) -> torch.Tensor:
     return source.expand(*plane.shape[:-1], source.shape[-1])
 

@@ -2,6 +2,7 @@
 
 import operator
 
+import sympy
 import torch
 from torch import fx
 
@@ -10,7 +11,7 @@ from tqcompile.passes.centred import Centrer
 from tqcompile.passes.context import Context
 from tqcompile.passes.indices import index_items
 from tqcompile.passes.keep import Keeper
-from tqcompile.passes.nodes import memory_of, spelling, tensor_of, written_operands
+from tqcompile.passes.nodes import example, memory_of, spelling, tensor_of, written_operands
 from tqcompile.passes.records import Join
 from tqcompile.passes.sites import Site
 from tqcompile.passes.tokens import positions_along, source_of
@@ -44,6 +45,33 @@ class Writer(Centrer, Keeper):
         self.planes[node] = self.planes[site.root]
         self.recents[node] = self.recents.get(site.root)
         self.changed += 1
+
+    def outline(self, node: fx.Node) -> fx.Node:
+        """What shows the shape of a cache, for an operator that looks at nothing else.
+
+        The planes of a cache that grows here have room for its new tokens already.
+        """
+        site = self.sites[self.view(node).root]
+        if site.append is None or node not in (site.root, site.append.node):
+            return self.rebuild(node)
+        dim, value = site.append.dim, tensor_of(node)
+        tokens = self._count(tensor_of(site.append.tokens).shape[dim]) if node is site.root else 0
+        made = self.call(rewrite.outline, self.planes[node][0], dim, tokens, int(value.shape[-1]), value.dtype)
+        made.meta = {"example_value": value}
+        return made
+
+    def _count(self, size):
+        """A size as a number, or as the node that makes it of the sizes that the graph is given."""
+        if not isinstance(size, torch.SymInt):
+            return size
+        given = {}
+        for node in self.graph.find_nodes(op="placeholder"):
+            if isinstance(example(node), torch.SymInt):
+                given[example(node).node.expr] = fx.Proxy(node)
+        expression = size.node.expr
+        names = sorted(expression.free_symbols, key=str)
+        made = sympy.lambdify(names, expression, "math")(*(given[name] for name in names))
+        return made.node if isinstance(made, fx.Proxy) else made
 
     def join(self, join: Join, site: Site) -> None:
         """New planes of what the parts hold: codes as they are, and tokens encoded."""

@@ -122,3 +122,37 @@ def test_reduce_overhead_reaches_inductor_and_runs_on_a_cpu():
     for tokens in (3, 1, 1):
         x = torch.randn(2, tokens, EMBED)
         torch.testing.assert_close(ours.feed(x), twin.feed(x), atol=5e-5, rtol=0)
+
+
+def _scored_by_length(q, new, past):
+    """Attention that looks at one length of its past, which is a number in that graph then, and at others not."""
+    keys, values = past
+    if keys.shape[2] == SPECIAL:
+        q = 2 * q
+    k, v = torch.cat([keys, new], 2), torch.cat([values, 3 * new], 2)
+    out = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    return out * keys.shape[2] + k.size(-2), (k, v)
+
+
+SPECIAL = 9
+
+
+@pytest.mark.parametrize("lengths", [[1] * 9, [2, 2, 3, 2, 1], [4, 3, 4]], ids=str)
+def test_the_length_that_a_graph_reads_of_a_past_is_without_the_tokens_that_it_appends(lengths):
+    torch.compiler.reset()
+    backend = tqcompile.turboquant(preset="lossless", inner="eager")
+    compiled = torch.compile(_scored_by_length, backend=backend, dynamic=True)
+    q, tokens = torch.randn(2, 2, 3, 24, 16, generator=torch.Generator().manual_seed(0)).unbind()
+    at = SPECIAL - sum(lengths[: len(lengths) // 2])
+    dense = ours = (tokens[:, :, :at].clone(), tokens[:, :, :at].clone())
+    seen = set()
+    with torch.no_grad():
+        for count in lengths:
+            seen.add(at)
+            new = slice(at, at + count)
+            expected, dense = _scored_by_length(q[:, :, new], tokens[:, :, new], dense)
+            found, ours = compiled(q[:, :, new], tokens[:, :, new], ours)
+            assert torch.allclose(found, expected, rtol=1e-5, atol=1e-5)
+            at += count
+    assert SPECIAL in seen
+    assert all(isinstance(cache, tqcompile.CompressedKV) for cache in ours)
