@@ -156,3 +156,18 @@ def test_the_length_that_a_graph_reads_of_a_past_is_without_the_tokens_that_it_a
             at += count
     assert SPECIAL in seen
     assert all(isinstance(cache, tqcompile.CompressedKV) for cache in ours)
+
+
+@pytest.mark.parametrize("options", [{}, {"sinks": 2, "window": 4, "centre": True}], ids=str)
+@KINDS
+def test_a_graph_of_sizes_that_are_all_symbols_is_right(kind, options):
+    torch.compiler.reset()
+    shape = Shape(length=64)
+    ours, eager = Conversation(MODELS[kind](shape)), Conversation(MODELS[kind](shape))
+    eager.model.load_state_dict(ours.model.state_dict())
+    backend = tqcompile.turboquant(preset="lossless", inner="eager", **options)
+    ours.call = torch.compile(ours.model.requires_grad_(False), backend=backend, dynamic=True)
+    for tokens in (5, 1, 1, 3, 4, 1, 8):
+        x = torch.randn(shape.batch, tokens, EMBED)
+        assert torch.allclose(ours.feed(x), eager.feed(x), atol=2e-6)
+    assert all(isinstance(cache, tqcompile.CompressedKV) for cache in ours.caches())
