@@ -256,6 +256,8 @@ def every_usage() -> Iterator[Usage]:
                     (torch.float32, 512),
                 ):
                     yield attend_usage(pair, head_dim, READERS[0], dtype, rows, capability)
+            for reader in READERS:
+                yield from exact_usages(head_dim, reader, torch.bfloat16, capability)
         for head_dim in (64, 96, 128, 256):
             for codec in REGISTRY.values():
                 if logits.side_of(codec, head_dim):
