@@ -15,7 +15,18 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
-from smollm2 import WARM_UP, add_codecs, english, live_bytes, load, mark_growing, positive, prefill
+from smollm2 import (
+    WARM_UP,
+    add_codecs,
+    backend_options,
+    english,
+    kept_as,
+    live_bytes,
+    load,
+    mark_growing,
+    positive,
+    prefill,
+)
 from tabulate import tabulate
 from tqdm import tqdm
 from transformers import StaticCache
@@ -67,14 +78,13 @@ def contenders(model, ids: torch.Tensor, options: argparse.Namespace) -> tuple[l
     cache, token = prefill(model, ids, desc="prefill, growing")
     room = ids.shape[1] + options.steps + WARM
     static, _ = prefill(model, ids, StaticCache(config=model.config, max_cache_len=room), desc="prefill, static")
-    codecs = {"keys": options.keys, "values": options.values, "inner": options.inner}
     growing = torch.compile(model, backend=options.inner)
     fixed = torch.compile(model, backend=options.inner)
-    compressed = torch.compile(model, backend="turboquant", options=codecs)
+    compressed = torch.compile(model, backend="turboquant", options=backend_options(options))
     return [
         Contender("dense, growing cache", growing, mark_growing(copy.deepcopy(cache))),
         Contender("dense, static cache", fixed, static),
-        Contender(f"compressed {options.keys} / {options.values}", compressed, mark_growing(cache)),
+        Contender(f"compressed, {kept_as(options)}", compressed, mark_growing(cache)),
     ], token
 
 

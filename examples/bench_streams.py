@@ -13,7 +13,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import torch
-from smollm2 import add_codecs, positive
+from smollm2 import add_codecs, backend_options, positive
 from tabulate import tabulate
 
 import tqcompile
@@ -23,6 +23,7 @@ from tqcompile.bench.decoder import Decoder
 from tqcompile.bench.shapes import Shape
 from tqcompile.cache import CompressedKV
 from tqcompile.layout import layout_of
+from tqcompile.options import resolve
 
 DTYPE = torch.bfloat16
 
@@ -95,8 +96,11 @@ def main() -> None:
     parser.add_argument("--context", type=positive, default=32768, help="tokens of each sequence (default 32768)")
     add_codecs(parser)
     options = parser.parse_args()
+    chosen = resolve(backend_options(options)).chosen
+    if chosen.extras:
+        raise SystemExit(f"--preset {options.preset} keeps more than codes, {chosen.extras}: give --keys and --values")
     shape, rows = Shape(1, options.context), []
-    for codecs in (None, (options.keys, options.values)):
+    for codecs in (None, chosen.pair):
         name = "dense bfloat16" if codecs is None else " / ".join(codecs)
         print(name)
         with torch.device("cuda"), torch.no_grad():

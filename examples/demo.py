@@ -1,6 +1,6 @@
 """The same model, with a dense and with a compressed KV cache: bytes, speed, how close the two are, and both texts.
 
-    python examples/demo.py [--model FOLDER_OR_NAME] [--keys CODEC] [--values CODEC] [--device cuda]
+    python examples/demo.py [--model FOLDER_OR_NAME] [--preset small] [--keys CODEC] [--values CODEC] [--device cuda]
 
 Both caches start as copies of one prefill. "Agreement" and "KL" are measured along the dense run's tokens: the
 compressed model reads those, and what it would have said next is compared at each step.
@@ -14,10 +14,12 @@ import torch
 from smollm2 import (
     Run,
     add_codecs,
+    backend_options,
     bits_per_element,
     conversation,
     decode,
     device,
+    kept_as,
     live_bytes,
     load,
     mark_growing,
@@ -53,9 +55,8 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
 @torch.no_grad()
 def compare(model, ids: torch.Tensor, options: argparse.Namespace) -> tuple[dict, dict[str, Run], object]:
     """Rows of the table, the two runs, and the compressed model's cache (kept alive for the report)."""
-    codecs = {"keys": options.keys, "values": options.values, "inner": options.inner}
     dense = torch.compile(model, backend=options.inner)
-    compressed = torch.compile(model, backend="turboquant", options=codecs)
+    compressed = torch.compile(model, backend="turboquant", options=backend_options(options))
 
     cache, first = prefill(model, ids)
     start = copy.deepcopy(cache)
@@ -98,7 +99,7 @@ def main(argv: list[str] | None = None) -> None:
             f"The prompt has {ids.shape[1]} tokens and --tokens asks for {options.tokens}; this model reads {limit}."
         )
     rows, runs, cache = compare(model, ids, options)
-    print(f"\n{ids.shape[1]} tokens read, {options.tokens} generated; keys {options.keys}, values {options.values}\n")
+    print(f"\n{ids.shape[1]} tokens read, {options.tokens} generated; {kept_as(options)}\n")
     print(table(rows, len(runs["dense"].tokens)))
     for name, run in runs.items():
         print(f"\n--- {name} cache ---\n{tokenizer.decode(run.tokens, skip_special_tokens=True).strip()}")

@@ -6,7 +6,7 @@ python examples/generate_dynamic.py [--model FOLDER_OR_NAME] [--tokens 32] [--ke
 import argparse
 
 import torch
-from smollm2 import add_codecs, device, live_bytes, load, positive
+from smollm2 import add_codecs, backend_options, device, live_bytes, load, positive
 
 import tqcompile
 from tqcompile.options import INNERS
@@ -23,9 +23,8 @@ def main(argv: list[str] | None = None) -> None:
     add_codecs(parser)
     options = parser.parse_args(argv)
     model, tokenizer = load(options.model, options.device)
-    codecs = {"keys": options.keys, "values": options.values, "inner": options.inner}
 
-    model.forward = torch.compile(model.forward, backend="turboquant", options=codecs)
+    model.forward = torch.compile(model.forward, backend="turboquant", options=backend_options(options))
 
     prompt = tokenizer(options.prompt, return_tensors="pt").to(options.device)
     result = model.generate(

@@ -7,7 +7,7 @@ Transformers compiles one-token steps only, and on a CPU only where the config's
 
 import argparse
 
-from smollm2 import add_codecs, device, live_bytes, load, positive
+from smollm2 import add_codecs, backend_options, device, live_bytes, load, positive
 from transformers import CompileConfig
 
 import tqcompile
@@ -28,7 +28,7 @@ def main(argv: list[str] | None = None) -> None:
     # Transformers does not compile a model that it holds to be quantised; these weights were dequantised at loading.
     model.hf_quantizer = None
 
-    backend = tqcompile.turboquant(keys=options.keys, values=options.values, inner=options.inner)
+    backend = tqcompile.turboquant(**backend_options(options))
     config = CompileConfig(backend=backend, mode=None)
     config._compile_all_devices = True
 

@@ -8,7 +8,7 @@ Its weights are random: what it says means nothing, and what its cache takes is 
 import argparse
 
 import torch
-from smollm2 import add_codecs, positive
+from smollm2 import add_codecs, backend_options, positive
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -82,9 +82,8 @@ def main(argv: list[str] | None = None) -> None:
     torch.manual_seed(0)
     prompt = torch.randint(0, 256, (1, 48))
     model = Transformer(length=48 + options.tokens).eval()
-    codecs = {"keys": options.keys, "values": options.values, "inner": options.inner}
 
-    model = torch.compile(model, backend="turboquant", options=codecs)
+    model = torch.compile(model, backend="turboquant", options=backend_options(options))
 
     said = generate(model, prompt, options.tokens)
     print(f"{len(said)} tokens: {said[:8]} ...")

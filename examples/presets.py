@@ -41,6 +41,7 @@ SEEDS = (tables.ROTATION_SEED, 11, 23)
 LAYERS, KV_HEADS, HEAD_DIM, DENSE_BYTES = 32, 8, 128, 131072
 BIAS_NORM = 300.0
 ROTATED_Q4, PLAIN_4, PLAIN_3 = "q4_0:hadamard", "turboquant:4", "turboquant:3"
+LOSSLESS = "lossless"
 BIASED = ("turboquant:4+centre", "turboquant:4+centre+sinks=1")
 SHORT = {
     "<= 4.3 bits: 0.6 of rotated q4_0": (4.3, "turboquant:4+centre+sinks=1", ROTATED_Q4, 0.6),
@@ -193,13 +194,14 @@ def bias(model, tokenizer, given: argparse.Namespace) -> tuple[str, dict]:
     Simulation(model).bias_keys(BIAS_NORM)
     model.set_attn_implementation(attention)
     try:
-        biased = measure(model, tokenizer, settings, [PLAIN_4, *BIASED], SEEDS)
+        biased = measure(model, tokenizer, settings, [PLAIN_4, LOSSLESS, *BIASED], SEEDS)
     finally:
         for projection, old in zip(projections, before):
             projection.bias = old
     title = f"key biases of norm {BIAS_NORM:g}: 1.5 of unmodified"
     lines = [_bar(title, biased.rows[name], 16, name, 1.5 * _kl(unbiased.rows[name])) for name in BIASED]
-    plain = f"plain {PLAIN_4} of the biased model: {_kl(biased.rows[PLAIN_4]):.3f}"
+    beside = {name: _kl(biased.rows[name]) for name in (PLAIN_4, LOSSLESS)}
+    plain = f"the biased model with plain {PLAIN_4}: {beside[PLAIN_4]:.3f}, {LOSSLESS}: {beside[LOSSLESS]:.5f}"
     records = {"unbiased": _records(unbiased), "biased": _records(biased)}
     return f"{_shown(lines)}\n\n{plain}; {_setting(settings, biased)}", records
 

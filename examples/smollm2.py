@@ -174,12 +174,24 @@ def device(text: str) -> str:
 
 
 def add_codecs(parser: argparse.ArgumentParser) -> None:
-    """`--keys` and `--values`, by the names the backend knows; its default preset where they are left out."""
+    """`--preset`, `--keys` and `--values`, by the names the backend knows; its default where they are left out."""
     from tqcompile import formats
+
+    parser.add_argument("--preset", choices=tuple(formats.PRESETS), help=f"default {formats.DEFAULT}")
+    for name, allowed in (("keys", tuple(formats.REGISTRY)), ("values", formats.FOR_VALUES)):
+        said = f"a codec instead of the preset's, such as {', '.join(formats.PRESETS[formats.DEFAULT].pair)}"
+        parser.add_argument(f"--{name}", choices=allowed, metavar="CODEC", help=said)
+
+
+def backend_options(given: argparse.Namespace) -> dict[str, str]:
+    """What the backend is told: those of the arguments of `add_codecs` that were given, and `--inner` where it is."""
+    named = {name: getattr(given, name, None) for name in ("preset", "keys", "values", "inner")}
+    return {name: value for name, value in named.items() if value is not None}
+
+
+def kept_as(given: argparse.Namespace) -> str:
+    """In words how the backend keeps caches that is told so."""
     from tqcompile.options import resolve
 
-    defaults = resolve()
-    for name, codec in (("keys", defaults.key_codec), ("values", defaults.value_codec)):
-        parser.add_argument(
-            f"--{name}", choices=tuple(formats.REGISTRY), default=codec.name, help=f"codec (default {codec.name})"
-        )
+    chosen = resolve(backend_options(given)).chosen
+    return ", ".join([f"keys {chosen.keys}, values {chosen.values}", *([chosen.extras] if chosen.extras else [])])

@@ -12,7 +12,7 @@ import warnings
 
 import torch
 import torch.distributed as dist
-from smollm2 import add_codecs, decode, live_bytes, positive, prefill, top1_agreement
+from smollm2 import add_codecs, backend_options, decode, kept_as, live_bytes, positive, prefill, top1_agreement
 from tabulate import tabulate
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
@@ -83,8 +83,7 @@ def sharded(name: str | None) -> torch.nn.Module:
 
 def row(model: torch.nn.Module, device: torch.device, options: argparse.Namespace) -> tuple[tuple, object]:
     """Decode with a dense and with a compressed cache, the same tokens: this rank's row, and the cache to report on."""
-    codecs = {"keys": options.keys, "values": options.values, "inner": options.inner}
-    compiled = torch.compile(model, backend="turboquant", options=codecs)
+    compiled = torch.compile(model, backend="turboquant", options=backend_options(options))
 
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(0, model.config.vocab_size, (1, options.context), generator=generator).to(device)
@@ -111,7 +110,7 @@ def main(argv: list[str] | None = None) -> None:
     rows = [None] * dist.get_world_size()
     dist.all_gather_object(rows, mine)
     if dist.get_rank() == 0:
-        print(f"\nkeys {options.keys}, values {options.values}; {dist.get_backend()}\n")
+        print(f"\n{kept_as(options)}; {dist.get_backend()}\n")
         print(tabulate(rows, COLUMNS, colalign=("right", "left") + ("right",) * 5, disable_numparse=True))
         print(f"\nthe first key cache of rank 0: {cache.layers[0].keys!r}\n\n{tqcompile.report(model)}")
     dist.destroy_process_group()

@@ -28,7 +28,10 @@ class NotCentred(Exception):
 
 
 def centre(gm: fx.GraphModule, context: Context) -> int:
-    """Fill `context.centres` and `context.uncentred`; returns how many caches of keys are centred."""
+    """Fill `context.centres`, and `context.uncentred` and `context.kept` for the report.
+
+    Returns how many caches of keys are centred.
+    """
     if not context.options.chosen.centre or not context.sites:
         return 0
     made = [site.root for site in context.sites if site.kind == "create"]
@@ -43,6 +46,7 @@ def centre(gm: fx.GraphModule, context: Context) -> int:
         except NotCentred as error:
             reason, node = error.args
             context.uncentred.append(Uncentred(name_of(site.root), reason, where(node)))
+    context.kept += tuple((name_of(root), str(centring)) for root, centring in context.centres.items())
     return len(context.centres)
 
 

@@ -31,7 +31,7 @@ def regions(gm: fx.GraphModule, context: Context) -> int:
             context.made_by[site.root] = writes
             found = str(context.regions[site.root])
         kept.append((name_of(site.root), found))
-    context.kept = tuple(kept)
+    context.kept += tuple(kept)
     return len(context.regions)
 
 

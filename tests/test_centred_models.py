@@ -53,6 +53,7 @@ def assert_centred(cache, model):
     centres = [layer.keys.centre for layer in cache.layers]
     assert all(centre.rotation.turns and centre.mean.norm() > 0.1 for centre in centres)
     assert not any(graph.uncentred for graph in report(model).graphs)
+    assert "keys balanced, and less a mean that positions turn in" in str(report(model))
 
 
 @pytest.mark.parametrize("name, attention, kind", every_pair(MODELS, ("sdpa", "eager"), ("dynamic", "static")))

@@ -88,6 +88,11 @@ class Centring:
     given: torch.Tensor | None = None
     sinks: int = 0
 
+    def __str__(self) -> str:
+        turning = sum(frequency != 0 for frequency in self.rotation.frequencies)
+        turns = f"a mean that positions turn in {turning} of {len(self.rotation.frequencies)} channels"
+        return f"keys balanced, and less {turns if turning else 'a mean that is the same at all positions'}"
+
     def of(self, keys: torch.Tensor) -> "Centre":
         """The centre of dense keys, which fill a cache from its first place on."""
         frequencies, partners = tables(self.rotation, keys.device)

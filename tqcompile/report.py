@@ -145,7 +145,7 @@ class Report:
     def _kept(self) -> str:
         rows = Counter((graph.name, said) for graph in self.graphs for _, said in graph.regions)
         rows = [(*row, count) for row, count in rows.items()]
-        return "kept as they are, beside codes:\n" + tabulate(rows, ("graph", "tokens", "caches")) if rows else ""
+        return "beside codes:\n" + tabulate(rows, ("graph", "what is kept", "caches")) if rows else ""
 
     def _read(self) -> str:
         rows = [(graph.name, *key, count) for graph in self.graphs for key, count in graph.readers.items()]
