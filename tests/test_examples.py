@@ -226,6 +226,15 @@ def test_presets(checkpoint, tmp_path, capsys, monkeypatch):
     assert said == ("met" if float(kl) <= float(bound) and float(bits) <= 4.3 else "NOT met")
 
 
+@pytest.mark.parametrize("name, most, least", [("small", 3.25, 1799), ("tiny", 2.67, 2063)])
+def test_presets_are_as_small_as_they_say_from_the_length_that_they_say(name, most, least, monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    example = importlib.import_module("presets")
+    numbers = 2 * example.LAYERS * example.KV_HEADS * example.HEAD_DIM
+    longer, shorter = (8 * example.bytes_a_token(formats.PRESETS[name], n) / numbers for n in (least, least - 1))
+    assert longer <= most < shorter
+
+
 def test_option_costs(capsys, monkeypatch):
     monkeypatch.syspath_prepend(EXAMPLES)
     example, decoder = importlib.import_module("option_costs"), importlib.import_module("tqcompile.bench.decoder")
