@@ -1,15 +1,17 @@
 """Prints the reading helpers of codecs of several terms, or of codes that stand for several coordinates.
 
 A token is one scalar, the largest of its scales, and a vector of numbers. A coordinate's number is the product of the
-factors of its term, each looked up by the code of that coordinate: one helper gathers the codes of one plane.
+factors of its term, each looked up by the code of that coordinate, or by the state that it and its neighbours make: one
+helper gathers the codes of one plane.
 """
 
 import torch
 
-from tqcompile.codec import Codec, Lookup
+from tqcompile.codec import STATE_BITS, Codec, Lookup
 from tqcompile.kernels.address import DEVICE_TYPE, code_lines, power_of_two
 from tqcompile.layout import Layout, layout_of
 from tqcompile.tables import table_offsets
+from tqcompile.trellis import window
 
 SIGNATURE = "(codes, codes_stride, scale, scale_stride, table, token, valid, BLOCK_D: tl.constexpr)"
 
@@ -19,7 +21,8 @@ def helpers(side: str, codec: Codec, head_dim: int) -> tuple[str, ...]:
     layout = layout_of(codec, head_dim, torch.float32, DEVICE_TYPE)
     planes = [factor.plane.name for factor in codec.factors if factor.store == "codes"]
     gathers = [_gather(side, name, layout) for name in planes]
-    return _scalars(side, layout), _numbers(side, codec, head_dim, layout), *gathers
+    states = [_states(side, factor, layout) for factor in codec.factors if factor.table == "trellis"]
+    return _scalars(side, layout), _numbers(side, codec, head_dim, layout), *states, *gathers
 
 
 def scalar_lines(side: str, width: int) -> list[str]:
@@ -43,6 +46,21 @@ def _scalars(side: str, layout: Layout) -> str:
 def _gather(side: str, name: str, layout: Layout) -> str:
     lines = [f"@triton.jit\ndef {side}_{name}(row, d, inside):", *code_lines(layout.plane(name), "    ")]
     return "\n".join([*lines, "    return code"])
+
+
+def _states(side: str, factor: Lookup, layout: Layout) -> str:
+    """`<side>_<plane>_state`: the codes from coordinate `d` on, one behind the other, the first next to the last."""
+    name, bits, count = factor.plane.name, factor.plane.bits, layout.plane(factor.plane.name).count
+    lines = [
+        f"@triton.jit\ndef {side}_{name}_state(row, d, inside):",
+        f"    state = {side}_{name}(row, d, inside)",
+        f"    for ahead in tl.static_range(1, {window(bits)}):",
+        "        at = d + ahead",
+        f"        at = tl.where(at < {count}, at, at - {count})",
+        f"        state = (state << {bits}) | {side}_{name}(row, at, inside)",
+        f"    return state & {2**STATE_BITS - 1}",
+    ]
+    return "\n".join(lines)
 
 
 def _numbers(side: str, codec: Codec, head_dim: int, layout: Layout) -> str:
@@ -85,6 +103,8 @@ def _number(side: str, factor: Lookup, codec: Codec, head_dim: int, layout: Layo
     if factor.table == "sign":
         return f"(2 * {code} - 1).to(tl.float32)"
     start = table_offsets(codec, head_dim)[factor.plane.name]
+    if factor.table == "trellis":
+        return f"tl.load(table + {start} + {side}_{factor.plane.name}_state(row, d, inside), mask=inside, other=0.0)"
     if factor.table == "angle":
         return f"tl.load(table + {start} + 2 * {code} + d // {per // 2} % 2, mask=inside, other=0.0)"
     return f"tl.load(table + {start} + {code}, mask=inside, other=0.0)"

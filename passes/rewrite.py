@@ -2,7 +2,7 @@
 
 import torch
 
-from tqcompile import coding, formats, reference
+from tqcompile import coding, formats, ops, reference
 
 
 def strides(shape, seq_dim: int | None) -> tuple:
@@ -91,6 +91,8 @@ def as_queries(result: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
 
 @reference.as_stored
 def encode(y: torch.Tensor, codec: str) -> tuple[torch.Tensor, ...]:
+    if formats.codec(codec).is_sequential:
+        return tuple(ops.encode(y, codec))
     return tuple(plane.contiguous() for plane in coding.encode(formats.codec(codec), y))
 
 

@@ -19,7 +19,7 @@ LOSSY = every(lambda codec: not codec.is_exact)
 # Codes of a direction: all of them where terms do not read each other's scalars, which are rounded to float16.
 DIRECTED = every(
     lambda codec: (
-        all(term.fit in ("sphere", "norm", "sign", "polar") for term in codec.terms)
+        all(term.fit in ("sphere", "norm", "path", "sign", "polar") for term in codec.terms)
         and (len(codec.terms) == 1 or sum(term.share for term in codec.terms) == 1)
     )
 )

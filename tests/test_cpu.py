@@ -27,6 +27,7 @@ SHAPES = [
     ("q8_0", 80, 3),
 ]
 LENGTHS = [1, 17, cpu.CHUNK - 1, cpu.CHUNK, cpu.CHUNK + 1, 3 * cpu.CHUNK + 5]
+PATHS = [("turboquant:3:trellis", 20, 2)]
 EVERY_SHAPE = pytest.mark.parametrize("name, head_dim, group", SHAPES)
 
 
@@ -50,7 +51,7 @@ def check(codec, planes, head_dim: int, group: int) -> None:
     torch.testing.assert_close(found, truth, rtol=1e-4, atol=2e-5)
 
 
-@EVERY_SHAPE
+@pytest.mark.parametrize("name, head_dim, group", SHAPES + PATHS)
 def test_single_queries_see_what_the_reference_decodes_at_every_length(name, head_dim, group):
     codec = formats.codec(name)
     for length in LENGTHS:

@@ -13,7 +13,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 # From the ground up. A module imports from lower floors only; modules of one room may know each other.
 FLOORS = (
     ("codec", "scores", "recent"),
-    ("tables", "layout"),
+    ("tables", "layout", "trellis"),
     ("formats", "coding"),
     ("reference",),
     ("options",),

@@ -10,7 +10,7 @@ import torch
 from vectors import EVERY_CODEC, every
 
 from tqcompile import coding, tables
-from tqcompile.codec import Lookup, Plane
+from tqcompile.codec import STATE_BITS, Lookup, Plane
 from tqcompile.formats import REGISTRY
 
 # Exact Lloyd-Max distortions of a coordinate on the sphere, 1 to 4 bits; None is the Gaussian limit.
@@ -353,7 +353,9 @@ def test_angles_have_the_density_of_a_gaussian_vector_s(level):
 def test_a_look_up_with_a_table_has_numbers_for_each_code(codec):
     for term in codec.terms:
         for factor in term.factors:
-            if factor.table == "codebook":
+            if factor.table == "trellis":
+                assert len(tables.numbers(factor, 64)) == 2**STATE_BITS
+            elif factor.table == "codebook":
                 assert len(tables.numbers(factor, 64)) == 2**factor.plane.bits
             elif factor.table == "angle":
                 pairs = np.array(tables.numbers(factor, 64)).reshape(-1, 2)
@@ -370,7 +372,7 @@ def test_the_tables_of_a_codec_lie_end_to_end(codec):
     at = 0
     for term, band in zip(codec.terms, codec.bands(64)):
         for factor in term.factors:
-            if factor.table in ("codebook", "angle"):
+            if factor.table in ("codebook", "trellis", "angle"):
                 expected = tables.numbers(factor, band.stop - band.start)
                 assert offsets[factor.plane.name] == at
                 assert whole[at : at + len(expected)] == expected

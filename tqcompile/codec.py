@@ -13,9 +13,12 @@ from functools import cached_property
 from itertools import accumulate, pairwise
 from typing import Literal
 
-Table = Literal["codebook", "signed", "sign", "angle", "half", "native"]
+Table = Literal["codebook", "trellis", "signed", "sign", "angle", "half", "native"]
 Basis = Literal["standard", "rotation", "hadamard", "sketch", "gaussian"]
-Fit = Literal["exact", "absmax", "extreme", "sphere", "norm", "sign", "polar"]
+Fit = Literal["exact", "absmax", "extreme", "sphere", "norm", "path", "sign", "polar"]
+
+# Bits of a trellis' state, each of which has a number of its own.
+STATE_BITS = 10
 
 # The tensor of a cache in which planes of a table lie, side by side: codes share bytes, scalars do not.
 STORES = {"half": "scale", "native": "number"}
@@ -49,9 +52,11 @@ class Plane:
 class Lookup:
     """How the codes of a plane become numbers.
 
-    `codebook`: Lloyd-Max centroids of a coordinate on the sphere of radius sqrt(coordinates). `signed`: a
-    two's-complement integer. `sign`: -1 or 1. `angle`: of an angle, the cosine for the first half of the plane's `per`
-    coordinates and the sine for the second. `half`: the bits of a float16. `native`: the number itself.
+    `codebook`: Lloyd-Max centroids of a coordinate on the sphere of radius sqrt(coordinates). `trellis`: the number of
+    a state, the lowest `STATE_BITS` bits of a coordinate's code and those of the next ones, put one behind the other;
+    the first coordinate is next to the last (QTIP, arXiv 2406.11235). `signed`: a two's-complement integer. `sign`: -1
+    or 1. `angle`: of an angle, the cosine for the first half of the plane's `per` coordinates and the sine for the
+    second. `half`: the bits of a float16. `native`: the number itself.
     """
 
     plane: Plane
@@ -74,7 +79,8 @@ class Term:
     `fit` names how an encoder chooses codes: `exact` stores the number, `absmax` scales a block to its largest
     magnitude, `extreme` to its number of largest magnitude, which becomes the lowest code, `sphere` normalises, takes
     the nearest centroid and the scalar that leaves inner products unbiased, `norm` the same with the norm for a scalar,
-    `sign` keeps signs and the norm, `polar` angles of pairs, of pairs of their radii, and so on, and the last radius.
+    `path` as `sphere` with a trellis in place of centroids, whose codes are chosen together, `sign` keeps signs and the
+    norm, `polar` angles of pairs, of pairs of their radii, and so on, and the last radius.
     """
 
     basis: Basis
@@ -94,8 +100,9 @@ class Term:
 
     @property
     def is_plain(self) -> bool:
-        """Whether there is one code a coordinate, and at most a scalar beside it."""
-        return self.codes.plane.per == 1 and len(self.factors) == 1 + (self.scale is not None)
+        """Whether a coordinate has one code, which alone says its number, and at most a scalar beside it."""
+        alone = self.codes.plane.per == 1 and self.codes.table != "trellis"
+        return alone and len(self.factors) == 1 + (self.scale is not None)
 
 
 @dataclass(frozen=True)
@@ -157,6 +164,11 @@ class Codec:
     def is_exact(self) -> bool:
         """Whether it stores the numbers themselves."""
         return self.terms[0].fit == "exact"
+
+    @property
+    def is_sequential(self) -> bool:
+        """Whether a code is chosen by those before it: then encoding is a long program, which no graph should hold."""
+        return any(term.fit == "path" for term in self.terms)
 
     @property
     def codes(self) -> Lookup:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from tqcompile import tables
+from tqcompile import tables, trellis
 from tqcompile.codec import Codec, Lookup, Term
 from tqcompile.layout import Layout, PlaneLayout, layout_of
 
@@ -78,10 +78,20 @@ def _fit_extreme(term: Term, y: torch.Tensor, head_dim: int, size: torch.Tensor 
 def _fit_sphere(term: Term, y: torch.Tensor, head_dim: int, size: torch.Tensor | None) -> Planes:
     peak, size, unit = _on_sphere(y)
     codes, numbers = _nearest(term.codes, unit)
-    fitted = (unit * numbers).sum(-1, keepdim=True) * tables.unit(term.codes, y.shape[-1])
-    # |x|^2 / <x, c> with x = peak * size / sqrt(head_dim) * unit: no square of a large norm is formed.
-    scale = peak * torch.where(size > 0, size, 1.0) * math.sqrt(y.shape[-1]) / fitted
-    return torch.where(peak == 0, 0.0, scale).half(), codes
+    return _unbiased(peak, size, unit, numbers * tables.unit(term.codes, y.shape[-1])), codes
+
+
+def _fit_path(term: Term, y: torch.Tensor, head_dim: int, size: torch.Tensor | None) -> Planes:
+    peak, size, unit = _on_sphere(y)
+    codes = trellis.path(unit, _table(term.codes, y.shape[-1], y.device), term.codes.plane.bits)
+    return _unbiased(peak, size, unit, lookup(term.codes, codes, y.shape[-1])), codes
+
+
+def _unbiased(peak: torch.Tensor, size: torch.Tensor, unit: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+    """|x|^2 / <x, c> with x = peak * size / sqrt(n) * unit, c = numbers: no square of a large norm is formed."""
+    fitted = (unit * numbers).sum(-1, keepdim=True)
+    scale = peak * torch.where(size > 0, size, 1.0) * math.sqrt(unit.shape[-1]) / fitted
+    return torch.where(peak == 0, 0.0, scale).half()
 
 
 def _fit_norm(term: Term, y: torch.Tensor, head_dim: int, size: torch.Tensor | None) -> Planes:
@@ -133,13 +143,19 @@ _FITS: dict[str, Callable[..., Planes]] = {
     "extreme": _fit_extreme,
     "sphere": _fit_sphere,
     "norm": _fit_norm,
+    "path": _fit_path,
     "sign": _fit_sign,
     "polar": _fit_polar,
 }
 
 
 def lookup(factor: Lookup, codes: torch.Tensor, coordinates: int) -> torch.Tensor:
-    """Codes [...] -> numbers [...], float32, in units of `tables.unit`; angles -> cosine and sine [..., 2]."""
+    """Codes [...] -> numbers [...], float32, in units of `tables.unit`; angles -> cosine and sine [..., 2].
+
+    Codes of a trellis are those of all coordinates of a term.
+    """
+    if factor.table == "trellis":
+        codes = trellis.states(codes, factor.plane.bits)
     if factor.table == "signed":
         limit = 2 ** (factor.plane.bits - 1)
         return ((codes ^ limit) - limit).float()
@@ -147,14 +163,18 @@ def lookup(factor: Lookup, codes: torch.Tensor, coordinates: int) -> torch.Tenso
         return (2 * codes - 1).float()
     coefficients = tables.polynomial(factor, coordinates) if factor.table == "codebook" else None
     if coefficients is None:
-        table = torch.tensor(tables.numbers(factor, coordinates), dtype=torch.float32, device=codes.device)
-        return table[codes] if factor.table == "codebook" else table.view(-1, 2)[codes]
+        table = _table(factor, coordinates, codes.device)
+        return table.view(-1, 2)[codes] if factor.table == "angle" else table[codes]
     size = tables.unit(factor, coordinates)
     x = codes.float() - (2**factor.plane.bits - 1) / 2
     square, number = x * x, coefficients[-1] / size
     for coefficient in reversed(coefficients[:-1]):
         number = number * square + coefficient / size
     return number * x if tables.integers(factor, coordinates) is None else (number * x).round()
+
+
+def _table(factor: Lookup, coordinates: int, device: torch.device) -> torch.Tensor:
+    return torch.tensor(tables.numbers(factor, coordinates), dtype=torch.float32, device=device)
 
 
 def decode(codec: Codec, planes: Planes, head_dim: int) -> torch.Tensor:

@@ -88,8 +88,11 @@ def decode_rows(codec: Codec, planes: Tensors, head_dim: int) -> torch.Tensor:
 
 
 def encode_rows(codec: Codec, y: torch.Tensor) -> Tensors:
-    """`coding.encode` of y [..., head_dim], folded into rows and compiled once a codec, head_dim and dtype."""
-    if _compile_rows is None or codec.is_exact or y.shape[:-1].numel() < 2:
+    """`coding.encode` of y [..., head_dim], folded into rows and compiled once a codec, head_dim and dtype.
+
+    What is sequential runs as it is.
+    """
+    if _compile_rows is None or codec.is_exact or codec.is_sequential or y.shape[:-1].numel() < 2:
         return coding.encode(codec, y)
     rows = y.reshape(-1, y.shape[-1]).contiguous()
     encode = _compiled(_encode_rows, codec, y.shape[-1], [rows], (ROWS,))

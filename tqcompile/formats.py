@@ -9,6 +9,8 @@ from tqcompile.codec import Basis, Codec, Lookup, Plane, Term
 
 # Of head_dim, what the papers' fractional settings give one bit more: 32 of 128.
 OUTLIERS = Fraction(1, 4)
+# Bits of the shortest path round a trellis of ten bits: shorter ones have too few to choose.
+LEAST_PATH = 16
 
 
 def identity() -> Codec:
@@ -52,6 +54,18 @@ def turboquant(bits: Fraction, scalar: str = "") -> Codec:
     return Codec(name, terms, unbiased=not scalar, source="arXiv 2504.19874, mse", minimum_head_dim=least)
 
 
+def trellis(bits: int) -> Codec:
+    """A rotated vector's path through a bitshift trellis that bites its tail, and the scalar of `turboquant`.
+
+    As many bits as Lloyd-Max codes take, and nearer to what any code of so many bits can do; slower to encode. A narrow
+    vector has few closed paths: from 24 dims on these codes are the better ones at any width.
+    """
+    factors = Lookup(Plane("scale", 16, per=None), "half"), Lookup(Plane("codes", bits), "trellis")
+    least, source = -(-LEAST_PATH // bits), "arXiv 2406.11235, codes"
+    name, terms = f"turboquant:{bits}:trellis", (Term("rotation", factors, "path"),)
+    return Codec(name, terms, unbiased=True, source=source, minimum_head_dim=least)
+
+
 def _signs(basis: Basis, share: int = 1) -> Term:
     factors = Lookup(Plane("norm", 16, per=None), "half"), Lookup(Plane("signs", 1), "sign")
     return Term(basis, factors, "sign", Fraction(share))
@@ -91,6 +105,7 @@ REGISTRY: dict[str, Codec] = {
         q4_0("hadamard"),
         *(turboquant(Fraction(bits)) for bits in (1, 2, "2.5", 3, "3.5", 4, 5, 6, 7, 8)),
         *(turboquant(Fraction(bits), "norm") for bits in (1, 2, "2.5", 3, "3.5", 4)),
+        *(trellis(bits) for bits in (2, 3, 4)),
         *(turboquant_prod(bits) for bits in (2, 3, 4, 5)),
         turboquant_prod(4, "gaussian"),
         *(qjl(rows) for rows in (1, 2, 4)),

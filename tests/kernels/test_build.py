@@ -15,6 +15,7 @@ FEW = [
     (("polarquant", "polarquant"), 128, Reader("bool"), torch.bfloat16, 4, 90),
     (("q4_0", "turboquant:2.5"), 128, Reader(), torch.bfloat16, 4, 90),
     (("qjl:2", "turboquant_prod:3"), 64, Reader("additive"), torch.float16, 4, 80),
+    (("turboquant:3:trellis", "turboquant:2:trellis"), 128, Reader("bool"), torch.bfloat16, 4, 90),
 ]
 
 
