@@ -208,7 +208,11 @@ def _scales(factor: Lookup, layout: Layout, stored: dict[str, torch.Tensor]) -> 
 def _codes_of(factor: Lookup, layout: Layout, stored: dict[str, torch.Tensor]) -> torch.Tensor:
     if factor.store == "scale":
         return _scales(factor, layout, stored)
-    return layout.plane(factor.plane.name).unpack(stored["codes"])
+    plane = layout.plane(factor.plane.name)
+    if factor.table == "trellis":
+        # They are read again as neighbours of others: as bytes, which Inductor keeps in memory for that.
+        return torch.cat([codes.to(torch.uint8) for _, codes in plane.pieces(stored["codes"])], -1)
+    return plane.unpack(stored["codes"])
 
 
 def _plain_pieces(term: Term, layout: Layout, stored: dict, coordinates: int, runs: Callable) -> list:

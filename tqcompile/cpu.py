@@ -64,7 +64,9 @@ def logits(q: torch.Tensor, keys: Tensors, codec: Codec, head_dim: int) -> torch
 
 def mix(weights: torch.Tensor, values: Tensors, codec: Codec, head_dim: int) -> torch.Tensor:
     """`reference.mix`, compiled for single queries."""
-    if not _compiles(codec, weights, values):
+    # Numbers that are made of neighbours' codes go to memory first: for a sum over tokens Inductor lays those codes out
+    # coordinate by coordinate, and takes five times as long.
+    if not _compiles(codec, weights, values) or codec.is_sequential:
         return reference.mix(weights, values, codec, head_dim, decode_rows)
     by_head, planes = _by_head(weights, values)
     tensors = [*by_head.unsqueeze(-1).unbind(1), *planes]

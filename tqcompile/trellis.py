@@ -25,10 +25,14 @@ def window(bits: int) -> int:
 
 
 def states(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """Codes [..., n] -> the states [..., n] that each makes with those behind it, the first behind the last."""
-    state = codes
-    for ahead in range(1, window(bits)):
-        state = (state << bits) | codes.roll(-ahead, -1)
+    """Codes [..., n] -> the states int32 [..., n] that each makes with those behind it, the first behind the last."""
+    width, more = codes.shape[-1], window(bits) - 1
+    # As bytes end to end, of which neighbours are a shifted view: what Inductor makes of a roll takes number by number.
+    codes = codes.to(torch.uint8)
+    codes = torch.cat([codes, codes[..., :more]], -1)
+    state = codes[..., :width].to(torch.int32)
+    for ahead in range(1, more + 1):
+        state = (state << bits) | codes[..., ahead : ahead + width]
     return state & (2**STATE_BITS - 1)
 
 
