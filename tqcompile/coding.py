@@ -5,6 +5,7 @@ Rows are in the codec's own basis, `Codec.coordinates` numbers of a vector of he
 
 import math
 from collections.abc import Callable, Sequence
+from functools import cache
 
 import torch
 
@@ -83,8 +84,22 @@ def _fit_sphere(term: Term, y: torch.Tensor, head_dim: int, size: torch.Tensor |
 
 def _fit_path(term: Term, y: torch.Tensor, head_dim: int, size: torch.Tensor | None) -> Planes:
     peak, size, unit = _on_sphere(y)
-    codes = trellis.path(unit, _table(term.codes, y.shape[-1], y.device), term.codes.plane.bits)
-    return _unbiased(peak, size, unit, lookup(term.codes, codes, y.shape[-1])), codes
+    numbers, bits = path_numbers(term.codes, y.device), term.codes.plane.bits
+    codes = trellis.path(unit, numbers, bits)
+    return _unbiased(peak, size, unit, numbers[trellis.states(codes, bits)]), codes
+
+
+@cache
+def path_numbers(factor: Lookup, device: torch.device) -> torch.Tensor:
+    """The numbers of a trellis, kept on `device`: a CUDA graph that encodes captures no copy from the host."""
+    return _table(factor, 0, device)
+
+
+def prepare(codec: Codec, device: torch.device) -> None:
+    """Put on `device` what encoding reads there, where that is no part of a graph."""
+    for term in codec.terms:
+        if term.fit == "path":
+            path_numbers(term.codes, device)
 
 
 def _unbiased(peak: torch.Tensor, size: torch.Tensor, unit: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:

@@ -49,6 +49,7 @@ remember = torch.ops.tqcompile.remember.default
 def prepare(codec: Codec, head_dim: int, device: torch.device) -> None:
     """Make what the operators keep for a codec on `device`, so that none of it is made during a step."""
     tables.prepare(codec, head_dim)
+    coding.prepare(codec, device)
     if device.type == "cuda":
         from tqcompile.kernels import append as kernel
         from tqcompile.kernels import integer

@@ -38,38 +38,44 @@ def states(codes: torch.Tensor, bits: int) -> torch.Tensor:
 
 @torch.no_grad()
 def path(x: torch.Tensor, numbers: torch.Tensor, bits: int) -> torch.Tensor:
-    """Rows x [..., n], finite -> codes int64 [..., n] whose states' `numbers`, [2^STATE_BITS], are near to them.
+    """Rows x [..., n], finite -> codes uint8 [..., n] whose states' `numbers`, [2^STATE_BITS], are near to them.
 
     A path round the trellis ends where it began. That place is taken from the best path through the `OVERLAP`
     coordinates on either side of it; the rest is the best path that passes there. A narrow row, of which one place is
     a large part, is turned and improved from other places, in as many steps as the first look took.
     """
     rows, width = x.reshape(-1, x.shape[-1]), x.shape[-1]
-    each = max(width, 2 * OVERLAP) * numbers.numel() * numbers.element_size()
-    most = max(1, COST_BYTES.get(x.device.type, MOST_COST_BYTES) // each)
+    each = max(width, 2 * OVERLAP) * numbers.numel()
+    most = max(1, COST_BYTES.get(x.device.type, MOST_COST_BYTES) // (each * numbers.element_size()))
+    # Allocated once: between blocks that come and go, results would hold on to a hundred times as much.
+    held = x.new_empty(min(most, len(rows)) * each)
     turns, turn = max(0, 2 * OVERLAP // width - 1), width // 3 + 1
     near = torch.arange(-OVERLAP, OVERLAP, device=x.device) % width
-    found = []
-    for part in rows.split(most):
+    found = torch.empty_like(rows, dtype=torch.uint8)
+    for part, codes in zip(rows.split(most), found.split(most)):
         steps = part.T.contiguous()
-        meeting = _best(steps[near], numbers, bits, None)[OVERLAP] >> bits
-        way = _best(steps, numbers, bits, meeting)
+        meeting = _best(steps[near], numbers, bits, None, held)[OVERLAP] >> bits
+        way = _best(steps, numbers, bits, meeting, held)
         for _ in range(turns):
             steps = steps.roll(-turn, 0)
-            way = _best(steps, numbers, bits, way[turn] >> bits)
+            way = _best(steps, numbers, bits, way[turn] >> bits, held)
         # The code of a coordinate is the oldest of its state's, where a step shifts in the newest.
-        found.append((way.T & (2**bits - 1)).roll(turns * turn + window(bits) - 1, -1))
-    return torch.cat(found).view(x.shape)
+        codes.copy_((way.T & (2**bits - 1)).roll(turns * turn + window(bits) - 1, -1))
+    return found.view(x.shape)
 
 
-def _best(x: torch.Tensor, numbers: torch.Tensor, bits: int, meeting: torch.Tensor | None) -> torch.Tensor:
+def _best(
+    x: torch.Tensor, numbers: torch.Tensor, bits: int, meeting: torch.Tensor | None, held: torch.Tensor
+) -> torch.Tensor:
     """x [steps, rows] -> states [steps, rows] of the cheapest path (Viterbi).
 
-    `meeting` [rows] are the bits that its last state leaves to its first one; without, both ends are free.
+    `meeting` [rows] are the bits that its last state leaves to its first one; without, both ends are free. Costs of all
+    states at all steps are written to `held`.
     """
     steps, rows = x.shape
     count, kept = 2**bits, 2 ** (STATE_BITS - bits)
-    costs = torch.sub(x.unsqueeze(-1), numbers).square_()
+    costs = held[: x.numel() * len(numbers)].view(steps, rows, len(numbers))
+    torch.sub(x.unsqueeze(-1), numbers, out=costs).square_()
     # A state is (kept, code) to the one before it, and (code, kept) to the one behind it, which forgets that code.
     after, before = costs.view(steps, rows, kept, count), costs.view(steps, rows, count, kept)
     everyone = torch.arange(rows, device=x.device)
