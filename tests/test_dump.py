@@ -142,6 +142,16 @@ def test_single_products_have_the_kernels_that_multiply_codes_or_decode_them(tmp
     assert kernels["query x keys"] == "int8 units" and "decoded" in kernels["weights x values"]
 
 
+@pytest.mark.parametrize("values", ["turboquant:2:trellis", "polarquant"])
+def test_codes_that_no_kernel_writes_have_none_in_the_list(values, tmp_path, monkeypatch):
+    graphs = []
+    monkeypatch.setattr(Dump, "graphs", lambda self, before, after, sites: graphs.append((after, sites)))
+    dumped(tmp_path, Layer(), *next(calls()), inner="eager", values=values)
+    sources, plain = kernel_sources(*graphs[0]), values.replace(":", "_")
+    assert "append_turboquant_4_32" in sources and not [what for what in sources if re.match(rf"append.*{plain}", what)]
+    assert f"decode_{plain}_32" in sources and [what for what in sources if what.startswith("attend_")]
+
+
 def test_texts_of_a_graph_are_kept_where_somebody_asks_and_needs_no_folder():
     def run():
         torch._dynamo.reset()

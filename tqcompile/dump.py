@@ -94,13 +94,17 @@ def kernel_sources(after: fx.GraphModule, sites: Iterable[Site]) -> dict[str, st
     sources = {}
     written = [site for site in sites if site.kind in ("in_place", "append")]
     for codec, width in dict.fromkeys((site.codec, int(tensor_of(site.root).shape[-1])) for site in written):
-        sources[f"append_{_plain(codec.name)}_{width}"] = append.source(codec, width)
+        # A graph on a GPU spells out the writes that no kernel does.
+        if ops.writes(codec, width):
+            sources[f"append_{_plain(codec.name)}_{width}"] = append.source(codec, width)
     for node in after.graph.nodes:
         if node.target is ops.append_step:
             keys, values = node.args[-2:]
             dims = tuple(int(tensor_of(y).shape[-1]) for y in node.args[2:4])
-            what = f"append_step_{_plain(keys)}_{_plain(values)}_{dims[0]}_{dims[1]}"
-            sources[what] = step.source(formats.codec(keys), formats.codec(values), dims)
+            codecs = formats.codec(keys), formats.codec(values)
+            if all(map(ops.writes, codecs, dims)):
+                what = f"append_step_{_plain(keys)}_{_plain(values)}_{dims[0]}_{dims[1]}"
+                sources[what] = step.source(*codecs, dims)
         if node.target is ops.logits:
             codec, width = node.args[2:]
             if side := logits.side_of(formats.codec(codec), width):
