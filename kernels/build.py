@@ -20,13 +20,14 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from tqcompile.codec import Codec
+from tqcompile.codec import STATE_BITS, Codec
 from tqcompile.formats import REGISTRY, pair_of
 from tqcompile.formats import codec as codec_named
-from tqcompile.kernels import append, attend, exact, integer, logits, step, tune
+from tqcompile.kernels import append, attend, exact, integer, logits, path, step, tune
 from tqcompile.kernels.emit import Reader
 from tqcompile.kernels.writers import writes
 from tqcompile.layout import layout_of
+from tqcompile.trellis import OVERLAP, window
 
 CAPABILITIES = (80, 90)
 HEAD_DIMS = (64, 128)
@@ -189,6 +190,14 @@ def exact_usages(head_dim: int, reader: Reader, dtype: torch.dtype, capability: 
     ]
 
 
+def path_usage(bits: int, width: int, capability: int) -> Usage:
+    """Compile the search of paths of so many bits a coordinate for rows of `width`."""
+    constants = {"DIM": width, "BITS": bits, "STATES": 1 << STATE_BITS, "OVERLAP": OVERLAP, "AHEAD": window(bits) - 1}
+    pointers = {"x": torch.float32, "numbers": torch.float32, "choices": torch.uint8, "codes": torch.uint8}
+    label = f"path {bits} bits d{width}"
+    return compiled(label, path.find_paths, pointers, constants, {}, path.WARPS, 255, capability)
+
+
 def compiled(label, kernel, pointers, constants, types, warps, limit, capability, make=ASTSource, numbers=0) -> Usage:
     """Compile for a capability and read the usage that the assembler reports; `numbers` a thread has of a tile."""
     names = list(kernel.arg_names)
@@ -259,6 +268,8 @@ def every_usage() -> Iterator[Usage]:
             for reader in READERS:
                 yield from exact_usages(head_dim, reader, torch.bfloat16, capability)
         for head_dim in (64, 96, 128, 256):
+            for bits in (2, 3, 4):
+                yield path_usage(bits, head_dim, capability)
             for codec in REGISTRY.values():
                 if logits.side_of(codec, head_dim):
                     for dtype, rows in ((torch.float32, 4), (torch.bfloat16, 4), (torch.bfloat16, 8)):

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
-from tqcompile import coding, cpu, formats, recent, reference, tables
+from tqcompile import coding, cpu, formats, recent, reference, tables, trellis
 from tqcompile.codec import Codec
 from tqcompile.layout import layout_of
 
@@ -82,6 +82,16 @@ def logits_kernel_of(codec: str, head_dim: int) -> str:
 
 def _encode(y: torch.Tensor, codec: str) -> list[torch.Tensor]:
     return [plane.contiguous() for plane in coding.encode(formats.codec(codec), y)]
+
+
+def _search_cuda(x: torch.Tensor, numbers: torch.Tensor, bits: int) -> torch.Tensor:
+    from tqcompile.kernels import path
+
+    with torch.cuda.device(x.device):
+        return path.search(x, numbers, bits)
+
+
+trellis.SEARCHES["cuda"] = _search_cuda
 
 
 def _append_cpu(planes: Tensors, y: torch.Tensor, positions, basis, codec: str) -> None:

@@ -6,6 +6,7 @@ shifts neighbours together and looks up. A writer looks for the cheapest path, c
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 
@@ -17,6 +18,8 @@ OVERLAP = 32
 # what makes up for starting a thousand kernels.
 COST_BYTES = {"cpu": 2**24}
 MOST_COST_BYTES = 2**28
+# What searches rows of `2 * OVERLAP` coordinates or more, by the type of their device, in place of `path`.
+SEARCHES: dict[str, Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]] = {}
 
 
 def window(bits: int) -> int:
@@ -45,6 +48,8 @@ def path(x: torch.Tensor, numbers: torch.Tensor, bits: int) -> torch.Tensor:
     a large part, is turned and improved from other places, in as many steps as the first look took.
     """
     rows, width = x.reshape(-1, x.shape[-1]), x.shape[-1]
+    if width >= 2 * OVERLAP and x.device.type in SEARCHES:
+        return SEARCHES[x.device.type](x, numbers, bits)
     each = max(width, 2 * OVERLAP) * numbers.numel()
     most = max(1, COST_BYTES.get(x.device.type, MOST_COST_BYTES) // (each * numbers.element_size()))
     # Allocated once: between blocks that come and go, results would hold on to a hundred times as much.

@@ -74,6 +74,11 @@ def test_what_reads_tokens_that_are_kept_as_they_are_spills_nothing(reader):
     assert not [usage for usage in build.exact_usages(128, reader, torch.bfloat16, 90) if usage.spills]
 
 
+@pytest.mark.parametrize("bits", [2, 4])
+def test_the_search_of_a_path_spills_nothing(bits):
+    assert build.path_usage(bits, 128, 90).spills == 0
+
+
 @pytest.mark.slow
 def test_no_kernel_of_any_codec_spills():
     assert not [usage for usage in build.every_usage() if usage.spills]
