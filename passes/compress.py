@@ -10,13 +10,12 @@ from tqcompile.passes import rewrite
 from tqcompile.passes.context import CacheInput, Context, Fallback, Output
 from tqcompile.passes.flex import TWIN, drop
 from tqcompile.passes.indices import index_items, kept_run
-from tqcompile.passes.nodes import memory_of, spelling, tensor_of
+from tqcompile.passes.masks import Masker
+from tqcompile.passes.nodes import spelling, tensor_of
 from tqcompile.passes.places import places_of
 from tqcompile.passes.records import Read
 from tqcompile.passes.sites import Site, name_of, where
-from tqcompile.passes.softmax import Mask
 from tqcompile.passes.views import View, shape_only, whole, written_value
-from tqcompile.passes.writes import Writer
 
 
 def compress(gm: fx.GraphModule, context: Context) -> int:
@@ -35,19 +34,11 @@ def _plan_untouched(gm: fx.GraphModule, context: Context) -> None:
     context.outputs = [Output("tensor", index) for index in range(len(output.args[0]))]
 
 
-def _content(node: fx.Node) -> object:
-    """What two nodes have in common that show the same part of a tensor: each layer cuts its own view of one mask."""
-    if spelling(node) != "getitem" or any(isinstance(item, fx.Node) for item in node.all_input_nodes[1:]):
-        return node
-    return _content(node.args[0]), repr(node.args[1])
-
-
-class _Rewriter(Writer):
+class _Rewriter(Masker):
     """One walk over the graph, from the placeholders to the output."""
 
     def __init__(self, gm: fx.GraphModule, context: Context):
         super().__init__(gm, context)
-        self.reaches: dict[object, fx.Node] = {}
         reads = [read for read in self.survey.reads.values() if self._rewrites(read)]
         self.absorbed = {node for read in reads for node in read.absorbed}
 
@@ -177,14 +168,14 @@ class _Rewriter(Writer):
         dims = [int(tensor_of(view.base).shape[-1]) for view in (read.key, read.value)]
         result, key_basis = tensor_of(read.node), self.basis(keys, tensor_of(query), dims[0])
         folding = (query, planes[0][0]) if folds else None
-        mask = self._mask(read.masks, folding)
+        mask = self.mask(read.masks, folding)
         # Scores that are added hide no token, and are others in each layer.
         hides = tuple(each for each in read.masks if each.node not in self.survey.reads)
-        hiding = mask if len(hides) == len(read.masks) else self._mask(hides, folding)
-        reach = None if folds or hiding is None else self._reach(hiding)
+        hiding = mask if len(hides) == len(read.masks) else self.mask(hides, folding)
+        reach = None if folds or hiding is None else self.reach(hiding)
         mask = self.centred_mask(read, query, planes[0], mask)
         query = self.weighed(read, query)
-        sinks = None if read.sinks is None else self._numbers(read.sinks, folding, tokens=False)
+        sinks = None if read.sinks is None else self.numbers(read.sinks, folding, tokens=False)
         return self.call(
             ops.attend,
             self.call(rewrite.by_head, query, planes[0][0]) if folds else query,
@@ -203,36 +194,6 @@ class _Rewriter(Writer):
             result.dtype,
             **({"exact": exact, "first": self.context.options.chosen.sinks} if (exact := self.exact(read)) else {}),
         )
-
-    def _mask(self, masks: tuple[Mask, ...], folding: tuple[fx.Node, fx.Node] | None) -> fx.Node | None:
-        """Masks as one."""
-        total = None
-        for mask in masks:
-            numbers = None if mask.node is None else self._numbers(mask, folding)
-            if total is None and (mask.kind, mask.number) == ("add", 1):
-                total = numbers
-                continue
-            total = self.call_like(rewrite.masked, total, numbers, mask.kind, mask.number)
-        return total
-
-    def _numbers(self, mask: Mask, folding: tuple[fx.Node, fx.Node] | None, tokens: bool = True) -> fx.Node:
-        """The tensor of a mask, [batch, heads, ...] where the queries and a plane in `folding` are to be folded."""
-        numbers = self.dense(mask.node)
-        if folding is None:
-            return numbers
-        value = tensor_of(numbers).new_empty(())
-        numbers = self.call(rewrite.mask_by_head, numbers, *folding, mask.heads, tokens)
-        numbers.meta["example_value"] = value
-        return numbers
-
-    def _reach(self, mask: fx.Node) -> fx.Node | None:
-        """Which tokens `mask` lets anyone see: computed once for all layers that share a mask."""
-        if tensor_of(mask).shape[-1] == 1:
-            return None
-        same = _content(mask)
-        if same not in self.reaches or memory_of(mask) in self.overwritten:
-            self.reaches[same] = self.call(rewrite.reach, mask)
-        return self.reaches[same]
 
     def _fall_back(self, node: fx.Node) -> None:
         """Decode in front of an operator that no rule knows, as late as can be."""

@@ -12,9 +12,9 @@ from torch import fx
 from tqcompile import scores
 from tqcompile.passes.indices import full, index_items, same_size
 from tqcompile.passes.nodes import spelling, tensor_of
+from tqcompile.passes.sinks import PRODUCTS, Sink, uncast
 from tqcompile.passes.views import CASTS
 
-_PRODUCTS = {"mul", "mul_", "imul", "__mul__", "__rmul__"}
 _QUOTIENTS = {"div", "div_", "truediv", "itruediv", "__truediv__"}
 _SUMS = {"add", "add_", "iadd", "__add__", "__radd__"}
 _DIFFERENCES = {"sub", "sub_", "isub", "__sub__"}
@@ -22,7 +22,7 @@ _FOLDS = {"reshape", "view", "flatten", "unflatten"}
 _FLOORS = {"maximum", "max", "clamp_min"}
 _CLAMPS = {"clamp", "clip", "clamp_", "clip_"}
 _FILLS = {"where", "masked_fill", "masked_fill_"}
-_POINTWISE = CASTS | _FOLDS | _PRODUCTS | _QUOTIENTS | _SUMS | _DIFFERENCES | _CLAMPS | _FILLS | {*scores.FUNCTIONS}
+_POINTWISE = CASTS | _FOLDS | PRODUCTS | _QUOTIENTS | _SUMS | _DIFFERENCES | _CLAMPS | _FILLS | {*scores.FUNCTIONS}
 
 # A number that no score comes near, so that a score which is replaced by it is one that it is added to.
 HIDDEN = -1e8
@@ -33,11 +33,12 @@ class Mask:
     """A step of the mask that is added to scores.
 
     `add`: `node` times `number`, or one bool tensor that says what is kept; `fill`: `number` where the bool `node` is
-    true, `keep`: where it is not; `floor`: nothing below `number`. Where a model has sequences and heads apart while
-    its product has them in one dimension, there are `heads`.
+    true, `keep`: where it is not; `floor`: nothing below `number`; `rows`: a logit for each row, without the last
+    dimension of scores. Where a model has sequences and heads apart while its product has them in one dimension, there
+    are `heads`.
     """
 
-    kind: Literal["add", "fill", "keep", "floor"]
+    kind: Literal["add", "fill", "keep", "floor", "rows"]
     node: fx.Node | None
     number: float = 1.0
     heads: int | None = None
@@ -65,12 +66,13 @@ class _Step:
     others: tuple[fx.Node, ...] = ()
 
 
-def chain_behind(product: fx.Node, products) -> Chain | None:
+def chain_behind(product: fx.Node, products, sink: Sink | None = None) -> Chain | None:
     """How the weights of `product` come of one of the `products` of queries and keys; None where no rule says.
 
-    Nothing else may use what stands between: it is not computed any more.
+    Nothing else may use what stands between: it is not computed any more. With a `sink` that goes on to its node.
     """
-    steps, nodes, kinds = [], {product}, []
+    last = product if sink is None else sink.node
+    steps, nodes, kinds = [], {product, last}, []
     node = product.args[0]
     while node not in products:
         step = _behind(node, kinds)
@@ -80,11 +82,16 @@ def chain_behind(product: fx.Node, products) -> Chain | None:
         kinds.append(step.kind)
         nodes |= {node, *step.others}
         node = step.source
-    nodes.add(node)
-    used = {user for each in nodes - {product} for user in each.users}
+    nodes |= {node} if sink is None else {node, *sink.others}
+    used = {user for each in nodes - {last} for user in each.users}
     if "softmax" not in kinds or kinds.count("drop") != kinds.count("sink") or not used <= nodes:
         return None
-    between = tuple(each for each in product.graph.nodes if each in nodes and each is not product)
+    if sink is not None:
+        scores = steps[kinds.index("softmax")].source
+        if "sink" in kinds or uncast(scores) is not uncast(sink.scores):
+            return None
+        steps.insert(0, _Step(scores, "sink", mask=Mask("rows" if sink.by_row else "add", sink.logits)))
+    between = tuple(each for each in product.graph.nodes if each in nodes and each is not last)
     return _folded(Chain(between), reversed(steps), tensor_of(node))
 
 
@@ -204,13 +211,13 @@ def _number_step(node: fx.Node, name: str, source) -> _Step | None:
     if len(node.args) != 2 or node.kwargs:
         return None
     left, right = node.args
-    if _number(left) is not None and name in _PRODUCTS | _SUMS:
+    if _number(left) is not None and name in PRODUCTS | _SUMS:
         left, right = right, left
     number = _number(right)
     if number is None or not math.isfinite(number) or tensor_of(left) is None:
         return None
-    if name in _PRODUCTS or (name in _QUOTIENTS and number):
-        return _Step(left, "scale", number if name in _PRODUCTS else 1 / number)
+    if name in PRODUCTS or (name in _QUOTIENTS and number):
+        return _Step(left, "scale", number if name in PRODUCTS else 1 / number)
     if name in _SUMS | _DIFFERENCES:
         return _Step(left, "shift", number if name in _SUMS else -number)
     kind = "maximum" if name in _FLOORS else "minimum" if name in ("minimum", "min", "clamp_max") else None

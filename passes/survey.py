@@ -11,6 +11,7 @@ from tqcompile.passes.indices import kept_run
 from tqcompile.passes.nodes import memory_of, spelling, tensor_of, walk, written_operands
 from tqcompile.passes.places import alike, are_weights, becomes_weights, fits, places_of, roles_of
 from tqcompile.passes.records import Append, Join, Read
+from tqcompile.passes.sinks import sink_behind
 from tqcompile.passes.softmax import addends, chain_behind
 from tqcompile.passes.tokens import kept_by, source_of, whole_tokens, written_tensors
 from tqcompile.passes.views import View, derived, identity, root_view, shape_only
@@ -87,21 +88,26 @@ class Survey:
         """Two products with a softmax between are attention, where nothing is overwritten in the meantime."""
         nodes, scores = list(graph.nodes), {node: read for node, read in self.reads.items() if read.kind == "logits"}
         for node, read in list(self.reads.items()):
-            chain = chain_behind(node, scores) if read.kind == "mix" else None
+            sinks = (sink_behind(node), None) if read.kind == "mix" else ()
+            chains = ((chain_behind(node, scores, sink), sink) for sink in dict.fromkeys(sinks))
+            chain, sink = next((found for found in chains if found[0] is not None), (None, None))
             if chain is None:
                 continue
+            last = node if sink is None else sink.node
             first = scores[chain.nodes[0]]
             *leading, channel, tokens = first.key.axes
             if not alike(first.key, read.value, transposed=True):
                 continue
             given = (each.node for each in (*chain.masks, chain.sinks) if each is not None and each.node is not None)
-            kept = {memory_of(each) for each in (first.left, first.key.node, *given)}
-            between = nodes[self._order[first.node] + 1 : self._order[node]]
-            if any(memory_of(operand) in kept for each in between for operand in written_tensors(each)):
+            start, middle, end = (self._order[each] for each in (first.node, node, last))
+            if _overwrite(nodes[start + 1 : end], (first.left, first.key.node, *given)):
                 continue
-            del self.reads[first.node]
-            self.reads[node] = replace(
+            if _overwrite(nodes[middle + 1 : end], (read.value.node,)):
+                continue
+            del self.reads[first.node], self.reads[node]
+            self.reads[last] = replace(
                 read,
+                node=last,
                 kind="attend",
                 key=replace(first.key, axes=(*leading, tokens, channel)),
                 left=first.left,
@@ -253,6 +259,12 @@ class Survey:
         elif places_of(right) is not None and (right.root.op == "placeholder" or are_weights(node.args[0])):
             # What a graph makes and reads with anything but weights is the state of a recurrence.
             self.reads[node] = Read(node, "mix", None, right, node.args[0])
+
+
+def _overwrite(nodes: list[fx.Node], tensors: tuple[fx.Node, ...]) -> bool:
+    """Whether any of these nodes writes into the memory of one of these tensors."""
+    kept = set(map(memory_of, tensors))
+    return any(memory_of(operand) in kept for node in nodes for operand in written_tensors(node))
 
 
 def _leaves(node: fx.Node, dim: int) -> bool:
