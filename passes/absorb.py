@@ -39,7 +39,7 @@ def _caches(graph: fx.Graph) -> set[fx.Node]:
     """The nodes that show a cache which came in, as [batch, tokens, n] or [batch, 1, tokens, n]."""
     survey = Survey(graph, [node for node in graph.nodes if node.op == "placeholder" and may_be_cache(node)])
     kept = {view.root for view in survey.writes.values()}
-    kept |= {survey.views[node].root for node in (*survey.appends, *survey.joins)}
+    kept |= {survey.views[node].root for node in (*survey.appends, *survey.joins) if not survey.views[node].also}
     kept |= {root for root in survey.views if isinstance(real(root), CompressedKV)}
     shown = {node for node, view in survey.views.items() if view.root in kept and view.root not in survey.losses}
     return {node for node in shown if is_latent(tensor_of(node))}

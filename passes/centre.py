@@ -14,9 +14,10 @@ from tqcompile.passes.indices import full, index_items, kept_run, same_size
 from tqcompile.passes.nodes import spelling, tensor_of
 from tqcompile.passes.places import places_of
 from tqcompile.passes.records import Read
+from tqcompile.passes.refusals import name_of, where
 from tqcompile.passes.roles import real
 from tqcompile.passes.rotary import Rotations
-from tqcompile.passes.sites import Site, name_of, where
+from tqcompile.passes.sites import Site
 from tqcompile.passes.slices import NotRotated
 from tqcompile.passes.survey import Survey
 from tqcompile.passes.tokens import source_of

@@ -14,7 +14,8 @@ from tqcompile.passes.masks import Masker
 from tqcompile.passes.nodes import spelling, tensor_of
 from tqcompile.passes.places import places_of
 from tqcompile.passes.records import Read
-from tqcompile.passes.sites import Site, name_of, where
+from tqcompile.passes.refusals import name_of, where
+from tqcompile.passes.sites import Site
 from tqcompile.passes.views import View, shape_only, whole, written_value
 
 
@@ -81,7 +82,7 @@ class _Rewriter(Masker):
             self._fall_back(node)
 
     def _rewrites(self, read: Read) -> bool:
-        return all(view.root in self.sites for _, view, _ in read.sides)
+        return all(root in self.sites for _, view, _ in read.sides for root in view.roots)
 
     def _open(self, index: int, root: fx.Node) -> None:
         """Placeholders for the planes, in front of the cache's own."""

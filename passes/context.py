@@ -8,7 +8,8 @@ from torch import fx
 from tqcompile.centre import Centring
 from tqcompile.codec import Codec
 from tqcompile.options import Options
-from tqcompile.passes.sites import Refusal, Site
+from tqcompile.passes.refusals import Refusal
+from tqcompile.passes.sites import Site
 from tqcompile.passes.survey import Survey
 from tqcompile.recent import Regions
 

@@ -8,7 +8,8 @@ from tqcompile.passes.context import Context
 from tqcompile.passes.indices import kept_run
 from tqcompile.passes.nodes import spelling, tensor_of
 from tqcompile.passes.places import places_of
-from tqcompile.passes.sites import Site, name_of
+from tqcompile.passes.refusals import name_of
+from tqcompile.passes.sites import Site
 from tqcompile.passes.survey import Survey
 from tqcompile.passes.tokens import positions_along, source_of
 from tqcompile.passes.views import View
@@ -38,7 +39,7 @@ def regions(gm: fx.GraphModule, context: Context) -> int:
 def _dimension(site: Site, survey: Survey) -> int | str:
     """The dimension that tokens of a cache lie along, or why none are kept as they are."""
     root, rank = site.root, tensor_of(site.root).dim()
-    if any(survey.views[node].root is root for node in survey.joins):
+    if any(root in survey.views[node].roots for node in survey.joins):
         return "codes of it are joined with others"
     written = {site.append.dim} if site.append else set()
     for node, view in survey.writes.items():

@@ -36,7 +36,7 @@ def one_role(roles: set[str]) -> str | None:
 
 def _sides(survey: Survey, root: fx.Node) -> list[tuple[str, View, bool]]:
     """What reads a cache, as `Read.sides` says it."""
-    return [side for read in survey.reads.values() for side in read.sides if side[1].root is root]
+    return [side for read in survey.reads.values() for side in read.sides if root in side[1].roots]
 
 
 def role_beside(survey: Survey, root: fx.Node, context) -> str | None:
@@ -90,7 +90,8 @@ def along_tokens(survey: Survey, root: fx.Node) -> bool:
     for _, view, turned in _sides(survey, root):
         grown = survey.appends.get(view.base) or survey.joins.get(view.base)
         places = places_of(view, turned)
-        if grown is not None and spelling(grown.node) == "cat" and places and grown.dim not in places.tokens:
+        grows = grown is not None and spelling(grown.node) == "cat" and not view.also
+        if grows and places and grown.dim not in places.tokens:
             return False
     return True
 

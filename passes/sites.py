@@ -4,11 +4,8 @@ Nothing is edited here. The result is frozen records that `compress` consumes: `
 compressed, `Refusal` for one that stays dense and why.
 """
 
-import os
-import weakref
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
 from torch import fx
@@ -19,24 +16,19 @@ from tqcompile.adopt import refusal
 from tqcompile.cache import CompressedKV
 from tqcompile.codec import Codec
 from tqcompile.passes.indices import kept_run
-from tqcompile.passes.nodes import sizes_of, spelling, tensor_of, walk
-from tqcompile.passes.overlooked import Overlooked, overlooked, read_only
+from tqcompile.passes.nodes import sizes_of, tensor_of, walk
+from tqcompile.passes.overlooked import overlooked, read_only
 from tqcompile.passes.places import operands_of
 from tqcompile.passes.records import Append, Read
+from tqcompile.passes.refusals import FLOATS, Refusal, foreign_cache, refuse, unknown_cache, wrapped
 from tqcompile.passes.roles import along_tokens, codec_of, paged, real, role_behind, role_beside, role_of, unfit
 from tqcompile.passes.survey import STATE, TURNED, Survey
 from tqcompile.passes.views import View, written_value
 
 REPEATED = "it is computed from a tensor of its size in a way that no rule follows, and codes of codes would drift"
 
-FOREIGN = "attention reads it, and no graph that was compiled keeps tokens in it"
-
 # Caches that a graph writes and does not read: the next one that reads them knows what they are.
 _written_elsewhere = WeakTensorKeyDictionary()
-
-_TORCH = str(Path(torch.__file__).parent) + os.sep
-
-FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -48,25 +40,6 @@ class Site:
     role: str
     codec: Codec
     append: Append | None
-
-
-@dataclass(frozen=True)
-class Refusal:
-    """A cache that stays dense: its name in the model, why, where, and what would change that.
-
-    `last` is the tensor of the last call, where that may be no cache: the report says nothing of what nobody keeps.
-    """
-
-    name: str
-    reason: str
-    where: str
-    remedy: str
-    last: list[weakref.ref] | None = field(default=None, compare=False)
-
-    @property
-    def stands(self) -> bool:
-        held = [tensor for tensor in map(weakref.ref.__call__, self.last or ()) if tensor is not None]
-        return self.last is None or any(not isinstance(tensor, CompressedKV) for tensor in held)
 
 
 def sites(gm: fx.GraphModule, context) -> int:
@@ -82,30 +55,46 @@ def sites(gm: fx.GraphModule, context) -> int:
     made = [node for node in map(written_value, outputs) if node.op.startswith("call_") and may_be_cache(node)]
     # What has three dimensions and leaves a graph that made it may be the model's result.
     made = [node for node in made if tensor_of(node).dim() > 3]
-    held = Survey(gm.graph, inputs)
+    held, found, refused = _survey(gm.graph, inputs, outputs, context)
     made = [node for node in dict.fromkeys(made) if node not in held.views]
     created = Survey(gm.graph, dict.fromkeys(map(_whole, made)))
     context.survey = held
-    found, refused = _decide(held, outputs, context)
     new, also_refused = _decide_created(created, made, context)
     unknown = list(overlooked(_others(gm.graph, {site.root for site in found} | refused.keys())))
     decided = {site.root for site in found} | refused.keys() | {cache.root for cache in unknown}
-    foreign = {cache.root: _foreign(cache) for cache in read_only(_others(gm.graph, decided))}
+    foreign = {cache.root: foreign_cache(cache) for cache in read_only(_others(gm.graph, decided))}
     given = [node for node in gm.graph.nodes if node.op == "placeholder"]
     context.foreign = {given.index(root): refusal.last for root, refusal in foreign.items()}
     context.sites = (*found, *new)
     refusals = [*refused.values(), *also_refused]
     states = [refusal for refusal in refusals if refusal.reason in (STATE, REPEATED)]
     refusals = [refusal for refusal in refusals if refusal not in states]
-    context.refusals = (*refusals, *(_unknown(cache) for cache in unknown if cache.reader))
+    context.refusals = (*refusals, *(unknown_cache(cache) for cache in unknown if cache.reader))
     if context.options.strict and context.refusals:
         first = context.refusals[0]
         raise ValueError(
             f"strict=True, and {first.name} cannot be compressed: {first.reason} ({first.where}). {first.remedy}"
         )
-    context.refusals += (*states, *(_unknown(cache) for cache in unknown if cache.reader is None))
+    context.refusals += (*states, *(unknown_cache(cache) for cache in unknown if cache.reader is None))
     context.refusals += tuple(foreign.values())
     return len(context.sites)
+
+
+def _survey(
+    graph: fx.Graph, inputs: list[fx.Node], outputs: list[fx.Node], context
+) -> tuple[Survey, list[Site], dict[fx.Node, Refusal]]:
+    """A survey, and what it finds and refuses, in which only caches of one codec share a tensor of their tokens."""
+    apart: frozenset[fx.Node] = frozenset()
+    while True:
+        context.decoded_inputs.clear()
+        survey = Survey(graph, inputs, apart)
+        found, refused = _decide(survey, outputs, context)
+        codecs = {site.root: site.codec for site in found}
+        shared = (survey.views[node] for node in survey.joins if not codecs.keys().isdisjoint(survey.views[node].roots))
+        torn = {view.node for view in shared if len({codecs.get(root, root) for root in view.roots}) > 1}
+        if not torn:
+            return survey, found, refused
+        apart |= torn
 
 
 def _outputs(graph: fx.Graph) -> list[fx.Node]:
@@ -164,7 +153,7 @@ def _decide(survey: Survey, outputs: list[fx.Node], context) -> tuple[list[Site]
         if root in compressed:
             # It is compressed already: the graph reads a decoded copy, and must not write into that.
             context.decoded_inputs.add(root)
-    return list(accepted.values()), {r: _refusal(r, why, survey.culprits.get(r)) for r, why in refused.items()}
+    return list(accepted.values()), {r: refuse(r, why, survey.culprits.get(r)) for r, why in refused.items()}
 
 
 def _continued(survey: Survey, outputs: list[fx.Node]) -> set[fx.Node]:
@@ -200,7 +189,7 @@ def _decide_created(survey: Survey, made: list[fx.Node], context) -> tuple[list[
         if reason is None:
             found.append(Site(root, "create", role, codec_of(root, role, context), None))
         else:
-            refused.append(_refusal(root, reason))
+            refused.append(refuse(root, reason))
     return found, refused
 
 
@@ -224,7 +213,7 @@ def _obstacle(root, role, in_place, append, context) -> str | None:
         return "no attention that a rule knows reads it"
     value, held = tensor_of(root), real(root) if root.op == "placeholder" else None
     if is_traceable_wrapper_subclass(value):
-        return _wrapped(value)
+        return wrapped(value)
     if value.requires_grad or (held is not None and held.requires_grad):
         return "gradients flow through it"
     if append is not None and tensor_of(append.node).requires_grad:
@@ -237,60 +226,4 @@ def _obstacle(root, role, in_place, append, context) -> str | None:
 
 
 def _differentiable(read: Read, root: fx.Node) -> bool:
-    return any(view.root is root for _, view, _ in read.sides) and tensor_of(read.node).requires_grad
-
-
-_REMEDIES = {
-    "gradients flow through it": "Call the model under torch.no_grad() or torch.inference_mode().",
-    "it is a DTensor, not a plain tensor": "Let each rank keep its own heads: shard the projections with "
-    "use_local_output=True, or take to_local() before the cache.",
-    "it is a view of another tensor": "Give each layer a cache tensor of its own.",
-    "other tensors share its memory": "Drop the other views of it before the first compiled call.",
-    FOREIGN: "Where it is a cache, keep the tokens and read them in one graph.",
-    "this graph writes it and never reads it": "It is compressed once a graph has attention that reads it.",
-}
-
-
-def _refusal(root: fx.Node, reason: str, culprit: fx.Node | None = None) -> Refusal:
-    remedy = _REMEDIES.get(reason, "It works as before, uncompressed.")
-    return Refusal(name_of(root), reason, where(culprit or next(iter(root.users), root)), remedy)
-
-
-def _foreign(cache: Overlooked) -> Refusal:
-    return replace(_refusal(cache.root, FOREIGN, cache.reader), last=[])
-
-
-def _wrapped(value: torch.Tensor) -> str:
-    """Why a tensor that wraps others, as one sharded over processes does, is no cache that planes can stand for."""
-    return f"it is a {type(value).__name__}, not a plain tensor"
-
-
-def _unknown(cache: Overlooked) -> Refusal:
-    """The refusal of a cache that no pattern took for one."""
-    value = tensor_of(cache.root)
-    if is_traceable_wrapper_subclass(value):
-        reason = _wrapped(value)
-    elif value.dim() != 4:
-        reason = f"it has {value.dim()} dimensions, where keys and values have [batch, heads, tokens, head_dim]"
-    elif value.dtype not in FLOATS:
-        reason = f"its dtype is {value.dtype}"
-    elif cache.reader is None:
-        reason = "this graph writes it and never reads it"
-    else:
-        reason = f"{spelling(cache.reader)} reads it in a way that no attention pattern knows"
-    return _refusal(cache.root, reason, cache.reader or cache.kept)
-
-
-def name_of(node: fx.Node) -> str:
-    """What the model calls a tensor: its path from the compiled function's arguments, or the node's name."""
-    source = getattr(node, "_dynamo_source", None)
-    return getattr(source, "name", None) if isinstance(getattr(source, "name", None), str) else node.name
-
-
-def where(node: fx.Node) -> str:
-    """The line of the model's code that made a node."""
-    lines = [line.strip() for line in (node.stack_trace or "").splitlines() if line.strip()]
-    frames = [line for line in lines if line.startswith("File")]
-    # A function of PyTorch that is inlined is called from the line that is meant.
-    frames = [line for line in frames if _TORCH not in line] or frames
-    return frames[-1].removeprefix("File ").replace('"', "") if frames else f"node {node.name}"
+    return any(root in view.roots for _, view, _ in read.sides) and tensor_of(read.node).requires_grad

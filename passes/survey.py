@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import cached_property
 
 import torch
 from torch import fx
@@ -21,9 +22,12 @@ STATE = "it is replaced by what is computed from it, as a recurrent state is"
 
 
 class Survey:
-    """Every view of every possible cache in one graph, gathered in a single walk."""
+    """Every view of every possible cache in one graph, gathered in a single walk.
 
-    def __init__(self, graph: fx.Graph, roots: Iterable[fx.Node]):
+    `apart` are nodes that join tokens of several caches, and that codes cannot be joined for.
+    """
+
+    def __init__(self, graph: fx.Graph, roots: Iterable[fx.Node], apart: frozenset[fx.Node] = frozenset()):
         self.views: dict[fx.Node, View] = {root: root_view(root) for root in roots}
         self.appends: dict[fx.Node, Append] = {}
         self.joins: dict[fx.Node, Join] = {}
@@ -34,6 +38,7 @@ class Survey:
         self._memory: dict[int, fx.Node] = {}
         self._mutations: dict[int, int] = {}
         self._aliases: list[fx.Node] = []
+        self._apart = apart
         self._order = {node: at for at, node in enumerate(graph.nodes)}
         for root in list(self.views):
             other = self._memory.setdefault(memory_of(root), root)
@@ -208,6 +213,9 @@ class Survey:
             return
         shown = [part for part in parts if self._from(part, root)]
         foreign = [part for part in parts if part not in shown]
+        shared = bool(foreign) and all(part in self.views for part in foreign) and self._may_share(node)
+        if shared:
+            shown, foreign = list(parts), []
         if any(self._is_kept(part) for part in foreign) or not (kept_by(node) or all(map(kept_by, foreign))):
             return
         kinds = {(tensor_of(part).dim(), tensor_of(part).dtype) for part in parts}
@@ -215,7 +223,17 @@ class Survey:
         if kinds != {(part_rank, tensor_of(root).dtype)} or not all(self.views[part].plain for part in shown):
             return
         self.joins[node] = Join(node, tuple(parts), dim % rank)
-        self.views[node] = View(node, root, node, shown[0], identity(rank), True, node)
+        also = tuple(dict.fromkeys(each for part in shown for each in self.views[part].roots if each is not root))
+        self.views[node] = View(node, root, node, shown[0], identity(rank), True, node, also)
+
+    def _may_share(self, node: fx.Node) -> bool:
+        """Whether tokens of several caches are joined to be read, and for nothing else."""
+        read = node not in self._apart and spelling(node) == "cat" and not kept_by(node)
+        return read and memory_of(node) not in self._overwritten
+
+    @cached_property
+    def _overwritten(self) -> set[int]:
+        return {memory_of(operand) for node in self._order for operand in written_tensors(node)}
 
     def _is_kept(self, node: fx.Node) -> bool:
         """Whether a tensor is, or continues, a cache of its own."""

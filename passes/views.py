@@ -36,7 +36,7 @@ class View:
     The planes of `base` hold its tokens: `base` is the cache or a value that moves whole tokens of it, and its
     planes come from the same operator on the planes of its parent. `axes` says which plane dimension each
     dimension of the node is. A write to a node with `writable` reaches those planes. They lie in the memory that
-    stands for the dense memory of `owner`.
+    stands for the dense memory of `owner`. Tokens that were joined are of `also`, other caches, too.
     """
 
     node: fx.Node
@@ -46,6 +46,12 @@ class View:
     axes: tuple[Axis, ...]
     writable: bool
     owner: fx.Node
+    also: tuple[fx.Node, ...] = ()
+
+    @property
+    def roots(self) -> tuple[fx.Node, ...]:
+        """The caches whose tokens it shows."""
+        return self.root, *self.also
 
     @property
     def plain(self) -> bool:
@@ -92,7 +98,7 @@ def identity(rank: int) -> tuple[Axis, ...]:
 def _moved(node: fx.Node, parent: View, value: torch.Tensor, fresh: bool = False) -> View:
     """`node` moves whole tokens: its planes are those of its parent under the same operator, copied where `fresh`."""
     owner, axes = node if fresh else parent.owner, identity(value.dim())
-    return View(node, parent.root, node, parent.node, axes, fresh or parent.writable, owner)
+    return View(node, parent.root, node, parent.node, axes, fresh or parent.writable, owner, parent.also)
 
 
 def _relabelled(node: fx.Node, parent: View, axes) -> View:

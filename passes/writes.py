@@ -75,9 +75,9 @@ class Writer(Centrer, Keeper):
 
     def join(self, join: Join, site: Site) -> None:
         """New planes of what the parts hold: codes as they are, and tokens encoded."""
-        views = [(part, self.view(part)) for part in join.parts]
+        views, own = [(part, self.view(part)) for part in join.parts], self.survey.views[join.node].roots
         parts = [
-            self.planes[view.base] if view is not None and view.root is site.root else self.encoded(part, site)
+            self.planes[view.base] if view is not None and view.root in own else self.encoded(part, site)
             for part, view in views
         ]
         target = torch.cat if spelling(join.node) == "cat" else torch.stack

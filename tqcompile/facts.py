@@ -14,8 +14,9 @@ from tqcompile.passes.context import Context
 from tqcompile.passes.nodes import spelling, tensor_of
 from tqcompile.passes.places import places_of
 from tqcompile.passes.records import Read
+from tqcompile.passes.refusals import Refusal, name_of, where
 from tqcompile.passes.roles import one_role, real
-from tqcompile.passes.sites import Refusal, Site, name_of, where
+from tqcompile.passes.sites import Site
 from tqcompile.passes.survey import Survey
 
 
@@ -102,7 +103,7 @@ def _refused(refusal: Refusal, node: fx.Node | None, survey: Survey | None, cont
     held, decoded = real(root), root in context.decoded_inputs
     codec = held.codec.name if isinstance(held, CompressedKV) else None
     reads = list(_reads(root, survey))
-    roles = {role for read in reads for role, view, _ in read.sides if view.root is root}
+    roles = {role for read in reads for role, view, _ in read.sides if root in view.roots}
     return CacheFacts(
         refusal.name,
         "decoded" if decoded else "dense",
@@ -132,7 +133,7 @@ def _tensor(root: fx.Node) -> tuple[torch.dtype | None, str, tuple[int | str, ..
 def _writes(root: fx.Node, survey: Survey) -> Iterator[Place]:
     written = [("write", node) for node, view in survey.writes.items() if view.root is root]
     written += [("append", node) for node in survey.appends if survey.views[node].root is root]
-    written += [("join", node) for node in survey.joins if survey.views[node].root is root]
+    written += [("join", node) for node in survey.joins if root in survey.views[node].roots]
     if root in survey.culprits:
         written.append(("write", survey.culprits[root]))
     for kind, node in written:
@@ -144,7 +145,7 @@ def _reads(root: fx.Node, survey: Survey) -> Iterator[Read]:
 
 
 def _roots(read: Read) -> list[fx.Node]:
-    return [view.root for _, view, _ in read.sides]
+    return [root for _, view, _ in read.sides for root in view.roots]
 
 
 def _read(read: Read, over: str) -> Place:
@@ -157,7 +158,7 @@ def _sizes(root: fx.Node, survey: Survey) -> tuple[int | None, int | None, bool]
     A cache may keep its dimensions in any order; nothing else says which is which.
     """
     for read in _reads(root, survey):
-        view, turned = next((view, turned) for _, view, turned in read.sides if view.root is root)
+        view, turned = next((view, turned) for _, view, turned in read.sides if root in view.roots)
         places = places_of(view, turned)
         if places is not None:
             shape = tensor_of(view.base).shape

@@ -245,6 +245,13 @@ def hidden(q, past, past_rope, new, new_rope, weight):
     return scaled_dot_product_attention(q, joined(k_nope, past_rope), v), past + 1, past_rope + 1
 
 
+def given_in_two_parts(q, past, past_rope, new, new_rope, weight):
+    latent, rope = torch.cat([past, new], 2), torch.cat([past_rope, new_rope], 2)
+    made = linear(latent, weight).view(BATCH, PAST + 1, HEADS, NOPE + WIDTH).transpose(1, 2)
+    k_nope, v = made.split([NOPE, WIDTH], -1)
+    return scaled_dot_product_attention(q, joined(k_nope, rope), v), past + 1, new_rope + 1
+
+
 REFUSED = {
     "a bias": (decoder(bias=torch.ones(HEADS * (NOPE + WIDTH))), inputs()),
     "a norm in front of the product": (decoder(between=normed), inputs()),
@@ -259,6 +266,7 @@ REFUSED = {
     "keys that are changed": (decoder(changed), inputs()),
     "a latent that is made here": (created, inputs()),
     "an input that is no cache": (hidden, inputs()),
+    "two inputs that are no caches": (given_in_two_parts, inputs()),
 }
 
 
