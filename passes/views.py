@@ -258,10 +258,13 @@ def _apart(labels: Axis, sizes: list, planes: torch.Size) -> list[Axis] | None:
 
 
 def _repeat(node: fx.Node, parent: View, value: torch.Tensor) -> View | None:
-    """A dimension of size 1 is repeated; to tile any other would give heads in another order."""
+    """A dimension of size 1 is repeated; to tile any other gives heads in another order, and copies whole tokens."""
     times = node.args[1:2] and (node.args[1] if isinstance(node.args[1], (tuple, list)) else node.args[1:])
-    if len(times) != len(parent.axes) or any(n != 1 for n, axis in zip(times, parent.axes) if axis != ()):
+    if len(times) != len(parent.axes):
         return None
+    if any(n != 1 for n, axis in zip(times, parent.axes) if axis != ()):
+        whole_tokens = parent.plain and type(times[-1]) is int and times[-1] == 1
+        return _moved(node, parent, value, fresh=True) if whole_tokens else None
     return _relabelled(node, parent, [axis or (() if n == 1 else ("r",)) for n, axis in zip(times, parent.axes)])
 
 

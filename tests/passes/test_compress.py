@@ -223,7 +223,8 @@ READERS_NO_RULE_KNOWS = {
     "outer product": lambda q, k, v: (q.unsqueeze(3) * k.unsqueeze(2)).sum(-1).softmax(-1) @ v,
     "flipped": lambda q, k, v: attend(q, k.flip(2), v),
     "part of a head": lambda q, k, v: attend(q[..., :4], k[..., :4], v),
-    "repeated the other way": lambda q, k, v: attend(q, k[:, :2].repeat(1, 2, 1, 1), v[:, :2].repeat(1, 2, 1, 1)),
+    "channels repeated": lambda q, k, v: attend(q.repeat(1, 1, 1, 2), k.repeat(1, 1, 1, 2), v),
+    "turned and repeated": lambda q, k, v: attend(q, k[:, :2].mT.repeat(1, 2, 1, 1).mT, v),
 }
 
 

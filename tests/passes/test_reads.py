@@ -125,6 +125,17 @@ GROUPED = {
     "enable_gqa, mask and scale": lambda q, k, v, mask: sdpa(q, k, v, mask, scale=0.6, enable_gqa=True),
     "enable_gqa, causal": lambda q, k, v, mask: sdpa(q, k, v, is_causal=True, enable_gqa=True),
     "repeated": lambda q, k, v, mask: sdpa(q, k.repeat_interleave(2, 1), v.repeat_interleave(2, 1), mask),
+    "tiled": lambda q, k, v, mask: sdpa(q, k.repeat(1, 2, 1, 1), v.repeat((1, 2, 1, 1)), mask),
+    "halves tiled": lambda q, k, v, mask: sum(
+        sdpa(q, k.repeat_interleave(2, 1), half.repeat(1, 2, 1, 1).repeat_interleave(2, 1), mask)
+        for half in v.chunk(2, 1)
+    ),
+    "halves tiled in products": lambda q, k, v, mask: torch.cat(
+        [(q[:, :4] @ k.mT).softmax(-1) @ half.repeat(1, 2, 1, 1) for half in v.chunk(2, 1)], 1
+    ),
+    "tokens twice": lambda q, k, v, mask: sdpa(
+        q[:, :4], k.repeat(1, 1, 2, 1), v.repeat(1, 1, 2, 1), mask[:, :4].repeat(1, 1, 1, 2)
+    ),
     "expanded": lambda q, k, v, mask: sdpa(
         q, *(x.unsqueeze(2).expand(-1, -1, 2, -1, -1).flatten(1, 2) for x in (k, v))
     ),
