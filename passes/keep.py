@@ -53,9 +53,15 @@ class Keeper(Editor):
 
     def moved_regions(self, node: fx.Node, recent: tuple | None) -> tuple | None:
         """What a view still has of such tokens where it shows the first ones of a cache, in any order of axes."""
-        if recent is None or spelling(node) not in ("getitem", "permute"):
+        if recent is None or spelling(node) not in ("getitem", "permute", "narrow", "repeat"):
             return None
         numbers, index, dim = recent
+        if spelling(node) in ("narrow", "repeat"):
+            if not _leaves_alone(node, dim):
+                return None
+            moved = self.graph.node_copy(node, lambda old: numbers if old is node.args[0] else old)
+            moved.meta = {"stack_trace": node.stack_trace}
+            return moved, index, dim
         if spelling(node) == "permute":
             return self.call(torch.permute, numbers, node.args[1]), index, node.args[1].index(dim)
         items = index_items(node.args[1], tensor_of(node.args[0]).dim())
@@ -115,3 +121,11 @@ class Keeper(Editor):
         positions = next(item for item in index_items(write.args[1], cache.dim()) if tensor_of(item) is not None)
         length = self.call(torch.ops.aten.sym_size.int, dense, self.context.regions[dense].dim)
         return self.call(rewrite.wrapped, positions, length)
+
+
+def _leaves_alone(node: fx.Node, dim: int) -> bool:
+    """Whether a node that cuts or repeats a tensor does so along other dimensions than `dim`."""
+    if spelling(node) == "repeat":
+        times = node.args[1] if isinstance(node.args[1], (tuple, list)) else node.args[1:]
+        return times[dim] == 1
+    return len(node.args) == 4 and node.args[1] % tensor_of(node).dim() != dim

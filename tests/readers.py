@@ -79,6 +79,20 @@ def sinks(q, k, v, mask):
     return weights[..., :-1] @ repeat_kv(v, times)
 
 
+def sinks_behind(q, k, v, mask):
+    times = _groups(q, k)
+    scores = (q @ repeat_kv(k, times).mT * q.shape[-1] ** -0.5).masked_fill(~mask, float("-inf"))
+    logits = torch.linspace(-1, 1, q.shape[1], device=q.device).to(q.dtype).view(1, -1, 1)
+    factor = (torch.logsumexp(scores, dim=-1) - logits).float().sigmoid()
+    return (scores.softmax(-1) @ repeat_kv(v, times)) * factor.unsqueeze(-1).to(q.dtype)
+
+
+def differential(q, k, v, mask):
+    """Two mixes by the same weights, each of one head's values in all heads."""
+    first, second = (one.repeat(1, k.shape[1], 1, 1) for one in (v.narrow(1, 0, 1), v[:, -1:]))
+    return sdpa_mask(q, k, first, mask) - 0.3 * sdpa_mask(q, k, second, mask)
+
+
 READERS: dict[str, Callable] = {
     reader.__name__: reader
     for reader in (
@@ -91,5 +105,7 @@ READERS: dict[str, Callable] = {
         softcap,
         alibi,
         sinks,
+        differential,
+        sinks_behind,
     )
 }

@@ -109,6 +109,29 @@ def test_a_read_of_the_first_tokens_reads_them_and_one_of_the_last_reads_codes()
     assert first.kwargs["exact"] and not last.kwargs
 
 
+READS = {
+    "heads cut": (lambda x: x.narrow(1, 1, 2), 4),
+    "heads cut and repeated": (lambda x: x.narrow(1, 0, 2).repeat(1, 2, 1, 1), 4),
+    "heads cut, then tokens": (lambda x: x.narrow(1, 0, 2).narrow(2, 1, 5), 0),
+    "tokens cut": (lambda x: x.narrow(2, 2, 5), 0),
+    "tokens repeated": (lambda x: x.repeat(1, 1, 2, 1), 0),
+}
+
+
+@pytest.mark.parametrize("name", READS)
+def test_a_view_that_has_all_tokens_where_they_were_has_those_that_are_kept(name):
+    view, kept = READS[name]
+
+    def step(k_cache, v_cache, q, k, v, at):
+        write(k_cache, k, at), write(v_cache, v, at)
+        keys = view(k_cache)
+        return attend(q[:, : keys.shape[1]], keys, view(v_cache)) + attend(q, k_cache, v_cache).mean()
+
+    gm, _ = after(Cache(step), Q, K, V, AT)
+    first, second = gm.graph.find_nodes(op="call_function", target=ops.attend)
+    assert len(first.kwargs.get("exact", ())) == kept and len(second.kwargs["exact"]) == 4
+
+
 def test_a_step_that_is_fused_hands_on_its_query_as_it_is():
     gm, _ = after(Cache(positioned), Q, K, V, AT, keys="turboquant:4", values="turboquant:3")
     (read,) = gm.graph.find_nodes(op="call_function", target=ops.attend)
