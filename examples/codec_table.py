@@ -48,8 +48,10 @@ Reading takes shifts and a look-up among 1,024 numbers, which `tqcompile/tables.
   three and 7 at four, Lloyd-Max codes are the better ones, and under 16 bits a vector no path closes.
 - **Encoding** is a sequential program, one operator of a graph: on one core of an x86-64 CPU (AVX-512) a token of 8
   heads of 128 dims takes 3.7 ms at two bits where `turboquant:2` takes 0.1, and a prompt of 1,024 tokens of 3 heads of
-  64 dims 0.4 s where that takes 3 ms. Its scratch is 16 MB on a CPU and 256 MB on a GPU, whatever the prompt is. No
-  kernel of its own writes it on a GPU: there it is PyTorch, some 1,300 kernels a write and 128 dims.
+  64 dims 0.4 s where that takes 3 ms. Its scratch is 16 MB on a CPU and 256 MB on a GPU, whatever the prompt is. On a
+  GPU a program searches a row in one launch (`kernels/path.py`), in 64 dims or more; narrower ones are PyTorch there,
+  some 1,300 kernels. That kernel is held to PyTorch's paths in Triton's interpreter and compiled ahead of time, and has
+  not been timed on a device yet.
 - **Reading** on a GPU is the portable kernel's, which is slower than the one on int8 units; on a CPU it takes about 1.5
   times what eight-bit codes take, which are looked up as well.
 
