@@ -94,6 +94,7 @@ def _survey(
         torn = {view.node for view in shared if len({codecs.get(root, root) for root in view.roots}) > 1}
         if not torn:
             return survey, found, refused
+        assert not torn <= apart, f"set apart, and joined again: {torn}"
         apart |= torn
 
 
