@@ -44,6 +44,7 @@ _REMEDIES = {
     "it is a DTensor, not a plain tensor": "Let each rank keep its own heads: shard the projections with "
     "use_local_output=True, or take to_local() before the cache.",
     "it is a view of another tensor": "Give each layer a cache tensor of its own.",
+    "it is returned beside a part of it": "Keep the tensor alone, and cut what is read where it is read.",
     "other tensors share its memory": "Drop the other views of it before the first compiled call.",
     FOREIGN: "Where it is a cache, keep the tokens and read them in one graph.",
     "this graph writes it and never reads it": "It is compressed once a graph has attention that reads it.",

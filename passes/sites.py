@@ -16,7 +16,7 @@ from tqcompile.adopt import refusal
 from tqcompile.cache import CompressedKV
 from tqcompile.codec import Codec
 from tqcompile.passes.indices import kept_run
-from tqcompile.passes.nodes import sizes_of, tensor_of, walk
+from tqcompile.passes.nodes import memory_of, sizes_of, tensor_of, walk
 from tqcompile.passes.overlooked import overlooked, read_only
 from tqcompile.passes.places import operands_of
 from tqcompile.passes.records import Append, Read
@@ -180,18 +180,33 @@ def _whole(node: fx.Node) -> fx.Node:
 
 
 def _decide_created(survey: Survey, made: list[fx.Node], context) -> tuple[list[Site], list[Refusal]]:
-    found, refused = [], []
+    found, refused, parts = [], [], _parts(made)
     for root in made:
         role = role_of(survey, _whole(root), context)
         # A map of features that attention pools is no cache: it is both at once, and its places are two dimensions.
         if role is None or (role == "both" and tensor_of(root).dim() == 4 and paged(survey, _whole(root))):
             continue
         reason = _obstacle(root, role, False, None, context) or _repeats(root, context.survey)
+        reason = "it is returned beside a part of it" if root in parts else reason
         if reason is None:
             found.append(Site(root, "create", role, codec_of(root, role, context), None))
         else:
             refused.append(refuse(root, reason))
     return found, refused
+
+
+def _parts(made: list[fx.Node]) -> set[fx.Node]:
+    """Tensors one of which is a view of another: what is written into either is to be seen in both."""
+    found, everything = set(), set(made)
+    for node in made:
+        parent = node
+        while (source := next(iter(parent.all_input_nodes), None)) is not None:
+            if tensor_of(source) is None or memory_of(source) != memory_of(parent):
+                break
+            parent = source
+            if parent in everything:
+                found |= {node, parent}
+    return found
 
 
 def _repeats(root: fx.Node, held: Survey) -> str | None:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from graphs import passed
 
+import tqcompile
 from tqcompile.backend import _copy
 from tqcompile.options import Options
 from tqcompile.passes.context import Context
@@ -263,3 +264,32 @@ def test_a_state_that_is_written_by_parts_is_no_cache():
 
     context = found(Cache(step), Q, K, V, AT)
     assert [site.role for site in context.sites] == ["keys"] and "recurrent" in context.refusals[0].reason
+
+
+def _two_regions(q, k, v, at, state):
+    """A cache of four places that stay and eight that are written anew: both are views of the tensor that is read."""
+    if state is None:
+        state = []
+        for tokens in (k, v):
+            whole = tokens.new_zeros(2, 4, 12, 8)
+            whole[:, :, :4].index_copy_(2, at, tokens)
+            state += [whole, whole[:, :, 4:]]
+    else:
+        state[1].index_copy_(2, at - 4, k)
+        state[3].index_copy_(2, at - 4, v)
+    mask = torch.arange(12) <= at.unsqueeze(-1)
+    return torch.nn.functional.scaled_dot_product_attention(q, state[0], state[2], mask), state
+
+
+def test_tensors_that_leave_a_graph_beside_a_part_of_them_stay_dense():
+    torch.compiler.reset()
+    compiled = torch.compile(_two_regions, backend=tqcompile.turboquant(preset="lossless", inner="eager"))
+    ours = theirs = None
+    with torch.no_grad():
+        for start, tokens in ((0, 4), (4, 1), (5, 2), (7, 1)):
+            given = *torch.randn(3, 2, 4, tokens, 8).unbind(), torch.arange(start, start + tokens)
+            found, ours = compiled(*given, ours)
+            expected, theirs = _two_regions(*given, theirs)
+            torch.testing.assert_close(found, expected)
+    assert not any(isinstance(cache, tqcompile.CompressedKV) for cache in ours)
+    assert "it is returned beside a part of it" in str(tqcompile.report())
