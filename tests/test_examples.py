@@ -116,11 +116,13 @@ def test_an_example_for_torchrun_says_so_without_it(capsys, monkeypatch):
 
 def test_bench_cpu(checkpoint):
     shown = run("bench_cpu.py", "--model", checkpoint, "--context", 200, "--steps", 3, *TINY)
-    rows = re.findall(r"^(dense, growing cache|dense, static cache|compressed \S+ / \S+) +(.*)$", shown, re.M)
+    rows = re.findall(
+        r"^(dense, growing cache|dense, static cache|compressed, keys \S+ values \S+) +(.*)$", shown, re.M
+    )
     assert [name for name, _ in rows] == [
         "dense, growing cache",
         "dense, static cache",
-        "compressed turboquant:5 / turboquant:4",
+        "compressed, keys turboquant:5, values turboquant:4",
     ]
     columns = [[float(cell.replace(",", "")) for cell in cells.split()] for _, cells in rows]
     assert min(columns[0][2], columns[1][2]) == 1

@@ -79,14 +79,14 @@ def _fit_extreme(term: Term, y: torch.Tensor, head_dim: int, size: torch.Tensor 
 def _fit_sphere(term: Term, y: torch.Tensor, head_dim: int, size: torch.Tensor | None) -> Planes:
     peak, size, unit = _on_sphere(y)
     codes, numbers = _nearest(term.codes, unit)
-    return _unbiased(peak, size, unit, numbers * tables.unit(term.codes, y.shape[-1])), codes
+    return _unbiased(peak, size, unit, numbers, tables.unit(term.codes, y.shape[-1])), codes
 
 
 def _fit_path(term: Term, y: torch.Tensor, head_dim: int, size: torch.Tensor | None) -> Planes:
     peak, size, unit = _on_sphere(y)
     numbers, bits = path_numbers(term.codes, y.device), term.codes.plane.bits
     codes = trellis.path(unit, numbers, bits)
-    return _unbiased(peak, size, unit, numbers[trellis.states(codes, bits)]), codes
+    return _unbiased(peak, size, unit, numbers[trellis.states(codes, bits)], 1.0), codes
 
 
 @cache
@@ -102,9 +102,9 @@ def prepare(codec: Codec, device: torch.device) -> None:
             path_numbers(term.codes, device)
 
 
-def _unbiased(peak: torch.Tensor, size: torch.Tensor, unit: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
-    """|x|^2 / <x, c> with x = peak * size / sqrt(n) * unit, c = numbers: no square of a large norm is formed."""
-    fitted = (unit * numbers).sum(-1, keepdim=True)
+def _unbiased(peak: torch.Tensor, size: torch.Tensor, unit: torch.Tensor, numbers: torch.Tensor, step: float):
+    """|x|^2 / <x, c>, x = peak * size / sqrt(n) * unit, c = step * numbers: no square of a large norm is formed."""
+    fitted = (unit * numbers).sum(-1, keepdim=True) * step
     scale = peak * torch.where(size > 0, size, 1.0) * math.sqrt(unit.shape[-1]) / fitted
     return torch.where(peak == 0, 0.0, scale).half()
 
