@@ -54,6 +54,10 @@ Reading takes shifts and a look-up among 1,024 numbers, which `tqcompile/tables.
   not been timed on a device yet.
 - **Reading** on a GPU is the portable kernel's, which is slower than the one on int8 units; on a CPU it takes about 1.5
   times what eight-bit codes take, which are looked up as well.
+- **Quality**: mean KL of SmolLM2-135M-Instruct at two bits 0.706, where `turboquant:2` has 1.196, and 0.112 where that
+  has 0.194 with keys centred and one first token exact, on 2026-11-27: `python -m tqcompile validate FOLDER --codecs
+  turboquant:2,turboquant:2:trellis --windows 1 --context 256 --generate 0 --inner eager`, and the same with
+  `+centre+sinks=1` behind both names; 191 scored tokens, so that their ratio counts and not their last digit.
 
 ## Presets
 
