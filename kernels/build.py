@@ -268,9 +268,9 @@ def every_usage() -> Iterator[Usage]:
             for reader in READERS:
                 yield from exact_usages(head_dim, reader, torch.bfloat16, capability)
         for head_dim in (64, 96, 128, 256):
-            for bits in (2, 3, 4):
-                yield path_usage(bits, head_dim, capability)
             for codec in REGISTRY.values():
+                if codec.is_sequential:
+                    yield path_usage(codec.terms[0].codes.plane.bits, head_dim, capability)
                 if logits.side_of(codec, head_dim):
                     for dtype, rows in ((torch.float32, 4), (torch.bfloat16, 4), (torch.bfloat16, 8)):
                         yield logits_usage(codec, head_dim, dtype, rows, capability)

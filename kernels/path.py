@@ -40,6 +40,13 @@ def spread_costs(x, cost, table, choices, step, BITS: tl.constexpr, STATES: tl.c
 
 
 @triton.jit
+def state_before(here, choices, step, BITS: tl.constexpr, KEPT: tl.constexpr):
+    """The state that the cheapest path comes from to the one it is in at `step`."""
+    left = here >> BITS
+    return tl.load(choices + step * KEPT + left).to(tl.int32) * KEPT + left
+
+
+@triton.jit
 def find_paths(
     x, numbers, choices, codes, DIM: tl.constexpr, BITS: tl.constexpr, STATES: tl.constexpr,
     OVERLAP: tl.constexpr, AHEAD: tl.constexpr,
@@ -61,9 +68,7 @@ def find_paths(
     _, here = least_of(cost, state)
     tl.debug_barrier()
     for back in range(1, OVERLAP):
-        step = 2 * OVERLAP - back
-        left = here >> BITS
-        here = tl.load(choices + step * KEPT + left).to(tl.int32) * KEPT + left
+        here = state_before(here, choices, 2 * OVERLAP - back, BITS, KEPT)
     meeting = here >> BITS
     tl.debug_barrier()
 
@@ -77,16 +82,15 @@ def find_paths(
     # The code of a coordinate is the oldest of its state's, where a step shifts in the newest.
     tl.store(codes + (DIM - 1 + AHEAD) % DIM, (here % COUNT).to(tl.uint8))
     for back in range(1, DIM):
-        step = DIM - back
-        left = here >> BITS
-        here = tl.load(choices + step * KEPT + left).to(tl.int32) * KEPT + left
-        tl.store(codes + (step - 1 + AHEAD) % DIM, (here % COUNT).to(tl.uint8))
+        here = state_before(here, choices, DIM - back, BITS, KEPT)
+        tl.store(codes + (DIM - back - 1 + AHEAD) % DIM, (here % COUNT).to(tl.uint8))
 
 
 @cache
 def module(folder: str | None, interpreted: bool) -> ModuleType:
     """The imported module of `find_paths`, which is the same for all codecs."""
-    text = emit.module_text("The cheapest path round a trellis.", (), (least_of, spread_costs, find_paths))
+    kernels = least_of, spread_costs, state_before, find_paths
+    text = emit.module_text("The cheapest path round a trellis.", (), kernels)
     return emit.build(text, folder, interpreted)
 
 

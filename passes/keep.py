@@ -10,7 +10,7 @@ from tqcompile.passes import rewrite
 from tqcompile.passes.context import Context
 from tqcompile.passes.editor import Editor
 from tqcompile.passes.indices import index_items
-from tqcompile.passes.nodes import spelling, tensor_of
+from tqcompile.passes.nodes import spelling, tensor_of, times_of
 from tqcompile.passes.places import places_of
 from tqcompile.passes.records import Read
 from tqcompile.passes.views import View
@@ -126,6 +126,5 @@ class Keeper(Editor):
 def _leaves_alone(node: fx.Node, dim: int) -> bool:
     """Whether a node that cuts or repeats a tensor does so along other dimensions than `dim`."""
     if spelling(node) == "repeat":
-        times = node.args[1] if isinstance(node.args[1], (tuple, list)) else node.args[1:]
-        return times[dim] == 1
+        return times_of(node)[dim] == 1
     return len(node.args) == 4 and node.args[1] % tensor_of(node).dim() != dim

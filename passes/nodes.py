@@ -3,6 +3,7 @@
 import operator
 from collections.abc import Callable, Iterable, Iterator
 
+import sympy
 import torch
 from torch import fx
 
@@ -36,6 +37,21 @@ def tensor_of(node) -> torch.Tensor | None:
 def sizes_of(node: fx.Node) -> list[str]:
     """The sizes of a tensor as text: to compare symbols would make guards."""
     return [str(size) for size in tensor_of(node).shape]
+
+
+def times_of(node: fx.Node) -> tuple:
+    """How often `repeat` repeats each dimension, however that is written."""
+    return node.args[1:2] and (node.args[1] if isinstance(node.args[1], (tuple, list)) else node.args[1:])
+
+
+def of_given_sizes(size: torch.SymInt, graph: fx.Graph) -> tuple[Callable, list[fx.Node]]:
+    """A symbolic size as a function of sizes that a graph is given, and the placeholders of those."""
+    given = {}
+    for node in graph.find_nodes(op="placeholder"):
+        if isinstance(example(node), torch.SymInt):
+            given[example(node).node.expr] = node
+    names = sorted(size.node.expr.free_symbols, key=str)
+    return sympy.lambdify(names, size.node.expr, "math"), [given[name] for name in names]
 
 
 def walk(starts: Iterable[fx.Node], onward: Callable[[fx.Node], Iterable[fx.Node]]) -> Iterator[fx.Node]:

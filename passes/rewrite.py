@@ -91,9 +91,7 @@ def as_queries(result: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
 
 @reference.as_stored
 def encode(y: torch.Tensor, codec: str) -> tuple[torch.Tensor, ...]:
-    if formats.codec(codec).is_sequential:
-        return tuple(ops.encode(y, codec))
-    return tuple(plane.contiguous() for plane in coding.encode(formats.codec(codec), y))
+    return tuple((ops.encode if formats.codec(codec).is_sequential else ops.encoded)(y, codec))
 
 
 @reference.as_stored

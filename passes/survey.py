@@ -14,7 +14,7 @@ from tqcompile.passes.places import alike, are_weights, becomes_weights, fits, p
 from tqcompile.passes.records import Append, Join, Read
 from tqcompile.passes.sinks import sink_behind
 from tqcompile.passes.softmax import addends, chain_behind
-from tqcompile.passes.tokens import kept_by, source_of, whole_tokens, written_tensors
+from tqcompile.passes.tokens import kept_by, source_of, whole_tokens, written_memory
 from tqcompile.passes.views import View, derived, identity, root_view, shape_only
 
 TURNED = "its tokens lie along the last dimension, where codes have head_dim"
@@ -233,7 +233,7 @@ class Survey:
 
     @cached_property
     def _overwritten(self) -> set[int]:
-        return {memory_of(operand) for node in self._order for operand in written_tensors(node)}
+        return written_memory(self._order)
 
     def _is_kept(self, node: fx.Node) -> bool:
         """Whether a tensor is, or continues, a cache of its own."""
@@ -281,8 +281,7 @@ class Survey:
 
 def _overwrite(nodes: list[fx.Node], tensors: tuple[fx.Node, ...]) -> bool:
     """Whether any of these nodes writes into the memory of one of these tensors."""
-    kept = set(map(memory_of, tensors))
-    return any(memory_of(operand) in kept for node in nodes for operand in written_tensors(node))
+    return not written_memory(nodes).isdisjoint(map(memory_of, tensors))
 
 
 def _leaves(node: fx.Node, dim: int) -> bool:

@@ -1,5 +1,7 @@
 """Which writes put whole tokens into a cache, and what is kept of a tensor."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import fx
 
@@ -56,6 +58,11 @@ def source_of(write: fx.Node) -> fx.Node | None:
 def written_tensors(node: fx.Node) -> list[fx.Node]:
     """The tensors that a node writes into."""
     return [operand for operand in written_operands(node) if tensor_of(operand) is not None]
+
+
+def written_memory(nodes: Iterable[fx.Node]) -> set[int]:
+    """The memory that any of these nodes writes into."""
+    return {memory_of(operand) for node in nodes for operand in written_tensors(node)}
 
 
 def positions_along(index, cache: torch.Tensor, value: torch.Tensor) -> int | None:

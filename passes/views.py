@@ -7,7 +7,7 @@ import torch
 from torch import fx
 
 from tqcompile.passes.indices import full, index_items, same_size
-from tqcompile.passes.nodes import memory_of, spelling, tensor_of
+from tqcompile.passes.nodes import memory_of, spelling, tensor_of, times_of
 
 Axis = tuple  # the plane dimensions that one dimension of a view is made of, "r" where a token is repeated
 
@@ -259,7 +259,7 @@ def _apart(labels: Axis, sizes: list, planes: torch.Size) -> list[Axis] | None:
 
 def _repeat(node: fx.Node, parent: View, value: torch.Tensor) -> View | None:
     """A dimension of size 1 is repeated; to tile any other gives heads in another order, and copies whole tokens."""
-    times = node.args[1:2] and (node.args[1] if isinstance(node.args[1], (tuple, list)) else node.args[1:])
+    times = times_of(node)
     if len(times) != len(parent.axes):
         return None
     if any(n != 1 for n, axis in zip(times, parent.axes) if axis != ()):

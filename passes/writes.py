@@ -2,7 +2,6 @@
 
 import operator
 
-import sympy
 import torch
 from torch import fx
 
@@ -11,10 +10,10 @@ from tqcompile.passes.centred import Centrer
 from tqcompile.passes.context import Context
 from tqcompile.passes.indices import index_items
 from tqcompile.passes.keep import Keeper
-from tqcompile.passes.nodes import example, memory_of, spelling, tensor_of, written_operands
+from tqcompile.passes.nodes import memory_of, of_given_sizes, spelling, tensor_of
 from tqcompile.passes.records import Join
 from tqcompile.passes.sites import Site
-from tqcompile.passes.tokens import positions_along, source_of
+from tqcompile.passes.tokens import positions_along, source_of, written_memory
 from tqcompile.passes.views import View
 
 
@@ -26,8 +25,7 @@ class Writer(Centrer, Keeper):
     def __init__(self, gm: fx.GraphModule, context: Context):
         super().__init__(gm, context)
         self.places: dict[tuple, fx.Node] = {}
-        operands = [operand for node in self.graph.nodes for operand in written_operands(node)]
-        self.overwritten = {memory_of(operand) for operand in operands if tensor_of(operand) is not None}
+        self.overwritten = written_memory(self.graph.nodes)
 
     def append(self, node: fx.Node, site: Site) -> None:
         append = site.append
@@ -64,13 +62,8 @@ class Writer(Centrer, Keeper):
         """A size as a number, or as the node that makes it of the sizes that the graph is given."""
         if not isinstance(size, torch.SymInt):
             return size
-        given = {}
-        for node in self.graph.find_nodes(op="placeholder"):
-            if isinstance(example(node), torch.SymInt):
-                given[example(node).node.expr] = fx.Proxy(node)
-        expression = size.node.expr
-        names = sorted(expression.free_symbols, key=str)
-        made = sympy.lambdify(names, expression, "math")(*(given[name] for name in names))
+        evaluate, given = of_given_sizes(size, self.graph)
+        made = evaluate(*map(fx.Proxy, given))
         return made.node if isinstance(made, fx.Proxy) else made
 
     def join(self, join: Join, site: Site) -> None:

@@ -80,7 +80,8 @@ def logits_kernel_of(codec: str, head_dim: int) -> str:
     return "int8 units" if kernel.side_of(formats.codec(codec), head_dim) else DECODED
 
 
-def _encode(y: torch.Tensor, codec: str) -> list[torch.Tensor]:
+def encoded(y: torch.Tensor, codec: str) -> list[torch.Tensor]:
+    """What `encode` gives, of operators that a graph may hold."""
     return [plane.contiguous() for plane in coding.encode(formats.codec(codec), y)]
 
 
@@ -201,8 +202,8 @@ def _mix_cuda(weights: torch.Tensor, values: Tensors, codec: str, head_dim: int)
         return decoded.mix(weights, values, codec, look_up, head_dim).float()
 
 
-_library.impl("encode", reference.as_stored(_encode), "CPU")
-_library.impl("encode", reference.as_stored(_encode), "CUDA")
+_library.impl("encode", reference.as_stored(encoded), "CPU")
+_library.impl("encode", reference.as_stored(encoded), "CUDA")
 _library.impl("append", reference.as_stored(_append_cpu), "CPU")
 _library.impl("append", reference.as_stored(_append_cuda), "CUDA")
 _library.impl("append_step", reference.as_stored(_append_step_cpu), "CPU")

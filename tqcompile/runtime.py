@@ -4,7 +4,6 @@ import gc
 import weakref
 from collections.abc import Callable
 
-import sympy
 import torch
 from torch import fx
 
@@ -13,6 +12,7 @@ from tqcompile.cache import CompressedKV
 from tqcompile.centre import Centre
 from tqcompile.centred import fitted, refit
 from tqcompile.passes.context import CacheInput, Context
+from tqcompile.passes.nodes import of_given_sizes
 from tqcompile.recent import Recent, empty, of_dense
 from tqcompile.report import Graph
 
@@ -194,13 +194,7 @@ def _token_count(tokens, original: fx.GraphModule) -> Callable[[tuple], int]:
     """How many tokens a call appends, as a function of its arguments."""
     if not isinstance(tokens, torch.SymInt):
         return lambda args, count=int(tokens): count
-    symbols = {}
-    for index, node in enumerate(n for n in original.graph.nodes if n.op == "placeholder"):
-        value = node.meta.get("example_value")
-        if isinstance(value, torch.SymInt):
-            symbols[value.node.expr] = index
-    expression = tokens.node.expr
-    names = sorted(expression.free_symbols, key=str)
-    evaluate = sympy.lambdify(names, expression, "math")
-    places = [symbols[name] for name in names]
+    evaluate, given = of_given_sizes(tokens, original.graph)
+    arguments = original.graph.find_nodes(op="placeholder")
+    places = list(map(arguments.index, given))
     return lambda args: int(evaluate(*(args[place] for place in places)))
