@@ -42,18 +42,17 @@ arXiv 2406.11235). A number belongs to a state of ten bits, which are the codes 
 the first behind the last; a code is good for several numbers, and all are chosen together, by Viterbi's algorithm.
 Reading takes shifts and a look-up among 1,024 numbers, which `tqcompile/tables.py` derives.
 
-- **Distortion**, of directions, in decibels under that of Lloyd-Max codes: 1.8 at two bits, 2.5 at three and at four
-  for 64 dims; 1.9, 2.5 and 2.5 for 128. What no code can pass, 4^-bits, is 0.8, 0.9 and 1.2 further down
-  (`tests/theory.py`, `tests/test_trellis.py`). Narrow vectors have few closed paths: up to 16 dims at two bits, 8 at
-  three and 7 at four, Lloyd-Max codes are the better ones, and under 16 bits a vector no path closes.
-- **Encoding** is a sequential program, one operator of a graph: on one core of an x86-64 CPU (AVX-512) a token of 8
-  heads of 128 dims takes 3.7 ms at two bits where `turboquant:2` takes 0.1, and a prompt of 1,024 tokens of 3 heads of
-  64 dims 0.4 s where that takes 3 ms. Its scratch is 16 MB on a CPU and 256 MB on a GPU, whatever the prompt is. On a
-  GPU a program searches a row in one launch (`kernels/path.py`), in 64 dims or more; narrower ones are PyTorch there,
-  some 1,300 kernels. That kernel is held to PyTorch's paths in Triton's interpreter and compiled ahead of time, and has
-  not been timed on a device yet.
-- **Reading** on a GPU is the portable kernel's, which is slower than the one on int8 units; on a CPU it takes about 1.5
-  times what eight-bit codes take, which are looked up as well.
+- **Distortion**, of directions, in decibels under that of Lloyd-Max codes: 1.8 at two bits, 2.5 at three and 2.6 at
+  four for 48 dims; 1.9, 2.5 and 2.5 for 80 (`tests/test_trellis.py` holds it to these). Narrow vectors have few closed
+  paths, and under 16 bits a vector no path closes.
+- **Encoding** is a sequential program, one operator of a graph: on one core of an x86-64 CPU (AVX-512), beside other
+  programs, a token of 8 heads of 128 dims takes 6.2 ms at two bits where `turboquant:2` takes 0.17, and a prompt of
+  1,024 tokens of 3 heads of 64 dims 0.68 s where that takes 7 ms: `python -m timeit -s "import torch; from tqcompile
+  import coding, formats; torch.set_num_threads(1); c = formats.codec('turboquant:2:trellis'); x = torch.randn(8, 128)"
+  "coding.encode(c, x)"`, and `torch.randn(3072, 64)`. On a GPU a program searches a row in one launch
+  (`kernels/path.py`), in 64 dims or more; narrower ones are PyTorch there, hundreds of kernels. That kernel is held to
+  PyTorch's paths in Triton's interpreter and compiled ahead of time, and has not been timed on a device yet.
+- **Reading** on a GPU is the portable kernel's, which is slower than the one on int8 units.
 - **Quality**: mean KL of SmolLM2-135M-Instruct at two bits 0.706, where `turboquant:2` has 1.196, and 0.112 where that
   has 0.194 with keys centred and one first token exact, on 2026-11-27: `python -m tqcompile validate FOLDER --codecs
   turboquant:2,turboquant:2:trellis --windows 1 --context 256 --generate 0 --inner eager`, and the same with

@@ -58,7 +58,7 @@ def trellis(bits: int) -> Codec:
     """A rotated vector's path through a bitshift trellis that bites its tail, and the scalar of `turboquant`.
 
     As many bits as Lloyd-Max codes take, and nearer to what any code of so many bits can do; slower to encode. A narrow
-    vector has few closed paths: from 24 dims on these codes are the better ones at any width.
+    vector has few closed paths, of which the best may be further away than Lloyd-Max codes are.
     """
     factors = Lookup(Plane("scale", 16, per=None), "half"), Lookup(Plane("codes", bits), "trellis")
     least, source = -(-LEAST_PATH // bits), "arXiv 2406.11235, codes"
