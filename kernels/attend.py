@@ -171,6 +171,7 @@ def attend(
     known: tuple[torch.Tensor, ...] = (),
     asked: torch.Tensor | None = None,
     first: int = 0,
+    owned: bool = False,
 ) -> torch.Tensor:
     """`reference.attend`, on a GPU, or in Triton's interpreter where the tensors are on a CPU.
 
@@ -178,7 +179,8 @@ def attend(
     but contiguous in the last; mask broadcasts to [B, Hq, T, S], bool (True keeps) or additive. `reach`, int32 [B or 1,
     2], says that `mask` hides all tokens but those from the first number to before the second: no other is read then.
     `known` are the numbers [B, Hkv, slots, D] and the index of keys and of values that `recent` keeps, `first` slots of
-    them for the first tokens, and `asked` is q in the model's basis: they take the place of their tokens' codes.
+    them for the first tokens, and `asked` is q in the model's basis: they take the place of their tokens' codes. An
+    `owned` mask, of float32 over all queries and tokens, may be written.
     Returns [B, Hq, T, Dv] in `dtype`, rotated back by `basis`. On a GPU, up to 128 rows a KV head over
     codes of two to five bits, or signed bytes in blocks of 32, run on int8 units (`integer`), with 15 bits of q and of
     the probabilities, and more rows of any codec on decoded heads (`decoded`). Elsewhere matrix products run in q's
@@ -214,7 +216,7 @@ def attend(
     if known:
         beside = exact.attend(asked, known, spread(mask), scale, kv_heads, length, reader, folder)
         others = (beside[1], beside[2], torch.empty_like(beside[1]))
-        mask = exact.hidden(mask, known, length, first, folder)
+        mask = exact.hidden(mask, known, length, first, folder, owned)
         reader = reader_of(mask, causal, score_mod)
     mask = spread(mask)
     reach = None if reach is None else reach.expand(batch, 2)

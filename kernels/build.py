@@ -5,25 +5,19 @@
 Exits with status 1 if a kernel spills registers to memory.
 """
 
-import re
-import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-import triton
+import triton.language as tl
 from tabulate import tabulate
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
 from tqcompile.codec import STATE_BITS, Codec
 from tqcompile.formats import REGISTRY, pair_of
 from tqcompile.formats import codec as codec_named
-from tqcompile.kernels import append, attend, exact, integer, logits, path, step, tune
+from tqcompile.kernels import append, attend, exact, integer, logits, path, shift, step, tune
+from tqcompile.kernels.assembled import Usage, compiled
 from tqcompile.kernels.emit import Reader
 from tqcompile.kernels.writers import writes
 from tqcompile.layout import layout_of
@@ -38,23 +32,6 @@ READERS = (
     Reader("none", True),
     Reader("additive", score_mod="tanh(score) * 50.0"),
 )
-POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.uint8: "*u8"}
-ALIGNED = re.compile(r".*_(b|h|s|t)$")
-
-
-@dataclass(frozen=True)
-class Usage:
-    """What one compiled kernel takes: registers a thread, bytes of spills a thread, bytes of shared memory.
-
-    `instructions` are those of its loop for each number of a tile that a thread has, where somebody counted those.
-    """
-
-    kernel: str
-    capability: int
-    registers: int
-    spills: int
-    shared: int
-    instructions: float | None = None
 
 
 def mixed_pairs(registry: dict[str, Codec]) -> list[tuple[Codec, Codec]]:
@@ -186,8 +163,23 @@ def exact_usages(head_dim: int, reader: Reader, dtype: torch.dtype, capability: 
     return [
         compiled(f"hide {what}", built.hide_tokens, shown, hide, types, 4, 255, capability),
         compiled(f"attend exact {what}", built.attend_exact, pointers, read, types, 4, 255, capability),
+        compiled(
+            f"hide slots {what}", built.hide_slots, {"mask": torch.float32}, {"BLOCK": 128}, types, 1, 255, capability
+        ),
         compiled(f"remember {what}", built.remember_tokens, pointers, write, types, 4, 255, capability),
     ]
+
+
+def shift_usage(columns: int, reader: Reader, capability: int) -> Usage:
+    """Compile what centring adds to scores for rows of so many columns and a mask in bfloat16."""
+    tokens, extent = shift.tile_of(columns)
+    constants = {"mask_s": 1, "COLUMNS": columns, "KIND": reader.mask, "HALF": tl.float16, "STAGES": shift.STAGES}
+    constants |= {"BLOCK_R": shift.BLOCK_R, "BLOCK_T": tokens, "BLOCK_C": extent}
+    pointers = {"waved": torch.float32, "waves": torch.float16, "mask": torch.bfloat16}
+    if reader.mask == "bool":
+        pointers["mask"] = torch.uint8
+    kernel, label = shift.module(None, False).shift_scores, f"shift {columns} columns {reader.mask}"
+    return compiled(label, kernel, pointers, constants, {}, shift.WARPS, 255, capability)
 
 
 def path_usage(bits: int, width: int, capability: int) -> Usage:
@@ -196,55 +188,6 @@ def path_usage(bits: int, width: int, capability: int) -> Usage:
     pointers = {"x": torch.float32, "numbers": torch.float32, "choices": torch.uint8, "codes": torch.uint8}
     label = f"path {bits} bits d{width}"
     return compiled(label, path.find_paths, pointers, constants, {}, path.WARPS, 255, capability)
-
-
-def compiled(label, kernel, pointers, constants, types, warps, limit, capability, make=ASTSource, numbers=0) -> Usage:
-    """Compile for a capability and read the usage that the assembler reports; `numbers` a thread has of a tile."""
-    names = list(kernel.arg_names)
-    signature = {}
-    for name in names:
-        kind = "*fp32" if name in ("out", "peaks", "totals", "edges", "table") else "i32"
-        kind = POINTERS[pointers[name]] if name in pointers else types.get(name, kind)
-        signature[name] = "constexpr" if name in constants else kind
-    attributes = {
-        (i,): [["tt.divisibility", 16]]
-        for i, name in enumerate(names)
-        if signature[name].startswith("*") or (signature[name] == "i32" and ALIGNED.match(name) and "mask" not in name)
-    }
-    source = make(kernel, signature, {(names.index(name),): value for name, value in constants.items()}, attributes)
-    options = {"num_warps": warps, "num_stages": 1, "maxnreg": limit}
-    binary = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    registers, spills = resources(binary.asm["cubin"])
-    each = loop_length(binary.asm["cubin"]) / numbers if numbers else None
-    return Usage(label, capability, registers, spills, binary.metadata.shared, each)
-
-
-def resources(cubin: bytes) -> tuple[int, int]:
-    """Registers and bytes of local memory a thread of a cubin takes."""
-    text = _said_of(cubin, "cuobjdump", "-res-usage")
-    found = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
-    return found["REG"], found["STACK"] + found["LOCAL"]
-
-
-def loop_length(cubin: bytes) -> int:
-    """Instructions of the longest loop of a cubin; 0 where it has none."""
-    labels, count, longest = {}, 0, 0
-    for line in _said_of(cubin, "nvdisasm", "-c").splitlines():
-        if label := re.match(r"\s*(\.L_x_\d+):", line):
-            labels[label[1]] = count
-        elif re.search(r"/\*[0-9a-f]{4,}\*/", line):
-            count += 1
-            target = re.search(r"BRA.*`\((\.L_x_\d+)\)", line)
-            longest = max(longest, count - labels.get(target[1], count) if target else 0)
-    return longest
-
-
-def _said_of(cubin: bytes, tool: str, option: str) -> str:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        command = [Path(triton.__file__).parent / "backends/nvidia/bin" / tool, option, file.name]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def every_usage() -> Iterator[Usage]:
@@ -267,6 +210,8 @@ def every_usage() -> Iterator[Usage]:
                     yield attend_usage(pair, head_dim, READERS[0], dtype, rows, capability)
             for reader in READERS:
                 yield from exact_usages(head_dim, reader, torch.bfloat16, capability)
+            for reader in READERS[:3]:
+                yield shift_usage(head_dim, reader, capability)
         for head_dim in (64, 96, 128, 256):
             for codec in REGISTRY.values():
                 if codec.is_sequential:

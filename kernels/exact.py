@@ -50,6 +50,14 @@ def hide_tokens(
     tl.store(out + row * length + token, kept.to(out.dtype.element_ty), mask=valid)
 
 
+@triton.jit(do_not_specialize=["length", "slots"])
+def hide_slots(mask, key_index, value_index, length, slots, BLOCK: tl.constexpr):
+    slot = tl.arange(0, BLOCK)
+    token = tl.load(key_index + slot, mask=slot < slots, other=-1)
+    held = (token == tl.load(value_index + slot, mask=slot < slots, other=-1)) & (token >= 0) & (token < length)
+    tl.store(mask + tl.program_id(0).to(tl.int64) * length + token, float("-inf"), mask=held)
+
+
 # fmt: off
 @triton.jit(do_not_specialize=["scale", "groups", "queries", "length", "slots"])
 def attend_exact(
@@ -137,7 +145,7 @@ def block_of(head_dim: int) -> int:
 
 def source(reader: Reader) -> str:
     """The text of the module that all of this file launches."""
-    kernels = (maximum_of, sum_of, slot_of, hide_tokens, attend_exact, remember_tokens)
+    kernels = (maximum_of, sum_of, slot_of, hide_tokens, hide_slots, attend_exact, remember_tokens)
     return emit.module_text("Tokens that a cache keeps as they are.", (emit.score_helper(reader),), kernels)
 
 
@@ -176,9 +184,24 @@ def remember(
 
 
 def hidden(
-    mask: torch.Tensor | None, exact: Sequence[torch.Tensor], length: int, sinks: int, folder: str | None
+    mask: torch.Tensor | None,
+    exact: Sequence[torch.Tensor],
+    length: int,
+    sinks: int,
+    folder: str | None,
+    owned: bool = False,
 ) -> torch.Tensor:
-    """`mask` that also hides what slots hold of keys and of values from what reads codes; bool where there is none."""
+    """`mask` that also hides what slots hold of keys and of values from what reads codes; bool where there is none.
+
+    An `owned` mask, of contiguous float32 for each token, is written itself.
+    """
+    if owned:
+        index, slots = exact[1], exact[1].shape[0] - 1
+        built = module(Reader(), folder, index.device.type == "cpu")
+        built.hide_slots[(mask[..., 0].numel(),)](
+            mask, index, exact[3], length, slots, triton.next_power_of_2(max(1, slots)), num_warps=1
+        )
+        return mask
     index, kind = exact[1], "none" if mask is None else "bool" if mask.dtype == torch.bool else "additive"
     sizes = (1, 1, 1) if mask is None else mask.shape[:-1]
     out = torch.empty((*sizes, length), dtype=torch.bool if mask is None else mask.dtype, device=index.device)

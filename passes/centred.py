@@ -90,17 +90,17 @@ class Centrer(Editor):
     def run_of(self, start, stop, value: torch.Tensor) -> fx.Node:
         return self.call(torch.arange, start, stop, device=value.device)
 
-    def centred_mask(self, read: Read, query: fx.Node, planes: list[fx.Node], mask: fx.Node | None) -> fx.Node | None:
-        """`mask`, and what the centre of keys adds to scores: the same for all tokens where nothing turns."""
+    def shift(self, read: Read, query: fx.Node, planes: list[fx.Node]) -> list[fx.Node] | None:
+        """What `reference.shifted` makes the scores of, that the centre of keys adds; None where no softmax sees them,
+        because they are the same for all tokens."""
         centring = self.context.centres.get(read.key.root)
         if centring is None or not (centring.rotation.turns or read.sinks):
-            return mask
+            return None
         rotation, value = centring.rotation, tensor_of(query)
         planes_of = self._constant(("planes", rotation), centre.planes_of(rotation, value.device))
         table = self._table(rotation, planes[0], tensor_of(read.key.node).shape[-2], query, planes_of[0])
         scale = tensor_of(read.key.base).shape[-1] ** -0.5 if read.scale is None else read.scale
-        bias = self.call(centre.scores, query, self._ordered_vectors(read), table, *planes_of, scale)
-        return bias if mask is None else self.call(centre.added, bias, mask)
+        return [self.call(centre.waved, query, self._ordered_vectors(read), *planes_of, scale), table]
 
     def _ordered_vectors(self, read: Read) -> fx.Node:
         """The vectors of what a read has as [batch, heads, tokens, head_dim]."""

@@ -174,7 +174,9 @@ class _Rewriter(Masker):
         hides = tuple(each for each in read.masks if each.node not in self.survey.reads)
         hiding = mask if len(hides) == len(read.masks) else self.mask(hides, folding)
         reach = None if folds or hiding is None else self.reach(hiding)
-        mask = self.centred_mask(read, query, planes[0], mask)
+        beside = {"exact": exact, "first": self.context.options.chosen.sinks} if (exact := self.exact(read)) else {}
+        if (shift := self.shift(read, query, planes[0])) is not None:
+            beside["centre"] = shift
         query = self.weighed(read, query)
         sinks = None if read.sinks is None else self.numbers(read.sinks, folding, tokens=False)
         return self.call(
@@ -193,7 +195,7 @@ class _Rewriter(Masker):
             values.codec.name,
             *dims,
             result.dtype,
-            **({"exact": exact, "first": self.context.options.chosen.sinks} if (exact := self.exact(read)) else {}),
+            **beside,
         )
 
     def _fall_back(self, node: fx.Node) -> None:

@@ -10,15 +10,14 @@ from tqcompile.centre import (
     FEWEST,
     Centring,
     Rotation,
-    added,
     learned,
     less,
     more,
     planes_of,
-    scores,
     still,
     tables,
     turned,
+    waved,
     waves,
     weighed,
 )  # fmt: skip
@@ -118,16 +117,18 @@ def test_scores_are_those_of_what_was_taken_off(rotation):
     q, mean = torch.randn(2, QUERIES, 3, HEAD_DIM), torch.randn(2, HEADS, 1, HEAD_DIM)
     turns, planes = tables(rotation, CPU), planes_of(rotation, CPU)
     mean = mean.half().float()
-    found = scores(q, torch.cat([mean, mean + 1], 2).half(), waves(TOKENS, turns[0], planes[0]), *planes, 0.3)
+    rows = waved(q, torch.cat([mean, mean + 1], 2).half(), *planes, 0.3)
+    found = reference.shifted(rows, waves(TOKENS, turns[0], planes[0]), None)
     taken = turned(mean, torch.arange(TOKENS), *turns, 2).expand(-1, -1, TOKENS, -1)
     expected = 0.3 * q @ taken.repeat_interleave(QUERIES // HEADS, 1).mT
     torch.testing.assert_close(found, expected)
 
 
 def test_a_mask_hides_what_it_hid():
-    bias, kept = torch.randn(2, QUERIES, 3, TOKENS), torch.rand(2, 1, 3, TOKENS) > 0.5
-    assert torch.equal(added(bias, kept).isfinite(), kept.expand_as(bias))
-    torch.testing.assert_close(added(bias, bias), 2 * bias)
+    given = torch.randn(2, QUERIES, 3, 5), torch.randn(TOKENS, 4)
+    bias, kept = reference.shifted(*given, None), torch.rand(2, 1, 3, TOKENS) > 0.5
+    assert torch.equal(reference.shifted(*given, kept).isfinite(), kept.expand_as(bias))
+    torch.testing.assert_close(reference.shifted(*given, bias), 2 * bias)
 
 
 def test_attention_over_centred_keys_with_their_scores_is_attention_over_the_keys():
@@ -138,7 +139,7 @@ def test_attention_over_centred_keys_with_their_scores_is_attention_over_the_key
     q, kept = torch.randn(2, QUERIES, 3, HEAD_DIM), torch.rand(2, 1, 3, TOKENS) > 0.3
     centre, planes = Centring(HALVES, 2).of(keys), planes_of(HALVES, CPU)
     table = waves(TOKENS, tables(HALVES, CPU)[0], planes[0])
-    mask = added(scores(q, centre.vectors, table, *planes, 0.3), kept)
+    mask = reference.shifted(waved(q, centre.vectors, *planes, 0.3), table, kept)
     others = False, 0.3, identity, identity, (HEAD_DIM, HEAD_DIM)
     ours = reference.attend(weighed(q, centre.vectors), (centre.less(keys),), (values,), mask, *others)
     torch.testing.assert_close(ours, reference.attend(q, (keys,), (values,), kept, *others), atol=1e-4, rtol=1e-4)

@@ -241,23 +241,31 @@ def weighed(q: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
 
 
 def waves(tokens: int, frequencies: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
-    """[tokens, columns]: cosines and sines of each plane at each place, and ones. The same for all heads and layers."""
+    """[tokens, columns]: cosines and sines of each plane at each place. The same for all heads and layers.
+
+    On a GPU, `halves` of them.
+    """
     slots = torch.arange(tokens, device=first.device).float().unsqueeze(-1)
     angles = slots * frequencies[first]
-    return torch.cat([angles.cos(), angles.sin(), torch.ones_like(slots)], -1)
+    table = torch.cat([angles.cos(), angles.sin()], -1)
+    return halves(table) if table.is_cuda else table
+
+
+def halves(numbers: torch.Tensor) -> torch.Tensor:
+    """Float16 [2, ...] whose sum is `numbers` of magnitude 1 or less, to 2^-23."""
+    high = numbers.half()
+    return torch.stack([high, (numbers - high.float()).half()])
 
 
 @reference.as_stored
-def scores(q: torch.Tensor, vectors: torch.Tensor, table: torch.Tensor, first, second, others, scale: float):
-    """scale q . R(s) m of queries [B, Hq, T, D], vectors [B or 1, H, 2, D] and `waves` [S, columns]: [B, Hq, T, S]."""
+def waved(q: torch.Tensor, vectors: torch.Tensor, first, second, others, scale: float) -> torch.Tensor:
+    """What `reference.shifted` makes scale q . R(s) m of: [B, Hq, T, columns + 1], float32.
+
+    q [B, Hq, T, D], vectors [B or 1, H, 2, D]. The columns are those of `waves`, and behind them is what no position
+    turns.
+    """
     heads, mean = vectors.shape[1], vectors[:, :, :1].float()
     q, mean = q.float().unflatten(1, (heads, q.shape[1] // heads)) * scale, mean.unsqueeze(2)
     q1, q2, m1, m2 = q[..., first], q[..., second], mean[..., first], mean[..., second]
     still = (q[..., others] * mean[..., others]).sum(-1, keepdim=True)
-    waved = torch.cat([q1 * m1 + q2 * m2, q1 * m2 - q2 * m1, still], -1)
-    return (waved.flatten(1, 2) @ table.T).contiguous()
-
-
-def added(bias: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """One additive mask of what centring adds to scores and a mask, bool (True keeps) or additive."""
-    return bias.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else bias + mask
+    return torch.cat([q1 * m1 + q2 * m2, q1 * m2 - q2 * m1, still], -1).flatten(1, 2)

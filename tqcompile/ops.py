@@ -28,7 +28,7 @@ _library.define(
     "attend(Tensor q, Tensor[] keys, Tensor[] values, Tensor? mask, Tensor? reach, Tensor? key_basis, "
     "Tensor? value_basis, bool causal, float scale, str score_mod, Tensor? sinks, str key_codec, str value_codec, "
     "int key_dim, int value_dim, ScalarType dtype, *, Tensor[]? exact=None, Tensor? asked=None, "
-    "int first=0) -> Tensor"
+    "int first=0, Tensor[]? centre=None) -> Tensor"
 )
 _library.define(
     "remember(Tensor(a!) numbers, Tensor(b!) index, Tensor tokens, Tensor? positions, SymInt start, int dim, int sinks)"
@@ -120,21 +120,24 @@ def _append_step_cuda(keys, values, k, v, q, positions, key_basis, value_basis, 
     from tqcompile.kernels import step as kernel
     from tqcompile.kernels import tune
 
-    if k.shape[2] > tune.STEP_TOKENS or v.shape[2] != k.shape[2]:
+    codecs = formats.codec(key_codec), formats.codec(value_codec)
+    written = all(writes(codec, x.shape[-1]) for codec, x in zip(codecs, (k, v)))
+    if not written or k.shape[2] > tune.STEP_TOKENS or v.shape[2] != k.shape[2]:
         _append_cuda(keys, k, positions, key_basis, key_codec)
         _append_cuda(values, v, positions, value_basis, value_codec)
         return reference.rotate(q, key_basis).contiguous()
-    codecs = formats.codec(key_codec), formats.codec(value_codec)
     with torch.cuda.device(q.device):
         return kernel.append_step(codecs, (keys, values), (k, v), q, positions, (key_basis, value_basis))
 
 
 def _attend_cpu(
-    q, keys, values, mask, reach, key_basis, value_basis, causal, scale, *others, exact=None, asked=None, first=0
-):
+    q, keys, values, mask, reach, key_basis, value_basis, causal, scale, *others,
+    exact=None, asked=None, first=0, centre=None,
+):  # fmt: skip
     score_mod, sinks, key_codec, value_codec, *dims, dtype = others
     codecs, start = (formats.codec(key_codec), formats.codec(value_codec)), 0
     asked, q = q if asked is None else asked, reference.rotate(q, key_basis)
+    mask = reference.shifted(*centre, mask) if centre else mask
     if reach is not None and reach.numel() and not causal:
         start, keys, values, mask = _within(reach, keys, values, mask)
     known = recent.exact(exact, asked, start, start + keys[0].shape[2]) if exact else None
@@ -152,16 +155,19 @@ def _within(reach: torch.Tensor, keys: Tensors, values: Tensors, mask: torch.Ten
 
 
 def _attend_cuda(
-    q, keys, values, mask, reach, key_basis, value_basis, causal, scale, *others, exact=None, asked=None, first=0
-):
+    q, keys, values, mask, reach, key_basis, value_basis, causal, scale, *others,
+    exact=None, asked=None, first=0, centre=None,
+):  # fmt: skip
     from tqcompile.kernels import attend as kernel
+    from tqcompile.kernels import shift
 
     score_mod, sinks, key_codec, value_codec, *dims, dtype = others
     codecs = formats.codec(key_codec), formats.codec(value_codec)
     options = {"reach": reach, "basis": value_basis, "dtype": dtype, "score_mod": score_mod, "sinks": sinks}
     if exact:
-        options |= {"known": exact, "asked": q if asked is None else asked, "first": first}
+        options |= {"known": exact, "asked": q if asked is None else asked, "first": first, "owned": bool(centre)}
     with torch.cuda.device(q.device):
+        mask = shift.shifted(*centre, mask) if centre else mask
         q = reference.rotate(q, key_basis)
         return kernel.attend(q, keys, values, mask, causal, scale, *codecs, tuple(dims), **options)
 
@@ -236,7 +242,7 @@ def _(keys, values, k, v, q, positions, key_basis, value_basis, key_codec, value
 
 
 @torch.library.register_fake("tqcompile::attend", lib=_library)
-def _(q, keys, values, mask, reach, key_basis, value_basis, causal, scale, *others, exact=None, asked=None, first=0):
+def _(q, keys, values, mask, reach, key_basis, value_basis, causal, scale, *others, **beside):
     value_dim, dtype = others[-2:]
     return q.new_empty((*q.shape[:-1], value_dim), dtype=dtype)
 

@@ -68,6 +68,18 @@ def append(
             plane.index_copy_(2, positions, code.to(plane.dtype))
 
 
+def shifted(waved: torch.Tensor, waves: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """The additive mask of what centring takes off keys (`centre.waved`, `centre.waves`) and of a mask that is given.
+
+    waved [B, Hq, T, columns + 1] and waves [S, columns] float32; mask None, or what `attend` takes. Returns
+    [B, Hq, T, S] float32.
+    """
+    bias = waved[..., :-1] @ waves.T + waved[..., -1:]
+    if mask is None:
+        return bias
+    return bias.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else bias + mask
+
+
 def attend(
     q: torch.Tensor,
     keys: Planes,

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tqcompile import formats
-from tqcompile.kernels import build, combine
+from tqcompile.kernels import assembled, build, combine
 from tqcompile.kernels.emit import Reader
 
 FEW = [
@@ -91,4 +91,4 @@ def test_the_combination_compiles_beside_sinks_and_tokens_that_are_summed_elsewh
     constants = {"VALUE_DIM": 64, "BLOCK_S": 16, "BLOCK_V": 64, "BLOCK_J": turned}
     constants |= {"SINKS": sinks, "OTHERS": others, "EARLY": True}
     types = {name: "*fp32" for name in kernel.arg_names if name not in ("rows", "splits", *constants)}
-    assert build.compiled("combine", kernel, {}, constants, types, 4, None, 90).spills == 0
+    assert assembled.compiled("combine", kernel, {}, constants, types, 4, None, 90).spills == 0

@@ -98,6 +98,15 @@ def test_a_cache_of_nothing_else(device, length):
     close(ours, torch.nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True), torch.float32)
 
 
+def test_a_mask_that_is_owned_is_written_itself_and_hides_the_same(device):
+    torch.manual_seed(3)
+    _, _, caches = case(device, torch.float32, ("q8_0", "q8_0"))
+    known, mask = kept(caches, hole=120), torch.randn(2, 6, 2, LENGTH, device=device)
+    expected = exact.hidden(mask, known, LENGTH, SINKS, None)
+    assert expected.isinf().any() and exact.hidden(mask, known, LENGTH, SINKS, None, owned=True) is mask
+    assert torch.equal(mask, expected)
+
+
 @pytest.mark.parametrize("mask", ["none", "bool", "float32"])
 @pytest.mark.parametrize("name", ["turboquant:4", "q8_0"])
 def test_many_rows_read_them_among_decoded_ones(device, name, mask):

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_append import agree, dims_of
 
-from tqcompile import coding, formats, reference, tables
+from tqcompile import coding, formats, ops, reference, tables
 from tqcompile.kernels import step, writers
 
 WRITTEN = [name for name, codec in formats.REGISTRY.items() if writers.writes(codec, 64)]
@@ -82,3 +82,16 @@ def test_tokens_that_do_not_fill_the_planes_need_positions(device):
     planes = [planes_of(codec, (1, 1, 3, 64), torch.float32, device) for _ in range(2)]
     with pytest.raises(ValueError, match="without positions"):
         step.append_step((codec, codec), planes, (k, k), k, None, (basis, basis))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["turboquant:2:trellis", "polarquant", "turboquant_prod:3"])
+def test_the_operator_takes_codecs_that_no_kernel_writes(name):
+    codec, q, k = formats.codec(name), torch.randn(2, 4, 1, 64).cuda(), torch.randn(2, 2, 1, 64).cuda()
+    basis, place = tables.basis_matrix(codec, 64, k.device), torch.tensor([3], device="cuda")
+    ours, theirs, values = (planes_of(codec, (2, 2, 5, 64), k.dtype, "cuda") for _ in range(3))
+    turned = ops.append_step(ours, values, k, k, q, place, basis, basis, name, name)
+    reference.append(codec, theirs, reference.rotate(k, basis), place)
+    assert distance(turned, reference.rotate(q, basis)) < TOLERANCE[torch.float32]
+    agree(codec, (ours, theirs), reference.rotate(k, basis), place)
+    agree(codec, (values, theirs), reference.rotate(k, basis), place)

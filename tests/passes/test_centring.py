@@ -123,16 +123,16 @@ def test_keys_of_every_form_are_centred_by_their_rotation(update, attend):
     torch.testing.assert_close(centring.given, layer.keys.proj.bias.view(HEADS, HEAD_DIM))
     count = operators(gm)
     assert (count["learned"], count["less"]) == ((1, 1) if update is made else (0, 1))
-    assert (count["scores"], count["waves"]) == ((0, 0) if update is made else (1, 1))
+    assert (count["waved"], count["waves"]) == ((0, 0) if update is made else (1, 1))
 
 
 def test_keys_that_no_position_turns_have_a_mean_that_no_softmax_sees():
     gm, context, _ = centred(grown, rotate=lambda model, x, positions: x)
     (centring,) = context.centres.values()
     assert centring.rotation == still(HEAD_DIM)
-    assert operators(gm)["less"] == 1 and not operators(gm)["scores"]
+    assert operators(gm)["less"] == 1 and not operators(gm)["waved"]
     (read,) = gm.graph.find_nodes(op="call_function", target=ops.attend)
-    assert read.args[3] is None
+    assert read.args[3] is None and "centre" not in read.kwargs
 
 
 def test_layers_share_one_table_of_waves():
