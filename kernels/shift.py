@@ -57,11 +57,15 @@ def shift_scores(
 # fmt: on
 
 
+def source() -> str:
+    """The text of the module that `shifted` launches, which is the same for all codecs."""
+    return emit.module_text("What centring adds to scores.", (), (maximum_of, shift_scores))
+
+
 @cache
 def module(folder: str | None, interpreted: bool) -> ModuleType:
-    """The imported module of `shift_scores`, which is the same for all codecs."""
-    text = emit.module_text("What centring adds to scores.", (), (maximum_of, shift_scores))
-    return emit.build(text, folder, interpreted)
+    """The imported module of `source`."""
+    return emit.build(source(), folder, interpreted)
 
 
 def tile_of(columns: int) -> tuple[int, int]:

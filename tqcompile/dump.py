@@ -89,7 +89,7 @@ def _call(node: fx.Node) -> tuple[str, ...]:
 
 def kernel_sources(after: fx.GraphModule, sites: Iterable[Site]) -> dict[str, str]:
     """The Triton modules that a rewritten graph launches on a GPU, by what they do; needs no GPU."""
-    from tqcompile.kernels import append, attend, decoded, exact, integer, logits, step
+    from tqcompile.kernels import append, decoded, logits, step
 
     sources = {}
     written = [site for site in sites if site.kind in ("in_place", "append")]
@@ -112,21 +112,31 @@ def kernel_sources(after: fx.GraphModule, sites: Iterable[Site]) -> dict[str, st
         if node.target in (ops.logits, ops.mix):
             codec, width = node.args[2:]
             sources[f"decode_{_plain(codec)}_{width}"] = decoded.source(formats.codec(codec), width)
-        if node.target is not ops.attend:
-            continue
-        mask, _, _, _, causal, _, score_mod, _, keys, values, *head_dims, _ = node.args[3:]
-        reader = attend.reader_of(tensor_of(mask), causal, score_mod)
-        if node.kwargs.get("exact"):
-            sources[f"exact{_said(reader)}"] = exact.source(reader)
-            # What hides those tokens from codes is a mask.
-            reader = replace(reader, mask="bool") if reader.mask == "none" else reader
-        what = f"attend_{_plain(keys)}_{_plain(values)}_{head_dims[0]}_{head_dims[1]}{_said(reader)}"
-        codecs = formats.codec(keys), formats.codec(values)
-        sources[what] = attend.source(*codecs, tuple(head_dims), reader)
-        if sides := integer.sides_of(codecs, tuple(head_dims)):
-            sources[f"{what}_int8"] = integer.source(*sides, reader)
-        for codec, dim in zip(codecs, head_dims):
-            sources[f"decode_{_plain(codec.name)}_{dim}"] = decoded.source(codec, dim)
+        if node.target is ops.attend:
+            sources |= _attend_sources(node)
+    return sources
+
+
+def _attend_sources(node: fx.Node) -> dict[str, str]:
+    from tqcompile.kernels import attend, decoded, exact, integer, shift
+
+    sources = {}
+    mask, _, _, _, causal, _, score_mod, _, keys, values, *head_dims, _ = node.args[3:]
+    reader = attend.reader_of(tensor_of(mask), causal, score_mod)
+    if node.kwargs.get("centre"):
+        sources["shift"] = shift.source()
+        reader = replace(reader, mask="additive")
+    if node.kwargs.get("exact"):
+        sources[f"exact{_said(reader)}"] = exact.source(reader)
+        # What hides those tokens from codes is a mask.
+        reader = replace(reader, mask="bool") if reader.mask == "none" else reader
+    what = f"attend_{_plain(keys)}_{_plain(values)}_{head_dims[0]}_{head_dims[1]}{_said(reader)}"
+    codecs = formats.codec(keys), formats.codec(values)
+    sources[what] = attend.source(*codecs, tuple(head_dims), reader)
+    if sides := integer.sides_of(codecs, tuple(head_dims)):
+        sources[f"{what}_int8"] = integer.source(*sides, reader)
+    for codec, dim in zip(codecs, head_dims):
+        sources[f"decode_{_plain(codec.name)}_{dim}"] = decoded.source(codec, dim)
     return sources
 
 

@@ -93,5 +93,5 @@ def test_the_operator_takes_codecs_that_no_kernel_writes(name):
     turned = ops.append_step(ours, values, k, k, q, place, basis, basis, name, name)
     reference.append(codec, theirs, reference.rotate(k, basis), place)
     assert distance(turned, reference.rotate(q, basis)) < TOLERANCE[torch.float32]
-    for mine, given, other in zip(ours, values, theirs):
-        assert torch.equal(mine, other) and torch.equal(given, other) and other.any()
+    for mine, value, other in zip(ours, values, theirs):
+        assert torch.equal(mine, other) and torch.equal(value, other) and other.any()

@@ -11,6 +11,7 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from tqcompile import ops
 from tqcompile.centre import still
+from tqcompile.dump import kernel_sources
 
 BATCH, ROOM, TOKENS, PAST = 2, 24, 3, 9
 
@@ -133,6 +134,15 @@ def test_keys_that_no_position_turns_have_a_mean_that_no_softmax_sees():
     assert operators(gm)["less"] == 1 and not operators(gm)["waved"]
     (read,) = gm.graph.find_nodes(op="call_function", target=ops.attend)
     assert read.args[3] is None and "centre" not in read.kwargs
+
+
+@pytest.mark.parametrize("rotates", [True, False])
+def test_the_kernels_of_a_graph_have_what_adds_to_its_scores(rotates):
+    gm, context, _ = centred(grown, rotate=halves if rotates else lambda model, x, positions: x)
+    sources = kernel_sources(gm, context.sites)
+    (attend,) = [text for what, text in sources.items() if what.startswith("attend_") and "int8" not in what]
+    assert ("shift" in sources) == ("scores += part" in attend) == rotates
+    assert not rotates or "def shift_scores(" in sources["shift"]
 
 
 def test_layers_share_one_table_of_waves():
