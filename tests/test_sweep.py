@@ -1,5 +1,6 @@
 """The sweep over architectures: tiny models, what is recorded of them, and that nothing wrong passes for right."""
 
+import copy
 import json
 import os
 import pathlib
@@ -249,6 +250,19 @@ def test_records_are_judged():
         assert len(verdict.problems(record)) == 1, record
     FELL["scenarios"][SHORT]["modes"]["dense"] = {"exception": "TypeError: no", "where": ""}
     assert not verdict.problems(FELL) and verdict.dense_fails(FELL) == [SHORT]
+
+
+def test_a_scenario_that_dense_compilation_falls_in_counts_for_nothing():
+    fallen = {"exception": "TypeError: no", "where": ""}
+    record = copy.deepcopy(GOOD)
+    ours = {**fallen, "step": 0, "reads": {"logits": 1}, "fallbacks": [["mul", "m.py, line 9", 2]]}
+    record["scenarios"]["static"] = {"dense_held": held(0, 4), "modes": {"dense": fallen, LOSSLESS: ours}}
+    assert verdict.caches(record) == (4, 4) and verdict.all_compressed(record) and verdict.all_fused(record)
+    record["scenarios"]["static"]["modes"]["dense"] = {"error": 0.0, "step": 0}
+    assert verdict.caches(record) == (4, 8) and not verdict.all_compressed(record) and not verdict.all_fused(record)
+    record = copy.deepcopy(GOOD)
+    record["scenarios"][SHORT]["modes"] = {"dense": fallen, LOSSLESS: fallen}
+    assert not verdict.has_cache(record) and "none that compiles" in document.page([record])
 
 
 @pytest.mark.parametrize(("error", "step", "ours"), [(0.4, 0, 0), (0.2, 0, 1), (0.4, 1, 1), (0.0, 0, 1)])

@@ -30,7 +30,8 @@ LEGEND = """\
 `caches` counts tensors of keys and values of the model's own tokens, compressed of all, after each scenario. `read by`
 names what reads codes: `attend` is the one fused operator, `logits` and `mix` are the two products around a softmax
 that the model spells out, `decoded` is a reader that no rule knows. States of recurrences and convolutions are no such
-caches. Numbers in brackets are reasons, listed below.
+caches. What dense compilation does not get through counts for neither. Numbers in brackets are reasons, listed
+below.
 """
 
 
@@ -133,16 +134,22 @@ def _row(record: Record, names: list[str], reasons: _Reasons) -> tuple:
     if not verdict.made(record):
         why = record.get("not_made") or record.get("died", "no record")
         return (name, "not made", "", reasons.number(name, f"not made: {why}", record.get("where", "")))
-    compressed, total = verdict.caches(record)
     return (
         name,
-        f"{compressed} / {total}" if verdict.has_cache(record) else "none kept",
+        _caches(record),
         _readers(record),
         " ".join(dict.fromkeys(reasons.number(name, *reason) for reason in verdict.reasons(record))),
         _dense(record),
         *(_number(verdict.worst(record, mode)) for mode in (LOSSLESS, *names)),
         "; ".join(dict.fromkeys(f"{p.scenario} {p.mode}".strip() for p in verdict.problems(record))),
     )
+
+
+def _caches(record: Record) -> str:
+    if verdict.has_cache(record):
+        return "{} / {}".format(*verdict.caches(record))
+    fell = any("self" in scenario.get("dense_held", ()) for scenario in record["scenarios"].values())
+    return "none that compiles" if fell else "none kept"
 
 
 def _dense(record: Record) -> str:

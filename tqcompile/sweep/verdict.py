@@ -31,6 +31,14 @@ def results(record: Record, mode: str) -> Iterator[tuple[str, dict]]:
             yield name, scenario["modes"][mode]
 
 
+def compiles(scenario: dict) -> bool:
+    """Whether plain compilation gets through a scenario: what it does not says nothing of what this package keeps.
+
+    It is not run where neither ours raised nor its numbers were wrong.
+    """
+    return "exception" not in scenario.get("modes", {}).get(DENSE, {})
+
+
 def codecs(record: Record) -> list[str]:
     """The modes of a record that are names of codecs."""
     found = {mode for scenario in record["scenarios"].values() for mode in scenario.get("modes", {})}
@@ -40,18 +48,23 @@ def codecs(record: Record) -> list[str]:
 def caches(record: Record, kind: str = "self", mode: str = LOSSLESS) -> tuple[int, int]:
     """How many tensors of `kind` were compressed after each scenario, and how many there were: all scenarios together.
 
-    Where a scenario fell, the caches that the untouched model keeps count as dense.
+    Where a scenario fell, the caches that the untouched model keeps count as dense; it does not count where plain
+    compilation falls, too.
     """
     compressed = total = 0
     for name, result in results(record, mode):
+        if not compiles(record["scenarios"][name]):
+            continue
         row = result.get("held", record["scenarios"][name]["dense_held"]).get(kind, {"compressed": 0, "count": 0})
         compressed, total = compressed + row["compressed"], total + row["count"]
     return compressed, total
 
 
 def has_cache(record: Record) -> bool:
-    """Whether the untouched model keeps keys and values of its own tokens."""
-    return any("self" in scenario.get("dense_held", ()) for scenario in record["scenarios"].values())
+    """Whether the untouched model keeps keys and values of its own tokens, in a scenario that can be compiled."""
+    return any(
+        "self" in scenario.get("dense_held", ()) and compiles(scenario) for scenario in record["scenarios"].values()
+    )
 
 
 def all_compressed(record: Record) -> bool:
@@ -71,7 +84,8 @@ def all_fused(record: Record) -> bool:
 
 
 def _read(record: Record) -> list[dict]:
-    return [result for _, result in results(record, LOSSLESS) if result.get("reads") or result.get("fallbacks")]
+    counted = (result for name, result in results(record, LOSSLESS) if compiles(record["scenarios"][name]))
+    return [result for result in counted if result.get("reads") or result.get("fallbacks")]
 
 
 def problems(record: Record) -> list[Problem]:
