@@ -6,7 +6,7 @@ from torch import fx
 from tqcompile.passes import rewrite
 from tqcompile.passes.context import Context
 from tqcompile.passes.nodes import memory_of, spelling, tensor_of
-from tqcompile.passes.softmax import Mask
+from tqcompile.passes.steps import Mask
 from tqcompile.passes.writes import Writer
 
 

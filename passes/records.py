@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from tqcompile.passes.softmax import Mask
+from tqcompile.passes.steps import Mask
 from tqcompile.passes.views import View
 
 

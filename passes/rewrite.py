@@ -72,7 +72,7 @@ def mask_by_head(
 
 
 def masked(total: torch.Tensor | None, mask: torch.Tensor | None, kind: str, number: float) -> torch.Tensor:
-    """The mask that is added to scores after one more step, of a `kind` of `softmax.Mask`."""
+    """The mask that is added to scores after one more step, of a `kind` of `steps.Mask`."""
     if kind == "floor":
         return total.clamp(min=number)
     if kind == "add":

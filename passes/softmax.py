@@ -1,47 +1,17 @@
 """Attention that a model spells out: two products of one cache of keys and one of values, a softmax between them."""
 
 import ast
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
 from torch import fx
 
 from tqcompile import scores
-from tqcompile.passes.indices import full, index_items, same_size
 from tqcompile.passes.nodes import spelling, tensor_of
-from tqcompile.passes.sinks import PRODUCTS, Sink, uncast
+from tqcompile.passes.sinks import Sink, uncast
+from tqcompile.passes.steps import HIDDEN, Mask, Step, behind
 from tqcompile.passes.views import CASTS
-
-_QUOTIENTS = {"div", "div_", "truediv", "itruediv", "__truediv__"}
-_SUMS = {"add", "add_", "iadd", "__add__", "__radd__"}
-_DIFFERENCES = {"sub", "sub_", "isub", "__sub__"}
-_FOLDS = {"reshape", "view", "flatten", "unflatten"}
-_FLOORS = {"maximum", "max", "clamp_min"}
-_CLAMPS = {"clamp", "clip", "clamp_", "clip_"}
-_FILLS = {"where", "masked_fill", "masked_fill_"}
-_POINTWISE = CASTS | _FOLDS | PRODUCTS | _QUOTIENTS | _SUMS | _DIFFERENCES | _CLAMPS | _FILLS | {*scores.FUNCTIONS}
-
-# A number that no score comes near, so that a score which is replaced by it is one that it is added to.
-HIDDEN = -1e8
-
-
-@dataclass(frozen=True)
-class Mask:
-    """A step of the mask that is added to scores.
-
-    `add`: `node` times `number`, or one bool tensor that says what is kept; `fill`: `number` where the bool `node` is
-    true, `keep`: where it is not; `floor`: nothing below `number`; `rows`: a logit for each row, without the last
-    dimension of scores. Where a model has sequences and heads apart while its product has them in one dimension, there
-    are `heads`.
-    """
-
-    kind: Literal["add", "fill", "keep", "floor", "rows"]
-    node: fx.Node | None
-    number: float = 1.0
-    heads: int | None = None
 
 
 @dataclass(frozen=True)
@@ -55,17 +25,6 @@ class Chain:
     sinks: Mask | None = None
 
 
-@dataclass(frozen=True)
-class _Step:
-    """What a node does to its `source`, whose scores or weights it changes, and what else computes nothing but that."""
-
-    source: fx.Node
-    kind: str = "same"
-    number: float = 1.0
-    mask: Mask | None = None
-    others: tuple[fx.Node, ...] = ()
-
-
 def chain_behind(product: fx.Node, products, sink: Sink | None = None) -> Chain | None:
     """How the weights of `product` come of one of the `products` of queries and keys; None where no rule says.
 
@@ -75,7 +34,7 @@ def chain_behind(product: fx.Node, products, sink: Sink | None = None) -> Chain 
     steps, nodes, kinds = [], {product, last}, []
     node = product.args[0]
     while node not in products:
-        step = _behind(node, kinds)
+        step = behind(node, kinds)
         if step is None:
             return None
         steps.append(step)
@@ -90,12 +49,12 @@ def chain_behind(product: fx.Node, products, sink: Sink | None = None) -> Chain 
         scores = steps[kinds.index("softmax")].source
         if "sink" in kinds or uncast(scores) is not uncast(sink.scores):
             return None
-        steps.insert(0, _Step(scores, "sink", mask=Mask("rows" if sink.by_row else "add", sink.logits)))
+        steps.insert(0, Step(scores, "sink", mask=Mask("rows" if sink.by_row else "add", sink.logits)))
     between = tuple(each for each in product.graph.nodes if each in nodes and each is not last)
     return _folded(Chain(between), reversed(steps), tensor_of(node))
 
 
-def _folded(chain: Chain, steps: Iterable[_Step], product: torch.Tensor) -> Chain | None:
+def _folded(chain: Chain, steps: Iterable[Step], product: torch.Tensor) -> Chain | None:
     """The steps from scores to weights, one after the other, as one chain."""
     for step in steps:
         if step.kind in ("mask", "sink"):
@@ -110,7 +69,7 @@ def _folded(chain: Chain, steps: Iterable[_Step], product: torch.Tensor) -> Chai
     return chain
 
 
-def _in_score(chain: Chain, step: _Step) -> Chain:
+def _in_score(chain: Chain, step: Step) -> Chain:
     text, number = chain.score_mod or scores.NAME, repr(step.number)
     if step.kind == "scale" and not chain.score_mod:
         return replace(chain, scale=chain.scale * step.number)
@@ -121,7 +80,7 @@ def _in_score(chain: Chain, step: _Step) -> Chain:
     return replace(chain, score_mod=ast.unparse(ast.parse(text)))
 
 
-def _in_masks(chain: Chain, step: _Step) -> Chain | None:
+def _in_masks(chain: Chain, step: Step) -> Chain | None:
     """A change of scores that masks were added to, as one of both."""
     if step.kind == "maximum" and step.number <= HIDDEN:
         return replace(chain, masks=(*chain.masks, Mask("floor", None, step.number)))
@@ -131,151 +90,12 @@ def _in_masks(chain: Chain, step: _Step) -> Chain | None:
     return _in_score(replace(chain, masks=masks), step)
 
 
-def _placed(step: _Step, product: torch.Tensor) -> Mask | None:
+def _placed(step: Step, product: torch.Tensor) -> Mask | None:
     """The mask of a step with its heads, where the scores there have another number of dimensions than the product."""
     rank, heads = tensor_of(step.source).dim(), tensor_of(step.source).shape[1]
     if rank == product.dim():
         return step.mask
     return replace(step.mask, heads=heads) if (product.dim(), rank) == (3, 4) and type(heads) is int else None
-
-
-def _behind(node, later: list[str]) -> _Step | None:
-    """What a node makes its scores, or its weights, of; `later` are the kinds of the steps that follow it."""
-    value = tensor_of(node)
-    if value is None or not node.op.startswith("call_") or not node.args or not value.dtype.is_floating_point:
-        return None
-    name, source = spelling(node), node.args[0]
-    if name in CASTS or (name == "dropout" and _drops_nothing(node)):
-        return _Step(source) if tensor_of(source) is not None else None
-    if name in _FOLDS and tensor_of(source) is not None:
-        kept = all(map(same_size, tensor_of(source).shape[-2:], value.shape[-2:]))
-        return _Step(source) if kept else None
-    if "softmax" not in later:
-        return _behind_weights(node, name, source, value)
-    if name == "cat":
-        return _sink(node, later) if "drop" in later and "sink" not in later else None
-    # Behind the last logit nothing but what a softmax does not see may change the scores.
-    if "drop" in later and "sink" not in later:
-        return _less_its_maximum(node, name)
-    return _less_its_maximum(node, name) or _number_step(node, name, source) or _mask_step(node, name, source, value)
-
-
-def _behind_weights(node: fx.Node, name: str, source, value: torch.Tensor) -> _Step | None:
-    if name == "softmax":
-        dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
-        return _Step(source, "softmax") if dim in (-1, value.dim() - 1) else None
-    if name != "getitem" or tensor_of(source) is None:
-        return None
-    items = index_items(node.args[1], value.dim())
-    whole = items is not None and len(items) == value.dim() and all(map(full, items[:-1]))
-    return _Step(source, "drop") if whole and items[-1] == slice(None, -1) else None
-
-
-def _sink(node: fx.Node, later: list[str]) -> _Step | None:
-    """One more logit behind those of the tokens, whose weight is dropped."""
-    parts, dim = node.args
-    if dim not in (-1, tensor_of(node).dim() - 1) or len(parts) != 2:
-        return None
-    # The weight of the last is dropped: that has to be the one, and the only one, which was put there.
-    return _Step(parts[0], "sink", mask=Mask("add", parts[1])) if same_size(tensor_of(parts[1]).shape[-1], 1) else None
-
-
-def _less_its_maximum(node: fx.Node, name: str) -> _Step | None:
-    """`x - x.max(-1, keepdim=True)`, which a softmax does not see."""
-    if name not in _DIFFERENCES or len(node.args) != 2 or tensor_of(node.args[1]) is None:
-        return None
-    source, part = node.args
-    others = (part,)
-    if spelling(part) == "getitem" and part.args[1] == 0:
-        part = part.args[0]
-        others = (*others, part)
-    if spelling(part) not in ("max", "amax") or part.args[0] is not source:
-        return None
-    given = {**dict(zip(("input", "dim", "keepdim"), part.args)), **part.kwargs}
-    last = given.get("dim") in (-1, (-1,), [-1], tensor_of(source).dim() - 1)
-    return _Step(source, others=others) if last and given.get("keepdim") is True else None
-
-
-def _number_step(node: fx.Node, name: str, source) -> _Step | None:
-    """What is done to every score alike."""
-    if name in scores.FUNCTIONS and len(node.args) == 1 and not node.kwargs:
-        return _Step(source, name)
-    if name in _CLAMPS:
-        given = {**dict(zip(("input", "min", "max"), node.args)), **node.kwargs}
-        bounds = [(kind, given.get(key)) for kind, key in (("maximum", "min"), ("minimum", "max")) if key in given]
-        bounds = [(kind, bound) for kind, bound in bounds if bound is not None]
-        one = len(bounds) == 1 and type(bounds[0][1]) in (int, float)
-        return _Step(source, bounds[0][0], float(bounds[0][1])) if one else None
-    if name in ("neg", "__neg__"):
-        return _Step(source, "scale", -1.0)
-    if len(node.args) != 2 or node.kwargs:
-        return None
-    left, right = node.args
-    if _number(left) is not None and name in PRODUCTS | _SUMS:
-        left, right = right, left
-    number = _number(right)
-    if number is None or not math.isfinite(number) or tensor_of(left) is None:
-        return None
-    if name in PRODUCTS or (name in _QUOTIENTS and number):
-        return _Step(left, "scale", number if name in PRODUCTS else 1 / number)
-    if name in _SUMS | _DIFFERENCES:
-        return _Step(left, "shift", number if name in _SUMS else -number)
-    kind = "maximum" if name in _FLOORS else "minimum" if name in ("minimum", "min", "clamp_max") else None
-    return _Step(left, kind, number) if kind else None
-
-
-def _mask_step(node: fx.Node, name: str, source, value: torch.Tensor) -> _Step | None:
-    """What tokens are hidden by, or have added to their scores."""
-    if name in ("masked_fill", "masked_fill_") and len(node.args) == 3:
-        return _filled(source, node.args[1], node.args[2], "fill", value)
-    if name == "where" and len(node.args) == 3:
-        hidden, first, second = node.args
-        if _number(second) is not None:
-            return _filled(first, hidden, second, "keep", value)
-        return _filled(second, hidden, first, "fill", value) if _number(first) is not None else None
-    if name not in _SUMS | _DIFFERENCES or len(node.args) != 2 or node.kwargs or None in map(tensor_of, node.args):
-        return None
-    left, right = node.args
-    # The scores are the one that has all of the sizes, and if both have, the one that was computed of queries.
-    source, mask = (left, right) if name in _DIFFERENCES or _comes_from_product(left) else (right, left)
-    fits = left is not right and tensor_of(mask).dtype.is_floating_point and tensor_of(mask).dim() <= value.dim()
-    same = str(tensor_of(source).shape) == str(value.shape)
-    number = -1.0 if name in _DIFFERENCES else 1.0
-    return _Step(source, "mask", mask=Mask("add", mask, number)) if fits and same else None
-
-
-def _filled(source, hidden, number, kind: str, value: torch.Tensor) -> _Step | None:
-    """Scores of hidden tokens are a number that none comes near: the least of its dtype is the least of float32."""
-    number = _number(number)
-    is_mask = tensor_of(hidden) is not None and tensor_of(hidden).dtype == torch.bool
-    if number is None or not is_mask or tensor_of(source) is None or str(tensor_of(source).shape) != str(value.shape):
-        return None
-    if number != -math.inf and number <= torch.finfo(value.dtype).min:
-        number = torch.finfo(torch.float32).min
-    return _Step(source, "mask", mask=Mask(kind, hidden, number)) if number <= HIDDEN else None
-
-
-def _comes_from_product(node: fx.Node) -> bool:
-    while spelling(node) in _POINTWISE:
-        numbers = (x for x in node.all_input_nodes if tensor_of(x) is not None and tensor_of(x).is_floating_point())
-        node = next(numbers, None)
-        if node is None:
-            return False
-    return spelling(node) == "matmul"
-
-
-def _drops_nothing(node: fx.Node) -> bool:
-    given = {**dict(zip(("input", "p", "training"), node.args)), **node.kwargs}
-    return given.get("training") is False or given.get("p") == 0
-
-
-def _number(operand) -> float | None:
-    """A number that is written down, also as a tensor of no dimensions that is made of one."""
-    if isinstance(operand, fx.Node):
-        made = {"full": 1, "tensor": 0, "scalar_tensor": 0, "as_tensor": 0}.get(spelling(operand))
-        one = tensor_of(operand) is not None and tensor_of(operand).dim() == 0 and made is not None
-        return _number(operand.args[made]) if one and len(operand.args) > made else None
-    return float(operand) if type(operand) in (int, float) else None
 
 
 def addends(mask: fx.Node | None, products) -> tuple[tuple[Mask, ...], tuple[fx.Node, ...]]:
@@ -286,7 +106,7 @@ def addends(mask: fx.Node | None, products) -> tuple[tuple[Mask, ...], tuple[fx.
     parts, sums, pending = [], [], [] if mask is None else [mask]
     while pending:
         node = pending.pop()
-        step = _behind(node, ["softmax"]) if spelling(node) in CASTS | {"add"} and len(node.users) == 1 else None
+        step = behind(node, ["softmax"]) if spelling(node) in CASTS | {"add"} and len(node.users) == 1 else None
         if step is None or step.kind not in ("same", "mask"):
             parts.append(node)
             continue
