@@ -7,6 +7,7 @@ import torch
 from torch import fx
 
 from tqcompile.passes.indices import index_items
+from tqcompile.passes.inplace import forget_sizes, name_writes
 from tqcompile.passes.nodes import example, spelling, tensor_of
 
 _MATMULS = {"matmul", "bmm", "__matmul__"}
@@ -15,7 +16,7 @@ _SDPA_DEFAULTS = (("attn_mask", None), ("dropout_p", 0.0), ("is_causal", False),
 
 def canonicalize(gm: fx.GraphModule, context) -> int:
     """Give matrix products, permutations and attention calls one form each; returns how many were respelled."""
-    changed = 0
+    changed = name_writes(gm.graph) + forget_sizes(gm.graph)
     for node in list(gm.graph.nodes):
         rule = _RULES.get(spelling(node))
         if rule is not None and rule(node):
@@ -209,6 +210,14 @@ def _attention(node: fx.Node) -> bool:
     return _respell(node, torch.nn.functional.scaled_dot_product_attention, operands, options)
 
 
+def _cast(node: fx.Node) -> bool:
+    """A cast to the dtype of another tensor uses that dtype, and not the tensor."""
+    value, operands = tensor_of(node), [tensor_of(operand) for operand in node.args]
+    if len(operands) != 2 or None in (value, *operands) or node.kwargs or value.device != operands[0].device:
+        return False
+    return _respell(node, torch.Tensor.to, (node.args[0], value.dtype))
+
+
 def _item_assignment(node: fx.Node) -> bool:
     return _respell(node, operator.setitem, node.args) if len(node.args) == 3 else False
 
@@ -284,6 +293,7 @@ _RULES = {
     **dict.fromkeys(("transpose", "swapaxes", "swapdims"), _transpose),
     **dict.fromkeys(("mT", "adjoint"), _matrix_transpose),
     "permute": _permute,
+    **dict.fromkeys(("type_as", "to"), _cast),
     "scaled_dot_product_attention": _attention,
     "__setitem__": _item_assignment,
 }

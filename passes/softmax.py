@@ -1,6 +1,7 @@
 """Attention that a model spells out: two products of one cache of keys and one of values, a softmax between them."""
 
 import ast
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
@@ -9,6 +10,7 @@ from torch import fx
 
 from tqcompile import scores
 from tqcompile.passes.nodes import spelling, tensor_of
+from tqcompile.passes.repeated import same_value
 from tqcompile.passes.sinks import Sink, uncast
 from tqcompile.passes.steps import HIDDEN, Mask, Step, behind
 from tqcompile.passes.views import CASTS
@@ -62,11 +64,32 @@ def _folded(chain: Chain, steps: Iterable[Step], product: torch.Tensor) -> Chain
             if mask is None:
                 return None
             chain = replace(chain, sinks=mask) if step.kind == "sink" else replace(chain, masks=(*chain.masks, mask))
+        elif step.kind == "clear":
+            chain = _cleared(chain, step.mask)
+            if chain is None:
+                return None
         elif step.kind not in ("same", "softmax", "drop"):
             chain = _in_masks(chain, step) if chain.masks else _in_score(chain, step)
             if chain is None:
                 return None
     return chain
+
+
+def _cleared(chain: Chain, hidden: Mask) -> Chain | None:
+    """Weights that are zero where a mask hid their scores: all of a row that sees nothing, and others are already.
+
+    A number that is not infinite is no weight only beside a score that no mask hides: where there is another mask there
+    may be none.
+    """
+    same = [each for each in chain.masks if each.kind == hidden.kind and same_value(each.node, hidden.node)]
+    if not same:
+        return None
+    place = chain.masks.index(same[-1])
+    stays = same[-1].number == -math.inf and all(each.kind == "add" for each in chain.masks[place + 1 :])
+    if not stays and len(chain.masks) > 1:
+        return None
+    mask = replace(same[-1], number=-math.inf)
+    return replace(chain, masks=(*chain.masks[:place], mask, *chain.masks[place + 1 :]))
 
 
 def _in_score(chain: Chain, step: Step) -> Chain:

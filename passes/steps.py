@@ -1,7 +1,7 @@
 """What one node does to scores on their way into a softmax, or to the weights behind it."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -71,13 +71,16 @@ def behind(node, later: list[str]) -> Step | None:
     # Behind the last logit nothing but what a softmax does not see may change the scores.
     if "drop" in later and "sink" not in later:
         return _less_its_maximum(node, name)
-    return _less_its_maximum(node, name) or _number_step(node, name, source) or _mask_step(node, name, source, value)
+    return _less_its_maximum(node, name) or _number_step(node, name, source) or _mask_step(node, name, value)
 
 
 def _behind_weights(node: fx.Node, name: str, source, value: torch.Tensor) -> Step | None:
     if name == "softmax":
         dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
         return Step(source, "softmax") if dim in (-1, value.dim() - 1) else None
+    if name in _FILLS:
+        fill = _fill(node, name, value)
+        return Step(fill.source, "clear", mask=fill.mask, others=fill.others) if fill and not fill.number else None
     if name != "getitem" or tensor_of(source) is None:
         return None
     items = index_items(node.args[1], value.dim())
@@ -138,15 +141,10 @@ def _number_step(node: fx.Node, name: str, source) -> Step | None:
     return Step(left, kind, number) if kind else None
 
 
-def _mask_step(node: fx.Node, name: str, source, value: torch.Tensor) -> Step | None:
+def _mask_step(node: fx.Node, name: str, value: torch.Tensor) -> Step | None:
     """What tokens are hidden by, or have added to their scores."""
-    if name in ("masked_fill", "masked_fill_") and len(node.args) == 3:
-        return _filled(source, node.args[1], node.args[2], "fill", value)
-    if name == "where" and len(node.args) == 3:
-        hidden, first, second = node.args
-        if _number(second) is not None:
-            return _filled(first, hidden, second, "keep", value)
-        return _filled(second, hidden, first, "fill", value) if _number(first) is not None else None
+    if name in _FILLS:
+        return _filled(node, name, value)
     if name not in _SUMS | _DIFFERENCES or len(node.args) != 2 or node.kwargs or None in map(tensor_of, node.args):
         return None
     left, right = node.args
@@ -158,15 +156,33 @@ def _mask_step(node: fx.Node, name: str, source, value: torch.Tensor) -> Step | 
     return Step(source, "mask", mask=Mask("add", mask, number)) if fits and same else None
 
 
-def _filled(source, hidden, number, kind: str, value: torch.Tensor) -> Step | None:
-    """Scores of hidden tokens are a number that none comes near: the least of its dtype is the least of float32."""
+def _fill(node: fx.Node, name: str, value: torch.Tensor) -> Step | None:
+    """A number that is put in the place of others, by a bool mask."""
+    if len(node.args) != 3 or node.kwargs:
+        return None
+    source, hidden, number, kind = *node.args, "fill"
+    if name == "where":
+        chosen, first, second = node.args
+        kept = _number(second) is not None
+        source, hidden, number, kind = (first, chosen, second, "keep") if kept else (second, chosen, first, "fill")
     number = _number(number)
     is_mask = tensor_of(hidden) is not None and tensor_of(hidden).dtype == torch.bool
     if number is None or not is_mask or tensor_of(source) is None or str(tensor_of(source).shape) != str(value.shape):
         return None
+    others = ()
+    if spelling(hidden) == "expand_as" and hidden.args[1] is source:
+        # To fill a tensor by a mask expands that as well.
+        others, hidden = (hidden,), hidden.args[0]
+    return Step(source, "fill", number, Mask(kind, hidden, number), others)
+
+
+def _filled(node: fx.Node, name: str, value: torch.Tensor) -> Step | None:
+    """Scores of hidden tokens are a number that none comes near: the least of its dtype is the least of float32."""
+    step = _fill(node, name, value)
+    number = math.inf if step is None else step.number
     if number != -math.inf and number <= torch.finfo(value.dtype).min:
         number = torch.finfo(torch.float32).min
-    return Step(source, "mask", mask=Mask(kind, hidden, number)) if number <= HIDDEN else None
+    return replace(step, kind="mask", mask=replace(step.mask, number=number)) if number <= HIDDEN else None
 
 
 def _comes_from_product(node: fx.Node) -> bool:

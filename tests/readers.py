@@ -87,6 +87,19 @@ def sinks_behind(q, k, v, mask):
     return (scores.softmax(-1) @ repeat_kv(v, times)) * factor.unsqueeze(-1).to(q.dtype)
 
 
+def hidden_in_place(q, k, v, mask):
+    scores = torch.matmul(q * q.shape[-1] ** -0.5, repeat_kv(k, _groups(q, k)).transpose(2, 3))
+    scores.masked_fill_((mask == 0).expand_as(scores), torch.finfo(scores.dtype).min)
+    return torch.softmax(scores.float(), dim=-1).type_as(scores) @ repeat_kv(v, _groups(q, k))
+
+
+def zero_where_hidden(q, k, v, mask):
+    scores = torch.matmul(q, repeat_kv(k, _groups(q, k)).mT) / q.shape[-1] ** 0.5
+    weights = scores.masked_fill(mask == torch.tensor(False, device=q.device), float("-inf")).softmax(-1)
+    weights = weights.masked_fill(mask == torch.tensor(False, device=q.device), 0.0)
+    return weights @ repeat_kv(v, _groups(q, k))
+
+
 def differential(q, k, v, mask):
     """Two mixes by the same weights, each of one head's values in all heads."""
     first, second = (one.repeat(1, k.shape[1], 1, 1) for one in (v.narrow(1, 0, 1), v[:, -1:]))
@@ -107,5 +120,7 @@ READERS: dict[str, Callable] = {
         sinks,
         differential,
         sinks_behind,
+        hidden_in_place,
+        zero_where_hidden,
     )
 }
