@@ -13,7 +13,7 @@ from tqcompile import coding, formats
 from tqcompile.__main__ import main
 from tqcompile.sweep import document, examine, pool, quantised, verdict
 from tqcompile.sweep.build import Architecture, architectures, make
-from tqcompile.sweep.examine import LOSSLESS, Settings, largest_error
+from tqcompile.sweep.examine import DENSE, INDUCTOR, LOSSLESS, Settings, largest_error
 from tqcompile.sweep.records import Records
 from tqcompile.sweep.scenarios import SCENARIOS, Scenario, play
 from tqcompile.sweep.shrink import WINDOW, tiny_config
@@ -250,6 +250,23 @@ def test_records_are_judged():
         assert len(verdict.problems(record)) == 1, record
     FELL["scenarios"][SHORT]["modes"]["dense"] = {"exception": "TypeError: no", "where": ""}
     assert not verdict.problems(FELL) and verdict.dense_fails(FELL) == [SHORT]
+
+
+def test_plain_inductor_is_recorded_beside_dense_compilation(monkeypatch):
+    compilers, compile_ = [], torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda model, backend: compilers.append(backend) or compile_(model, backend="eager")
+    )
+    monkeypatch.setattr(examine, "apart", lambda run: run())
+    record = record_of("gpt2", modes=(DENSE, INDUCTOR))
+    plain = record["scenarios"][SHORT]["modes"]
+    assert compilers == ["eager", "inductor"] and plain[INDUCTOR]["error"] == plain[DENSE]["error"]
+    assert plain[INDUCTOR]["torch"] == torch.__version__ and not verdict.codecs(record)
+    record = copy.deepcopy(GOOD)
+    record["scenarios"][SHORT]["modes"][INDUCTOR] = {"exception": "TypeError: no", "where": "", "torch": "2.0"}
+    assert not verdict.problems(record) and not verdict.dense_fails(record)
+    page = document.page([record])
+    assert f"fails: {SHORT} by Inductor" in page and f"Inductor of torch 2.0, {SHORT}" in page
 
 
 def test_a_scenario_that_dense_compilation_falls_in_counts_for_nothing():

@@ -18,7 +18,7 @@ from tqcompile.options import INNERS
 from tqcompile.sweep import document, pool, verdict
 from tqcompile.sweep.build import FAMILIES, Architecture, architectures
 from tqcompile.sweep.compile_time import LAYERS, measure
-from tqcompile.sweep.examine import DENSE, LOSSLESS, Settings, examine
+from tqcompile.sweep.examine import DENSE, INDUCTOR, LOSSLESS, Settings, examine
 from tqcompile.sweep.records import Records
 from tqcompile.sweep.scenarios import SCENARIOS
 
@@ -39,6 +39,7 @@ def add(commands) -> None:
     what.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES), help="default: all three")
     what.add_argument("--scenarios", nargs="+", choices=NAMES, default=list(NAMES), help="default: all of them")
     what.add_argument("--codec", choices=formats.FOR_VALUES, help="examine a codec, too, against its dense twin")
+    what.add_argument("--inductor", action="store_true", help="compile densely with Inductor, too, whatever --inner is")
     what.add_argument("--skip-dense", action="store_true", help="compile densely only where ours raises")
     what.add_argument(
         "--compile-time", metavar="NAME", help=f"instead: what a {LAYERS}-layer model of NAME takes to compile"
@@ -64,7 +65,8 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         records = Records(options.json)
     except ValueError as error:
         parser.error(str(error))
-    modes = (*(() if options.skip_dense else (DENSE,)), LOSSLESS, *((options.codec,) if options.codec else ()))
+    plain = [mode for mode, wanted in ((DENSE, not options.skip_dense), (INDUCTOR, options.inductor)) if wanted]
+    modes = (*plain, LOSSLESS, *((options.codec,) if options.codec else ()))
     settings = Settings(tuple(options.scenarios), modes, options.inner)
     old = {} if options.again else {a: record for a in chosen if (record := records.old(a, settings)) is not None}
     left = [a for a in chosen if a not in old or settings.missing(old[a])]

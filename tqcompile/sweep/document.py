@@ -8,7 +8,7 @@ from tabulate import tabulate
 
 from tqcompile.sweep import verdict
 from tqcompile.sweep.build import FAMILIES, Architecture
-from tqcompile.sweep.examine import CODEC_TOLERANCE, DENSE, LOSSLESS, LOSSLESS_TOLERANCE
+from tqcompile.sweep.examine import CODEC_TOLERANCE, DENSE, INDUCTOR, LOSSLESS, LOSSLESS_TOLERANCE
 from tqcompile.sweep.scenarios import SCENARIOS
 from tqcompile.sweep.verdict import Record
 
@@ -57,6 +57,12 @@ def _introduction(records: Sequence[Record]) -> str:
     ran = Counter(name for record in records for name in record["scenarios"])
     rows = [("versions", version, count) for version, count in versions.items()]
     rows += [("scenario", scenario.name, ran[scenario.name]) for scenario in SCENARIOS if ran[scenario.name]]
+    plain = Counter(
+        f"Inductor of torch {result['torch']}, {name}"
+        for record in records
+        for name, result in verdict.results(record, INDUCTOR)
+    )
+    rows += [("dense, too", name, count) for name, count in plain.items()]
     return INTRODUCTION.format(
         ran=tabulate(rows, ("", "", "architectures"), "github"),
         inner=", ".join(dict.fromkeys(record["inner"] for record in records)),
@@ -154,8 +160,9 @@ def _caches(record: Record) -> str:
 
 def _dense(record: Record) -> str:
     """What plain compilation makes of it."""
-    fails = verdict.dense_fails(record)
-    return f"fails: {', '.join(fails)}" if fails else "works" if any(verdict.results(record, DENSE)) else "not run"
+    ran = {mode: any(verdict.results(record, mode)) for mode in (DENSE, INDUCTOR)}
+    fails = [*verdict.dense_fails(record), *(f"{name} by Inductor" for name in verdict.dense_fails(record, INDUCTOR))]
+    return f"fails: {', '.join(fails)}" if fails else "works" if any(ran.values()) else "not run"
 
 
 def _number(error: float | None) -> str:

@@ -18,7 +18,9 @@ from tqcompile.sweep.pool import apart
 from tqcompile.sweep.quantised import covers, quantised
 from tqcompile.sweep.scenarios import SCENARIOS, NoCache, Said, Scenario, play
 
-DENSE, LOSSLESS = "dense", "lossless"
+DENSE, INDUCTOR, LOSSLESS = "dense", "inductor", "lossless"
+# What has nothing of this package in it.
+PLAIN = DENSE, INDUCTOR
 FIRST = Scenario("first", (12,))
 
 # Of the largest logit. What is lossless differs by the rounding of float32 sums, taken in another order: 1e-6. So does
@@ -29,7 +31,11 @@ LOSSLESS_TOLERANCE, CODEC_TOLERANCE = 1e-4, 1e-2
 
 @dataclass(frozen=True)
 class Settings:
-    """What is run: scenarios by name, modes (`dense`, `lossless`, or the name of a codec) and the inner compiler."""
+    """What is run: scenarios by name, modes and the inner compiler.
+
+    Modes are `dense`, compiled by the inner compiler alone, `inductor`, which is dense by Inductor whatever the inner
+    compiler is, `lossless`, and names of codecs.
+    """
 
     scenarios: tuple[str, ...] = tuple(scenario.name for scenario in SCENARIOS)
     modes: tuple[str, ...] = (DENSE, LOSSLESS)
@@ -100,7 +106,8 @@ def _compare(scenario: Scenario, model, modes: list[str], inner: str, have: dict
     for mode in (queue := list(modes)):
         # What the backend or the compiler learn from one run must not help, or hurt, the next.
         results[mode] = apart(lambda mode=mode: _run(scenario, model, expected, mode, inner))
-        if ("exception" in results[mode] or wrong(mode, results[mode])) and DENSE not in (*queue, *results):
+        fell = "exception" in results[mode] or wrong(mode, results[mode])
+        if fell and mode not in PLAIN and DENSE not in (*queue, *results):
             queue.append(DENSE)
     return {**found, "dense_held": summary(held(expected.cache)), "modes": results}
 
@@ -114,8 +121,10 @@ def _run(scenario: Scenario, model, expected: Said, mode: str, inner: str) -> di
     except Exception as error:  # whatever it is, it is the result
         return {"exception": _short(f"{type(error).__name__}: {error}"), "where": _where(error), **_seen(model, mode)}
     found = held(said.cache)
-    seen = {} if mode == DENSE else {**_seen(model, mode), "held": summary(found)}
-    if mode not in (DENSE, LOSSLESS):
+    seen = _seen(model, mode)
+    if mode not in PLAIN:
+        seen["held"] = summary(found)
+    if mode not in (*PLAIN, LOSSLESS):
         apart = sorted({item.path.rpartition(".")[2] for item in found if item.compressed and not covers(item.path)})
         if apart:
             return {"no_twin": apart, **seen}
@@ -125,8 +134,8 @@ def _run(scenario: Scenario, model, expected: Said, mode: str, inner: str) -> di
 
 
 def _compiled(scenario: Scenario, model, mode: str, inner: str) -> Callable:
-    if mode == DENSE:
-        backend: Any = inner
+    if mode in PLAIN:
+        backend: Any = inner if mode == DENSE else INDUCTOR
     elif mode == LOSSLESS:
         backend = turboquant(preset=LOSSLESS, inner=inner)
     else:
@@ -158,14 +167,14 @@ def largest_error(ours: list[torch.Tensor], dense: list[torch.Tensor]) -> tuple[
 
 def wrong(mode: str, result: dict) -> bool:
     """Whether the numbers of a mode are beyond its tolerance; NaN is."""
-    tolerance = LOSSLESS_TOLERANCE if mode in (LOSSLESS, DENSE) else CODEC_TOLERANCE
+    tolerance = LOSSLESS_TOLERANCE if mode in (LOSSLESS, *PLAIN) else CODEC_TOLERANCE
     return "error" in result and not result["error"] <= tolerance
 
 
 def _seen(model, mode: str) -> dict[str, Any]:
-    """What the backend says it did."""
-    if mode == DENSE:
-        return {}
+    """What the backend says it did; the version of what compiled it where that is another one."""
+    if mode in PLAIN:
+        return {"torch": torch.__version__} if mode == INDUCTOR else {}
     found: Report = report(model)
     reads, refused, decoded = Counter(), Counter(), Counter()
     for graph in found.graphs:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from tqcompile.sweep.examine import DENSE, LOSSLESS, wrong
+from tqcompile.sweep.examine import DENSE, LOSSLESS, PLAIN, wrong
 
 Record = dict[str, Any]
 
@@ -42,7 +42,7 @@ def compiles(scenario: dict) -> bool:
 def codecs(record: Record) -> list[str]:
     """The modes of a record that are names of codecs."""
     found = {mode for scenario in record["scenarios"].values() for mode in scenario.get("modes", {})}
-    return sorted(found - {DENSE, LOSSLESS})
+    return sorted(found - {*PLAIN, LOSSLESS})
 
 
 def caches(record: Record, kind: str = "self", mode: str = LOSSLESS) -> tuple[int, int]:
@@ -96,7 +96,7 @@ def problems(record: Record) -> list[Problem]:
     for name, scenario in record["scenarios"].items():
         modes = scenario.get("modes", {})
         for mode, result in modes.items():
-            if mode == DENSE:
+            if mode in PLAIN:
                 continue
             if "exception" in result and "exception" not in modes.get(DENSE, {}):
                 found.append(Problem(name, mode, result["exception"], result["where"]))
@@ -128,9 +128,9 @@ def worst(record: Record, mode: str) -> float | None:
     return max(errors, key=lambda error: math.inf if math.isnan(error) else error, default=None)
 
 
-def dense_fails(record: Record) -> list[str]:
+def dense_fails(record: Record, mode: str = DENSE) -> list[str]:
     """The scenarios that plain compilation, without this package, does not get through or gets wrong."""
-    return [name for name, result in results(record, DENSE) if "exception" in result or wrong(DENSE, result)]
+    return [name for name, result in results(record, mode) if "exception" in result or wrong(mode, result)]
 
 
 def reasons(record: Record, mode: str = LOSSLESS) -> Iterator[tuple[str, str]]:
