@@ -14,6 +14,7 @@ from tqcompile.buffer import Buffer, Planes
 from tqcompile.centre import Centre, Centring, Rotation
 from tqcompile.codec import Codec
 from tqcompile.encoding import encode_dense
+from tqcompile.readonly import in_parts
 from tqcompile.recent import Recent, Regions, empty
 
 
@@ -242,9 +243,9 @@ class CompressedKV(torch.Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
-        from tqcompile import centred, followed
+        from tqcompile import followed
 
-        return followed.run(centred.run, func, args, kwargs or {})
+        return in_parts(followed.run, func, args, kwargs or {})
 
     def __repr__(self, *, tensor_contents=None) -> str:
         shape = tuple(self.shape)
@@ -262,9 +263,7 @@ class CompressedKV(torch.Tensor):
         return self.detach()
 
     def __deepcopy__(self, memo) -> "CompressedKV":
-        copy = self.clone()
-        memo[id(self)] = copy
-        return copy
+        return memo.setdefault(id(self), self.clone())
 
     def __reduce_ex__(self, protocol):
         planes = tuple(plane.clone(memory_format=torch.contiguous_format) for plane in self.planes)

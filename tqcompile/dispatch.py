@@ -45,10 +45,12 @@ def decoded(func, args: tuple, kwargs: dict):
     _refuse_lost_writes(func, args, kwargs)
     if func is aten.as_strided.default and not args[0].is_contiguous():
         raise RuntimeError("as_strided of a view of a compressed cache has no memory to stride over; decode() it first")
-    args, kwargs = tree_map_only(CompressedKV, lambda cache: cache.decoded_for(str(func)), (args, kwargs))
-    args, kwargs = tree_map_only(ReadOnly, lambda view: view.dense, (args, kwargs))
-    # A view of a dense cache may be one that the decoded copy has to be copied for.
-    result = (aten.reshape.default if func is aten.view.default else func)(*args, **kwargs)
+    # A cache is no inference tensor, and PyTorch wants its views to be none either.
+    with torch.inference_mode(torch.is_inference_mode_enabled() and not func.is_view):
+        args, kwargs = tree_map_only(CompressedKV, lambda cache: cache.decoded_for(str(func)), (args, kwargs))
+        args, kwargs = tree_map_only(ReadOnly, lambda view: view.dense, (args, kwargs))
+        # A view of a dense cache may be one that the decoded copy has to be copied for.
+        result = (aten.reshape.default if func is aten.view.default else func)(*args, **kwargs)
     return tree_map_only(torch.Tensor, ReadOnly, result) if func.is_view else result
 
 
@@ -140,9 +142,8 @@ def _expand(func, cache, size, **kwargs):
 
 def _view(func, cache, size):
     """Regroup the leading dimensions; row-major order keeps every token whole where the last size is unchanged."""
-    size = list(size)
+    size, known = list(size), math.prod(extent for extent in size if extent != -1)
     if -1 in size:
-        known = math.prod(extent for extent in size if extent != -1)
         size[size.index(-1)] = cache.numel() // known if known else 0
     if not size or size[-1] != cache.shape[-1] or math.prod(size) != cache.numel():
         return NotImplemented
@@ -171,9 +172,8 @@ def _whole_tokens(cache: CompressedKV, indices) -> bool:
 
 
 def _repeat(func, cache, repeats):
-    if len(repeats) < cache.dim() or repeats[-1] != 1:
-        return NotImplemented
-    return _fresh(cache, (func(plane, repeats) for plane in cache.planes))
+    whole = len(repeats) >= cache.dim() and repeats[-1] == 1
+    return _fresh(cache, (func(plane, repeats) for plane in cache.planes)) if whole else NotImplemented
 
 
 def _flip(func, cache, dims):

@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import torch
 
+from tqcompile import centred
 from tqcompile.cache import CompressedKV
 
 aten = torch.ops.aten
@@ -20,9 +21,9 @@ _WRITES = (
 
 
 @torch.compiler.disable
-def run(apply: Callable, func, args: tuple, kwargs: dict):
-    """`apply(func, args, kwargs)`, and what its result keeps."""
-    first, result = args[0] if args else None, apply(func, args, kwargs)
+def run(func, args: tuple, kwargs: dict):
+    """Run an ATen operator some of whose arguments are compressed, and say what its result keeps."""
+    first, result = args[0] if args else None, centred.run(func, args, kwargs)
     if not isinstance(first, CompressedKV):
         return result
     if func in _WRITES:

@@ -1,5 +1,7 @@
 """What a program gets for a view that the planes of a compressed cache cannot give."""
 
+from collections.abc import Callable
+
 import torch
 
 
@@ -25,7 +27,7 @@ class ReadOnly(torch.Tensor):
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         from tqcompile import dispatch
 
-        return dispatch.run(func, args, kwargs or {})
+        return in_parts(dispatch.run, func, args, kwargs or {})
 
     def _is_view(self) -> bool:
         # Dynamo would rebuild it out of the compressed cache that it was taken from.
@@ -58,3 +60,11 @@ class ReadOnly(torch.Tensor):
 
     def __array__(self, dtype=None, copy=None):
         return self.numpy().astype(dtype) if dtype else self.numpy()
+
+
+def in_parts(run: Callable, func, args: tuple, kwargs: dict):
+    """`run(func, args, kwargs)`, or the operators that `func` is made of, one by one: in inference mode PyTorch leaves
+    it whole, and no table of single operators would know it.
+    """
+    made = func.decompose(*args, **kwargs) if torch.is_inference_mode_enabled() else NotImplemented
+    return run(func, args, kwargs) if made is NotImplemented else made
