@@ -1,6 +1,7 @@
 """What rewritten nodes call, and the arithmetic of plane shapes: functions of tensors and shapes, not of graphs."""
 
 import torch
+from torch.nn.functional import pad
 
 from tqcompile import coding, formats, ops, reference
 
@@ -50,8 +51,9 @@ def reach(mask: torch.Tensor) -> torch.Tensor:
     # In int64: Inductor 2.11 mixes the widths up where the length is a symbol.
     token = torch.arange(length, device=mask.device)
     some, blind = seen.flatten(1, 2).any(1), ~seen.any(-1).flatten(1).all(-1)
-    first = torch.where(some, token, length).amin(-1).masked_fill(blind, 0)
-    stop = torch.where(some, token + 1, 0).amax(-1).masked_fill(blind, length)
+    # One more column: there is no least number of none, where there are no tokens yet.
+    first = pad(torch.where(some, token, length), (0, 1), value=length).amin(-1).masked_fill(blind, 0)
+    stop = pad(torch.where(some, token + 1, 0), (0, 1)).amax(-1).masked_fill(blind, length)
     return torch.stack([first, stop], -1).to(torch.int32)
 
 

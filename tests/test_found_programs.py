@@ -1,0 +1,42 @@
+"""Programs that random ones were shrunk to: each gave something else than the eager model once."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from tqcompile import CompressedKV
+
+HEADS, HEAD_DIM, LENGTH = 2, 8, 8
+
+
+def compiled(step, **options):
+    torch._dynamo.reset()
+    return torch.compile(step, backend="turboquant", options={"preset": "lossless", "inner": "eager", **options})
+
+
+def numbers(tensor):
+    return tensor.decode() if isinstance(tensor, CompressedKV) else tensor + 0
+
+
+def caches(tokens=LENGTH):
+    return torch.zeros(1, HEADS, tokens, HEAD_DIM), torch.zeros(1, HEADS, tokens, HEAD_DIM)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("additive", [False, True])
+def test_a_past_of_no_tokens_may_be_read_behind_a_mask(additive):
+    def step(x, keys, values):
+        seen = torch.arange(keys.shape[2]) <= torch.arange(x.shape[2])[:, None]
+        mask = torch.zeros(seen.shape).masked_fill(~seen, -torch.inf) if additive else seen
+        before = F.scaled_dot_product_attention(x, keys, values, attn_mask=mask)
+        keys, values = torch.cat([keys, x], 2), torch.cat([values, x], 2)
+        return before + F.scaled_dot_product_attention(x, keys, values), keys, values
+
+    call, ours, dense = compiled(step), caches(3), caches(3)
+    for call_of in (1, 2, 1):
+        x = torch.randn(1, HEADS, call_of, HEAD_DIM)
+        out, *ours = call(x, *ours)
+        expected, *dense = step(x, *dense)
+        torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+        ours, dense = [c[:, :, :0] for c in ours], [c[:, :, :0] for c in dense]
+    assert isinstance(ours[0], CompressedKV)
