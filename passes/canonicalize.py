@@ -17,11 +17,7 @@ _SDPA_DEFAULTS = (("attn_mask", None), ("dropout_p", 0.0), ("is_causal", False),
 def canonicalize(gm: fx.GraphModule, context) -> int:
     """Give matrix products, permutations and attention calls one form each; returns how many were respelled."""
     changed = name_writes(gm.graph) + forget_sizes(gm.graph)
-    for node in list(gm.graph.nodes):
-        rule = _RULES.get(spelling(node))
-        if rule is not None and rule(node):
-            changed += 1
-    return changed
+    return changed + sum(_RULES[spelling(node)](node) for node in list(gm.graph.nodes) if spelling(node) in _RULES)
 
 
 def _respell(node: fx.Node, target, args: tuple, kwargs: dict | None = None) -> bool:
@@ -261,6 +257,11 @@ def _scattered(node: fx.Node) -> bool:
         return False
     if spelling(node) == "index_copy" and (tensor_of(given["index"]) is None or tensor_of(given["index"]).dim() != 1):
         return False
+    dtype, written = tensor_of(source).dtype, tensor_of(given["src"])
+    if tensor_of(node).dtype != dtype:
+        return False
+    if written is not None and written.dtype != dtype:
+        given["src"] = before(node, torch.Tensor.to, given["src"], dtype)
     copy = before(node, torch.clone, source)
     index: tuple = tuple([slice(None)] * (dim % tensor_of(source).dim()))
     if spelling(node) == "slice_scatter":

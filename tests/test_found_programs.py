@@ -23,6 +23,26 @@ def caches(tokens=LENGTH):
 
 
 @torch.no_grad()
+def test_tokens_of_another_dtype_are_cast_as_autocast_casts_them():
+    weight = torch.randn(HEAD_DIM, HEAD_DIM)
+
+    def step(x, keys, values, at):
+        keys, values = keys.index_copy(2, at, x @ weight), values.index_copy(2, at, x @ weight)
+        # Nothing attends to these keys: they stay dense, and the values do not.
+        return F.scaled_dot_product_attention(x, values, values) + keys.amax(), keys, values
+
+    call, ours, dense = compiled(step), caches(), caches()
+    with torch.autocast("cpu", torch.bfloat16):
+        for at in range(3):
+            x = torch.randn(1, HEADS, 1, HEAD_DIM)
+            out, *ours = call(x, *ours, torch.tensor([at]))
+            expected, *dense = step(x, *dense, torch.tensor([at]))
+            torch.testing.assert_close(out, expected, rtol=2e-2, atol=2e-2)
+            assert all(torch.equal(numbers(a), b) for a, b in zip(ours, dense))
+    assert [type(cache) for cache in ours] == [torch.Tensor, CompressedKV]
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("additive", [False, True])
 def test_a_past_of_no_tokens_may_be_read_behind_a_mask(additive):
     def step(x, keys, values):
