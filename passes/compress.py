@@ -11,7 +11,7 @@ from tqcompile.passes.context import CacheInput, Context, Fallback, Output
 from tqcompile.passes.flex import TWIN, drop
 from tqcompile.passes.indices import index_items, kept_run
 from tqcompile.passes.masks import Masker
-from tqcompile.passes.nodes import spelling, tensor_of
+from tqcompile.passes.nodes import memory_of, spelling, tensor_of
 from tqcompile.passes.places import places_of
 from tqcompile.passes.records import Read
 from tqcompile.passes.refusals import name_of, where
@@ -223,7 +223,7 @@ class _Rewriter(Masker):
                 self._emit_planes(values, self.planes[original], self.sites[view.root], original)
             elif view is not None:
                 self.context.fallbacks.append(Fallback(name_of(view.root), "output", where(original)))
-                self.context.outputs.append(Output("tensor", len(values)))
+                self.context.outputs.append(self._shown(original, len(values), placeholders))
                 values.append(self.rebuild(original))
             elif original in created:
                 site = created[original]
@@ -231,9 +231,18 @@ class _Rewriter(Masker):
                     values, self.encoded(original, site), site, original, self.context.regions.get(original)
                 )
             else:
-                self.context.outputs.append(Output("tensor", len(values)))
+                self.context.outputs.append(self._shown(original, len(values), placeholders))
                 values.append(original)
         output.args = (tuple(values),)
+
+    def _shown(self, node: fx.Node, index: int, placeholders: list[fx.Node]) -> Output:
+        """A value that leaves the graph, which may be a view of a cache that the graph has a decoded copy of."""
+        if tensor_of(node) is not None and not tensor_of(node).requires_grad:
+            for place, root in enumerate(placeholders):
+                known = root in self.sites or root in self.context.decoded_inputs
+                if known and memory_of(root) == memory_of(node):
+                    return Output("shown", index, of=place)
+        return Output("tensor", index)
 
     def _kept(self, node: fx.Node) -> tuple[int, slice] | None:
         """Which tokens of a cache that grew here a node shows, and along which dimension; None where it shows none."""

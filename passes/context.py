@@ -54,7 +54,8 @@ class CacheInput:
 class Output:
     """What the caller puts at one place of the model's outputs.
 
-    `tensor`: value `index` of the compiled graph. `argument`: argument `index`, as it is. `appended`: of the cache that
+    `tensor`: value `index` of the compiled graph. `shown`: the same, and in the model a view of the cache that argument
+    `of` is. `argument`: argument `index`, as it is. `appended`: of the cache that
     grew out of argument `index`, the tokens `run` along a dimension. `planes`: a new cache of the values
     `index .. index + count`: its planes, the vectors of its centre where it has a `centring`, and two of what is kept
     of `regions`, where there are such.
@@ -70,6 +71,7 @@ class Output:
     run: tuple[int, slice] | None = None
     centring: Centring | None = None
     regions: Regions | None = None
+    of: int = -1
 
 
 @dataclass

@@ -17,7 +17,7 @@ def verify(gm: fx.GraphModule, context: Context) -> int:
         assert node not in caches, f"{node.name} is compressed and still in the graph: used by {list(node.users)}"
         for operand in node.all_input_nodes:
             assert operand not in caches, f"{node.name} reads the dense cache {operand.name}"
-    planned = sum(output.count for output in context.outputs if output.kind in ("tensor", "planes"))
+    planned = sum(output.count for output in context.outputs if output.kind in ("tensor", "shown", "planes"))
     output = next(node for node in reversed(gm.graph.nodes) if node.op == "output")
     assert planned == len(output.args[0]), f"{planned} values planned, {len(output.args[0])} returned"
     missing = [n.name for n in gm.graph.nodes if n.op == "placeholder" and "example_value" not in n.meta]

@@ -60,3 +60,24 @@ def test_a_past_of_no_tokens_may_be_read_behind_a_mask(additive):
         torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
         ours, dense = [c[:, :, :0] for c in ours], [c[:, :, :0] for c in dense]
     assert isinstance(ours[0], CompressedKV)
+
+
+@torch.no_grad()
+def test_views_that_leave_a_graph_of_a_decoded_copy_show_the_cache():
+    def step(x, keys, values, at):
+        keys.narrow(2, at, 1).copy_(x)
+        values.narrow(2, at, 1).copy_(x)
+        return F.scaled_dot_product_attention(x, keys, values), keys[:, :, :2], keys.view(-1)
+
+    def unknown(x, keys, values, at):
+        keys.narrow(2, at, 1).zero_().add_(x)
+        return F.scaled_dot_product_attention(x, keys, values), keys.transpose(1, 2)[:, :2], keys.view(-1)
+
+    keys, values = caches()
+    for at, function in enumerate((step, unknown)):
+        _, tokens, flat = compiled(function)(torch.randn(1, HEADS, 1, HEAD_DIM), keys, values, at)
+        assert isinstance(keys, CompressedKV) and torch.equal(numbers(flat), numbers(keys).flatten())
+        with pytest.raises(RuntimeError, match="would not see it"):
+            flat.zero_()
+        tokens[:, :, 0].zero_()
+        assert not numbers(keys)[:, 0, 0].any()

@@ -13,6 +13,7 @@ from tqcompile.centre import Centre
 from tqcompile.centred import fitted, refit
 from tqcompile.passes.context import CacheInput, Context
 from tqcompile.passes.nodes import of_given_sizes
+from tqcompile.readonly import ReadOnly
 from tqcompile.recent import Recent, empty, of_dense
 from tqcompile.report import Graph
 
@@ -152,6 +153,8 @@ class CompiledGraph:
     def _output(self, output, args: tuple, caches: dict, results):
         if output.kind == "tensor":
             return results[output.index]
+        if output.kind == "shown":
+            return _shown(results[output.index], args[output.of], caches.get(output.of))
         if output.kind == "argument":
             return args[output.index]
         if output.kind == "appended":
@@ -161,6 +164,31 @@ class CompiledGraph:
         cache.forget_length()
         self.record.track(output.name, cache)
         return cache
+
+
+def _shown(part: torch.Tensor, held: torch.Tensor, decoded: torch.Tensor | None) -> torch.Tensor:
+    """What the model takes for a view of a cache: one of its planes where a view of the decoded copy moves tokens."""
+    if not isinstance(held, CompressedKV):
+        return part
+    head_dim, places = held.shape[-1], (*part.stride()[:-1], part.storage_offset())
+    follows = (
+        isinstance(decoded, torch.Tensor)
+        and not isinstance(decoded, CompressedKV)
+        and part.untyped_storage()._cdata == decoded.untyped_storage()._cdata
+        and held.centre is None
+        and held.is_contiguous()
+        and (part.shape[-1:], part.stride()[-1:], part.dtype) == ((head_dim,), (1,), held.dtype)
+        and not any(place % head_dim for place in places)
+        and all(plane.is_contiguous() for plane in held.planes)
+    )
+    if not follows:
+        return ReadOnly(part)
+    planes = []
+    for plane in held.planes:
+        width = plane.shape[-1]
+        *strides, start = (place // head_dim * width for place in places)
+        planes.append(plane.as_strided((*part.shape[:-1], width), (*strides, 1), plane.storage_offset() + start))
+    return held.like(tuple(planes), part.stride())
 
 
 def _made(results, output) -> CompressedKV:
