@@ -1,4 +1,8 @@
-"""Which keys are centred before they are encoded, and by what: see `tqcompile.centre`."""
+"""Which keys are centred before they are encoded, and by what: see `tqcompile.centre`.
+
+And which caches, of keys or of values, are kept in a basis of their own: those whose codec wants one. Where that
+cannot be, the cache stays dense.
+"""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -14,7 +18,7 @@ from tqcompile.passes.indices import full, index_items, kept_run, same_size
 from tqcompile.passes.nodes import spelling, tensor_of
 from tqcompile.passes.places import places_of
 from tqcompile.passes.records import Read
-from tqcompile.passes.refusals import name_of, where
+from tqcompile.passes.refusals import name_of, refuse, where
 from tqcompile.passes.roles import real
 from tqcompile.passes.rotary import Rotations
 from tqcompile.passes.sites import Site
@@ -31,37 +35,51 @@ class NotCentred(Exception):
 def centre(gm: fx.GraphModule, context: Context) -> int:
     """Fill `context.centres`, and `context.uncentred` and `context.kept` for the report.
 
-    Returns how many caches of keys are centred.
+    Returns how many caches are centred.
+
+    Raises:
+        ValueError: `strict`, and a cache stays dense because its codec needs a basis that it cannot have.
     """
-    if not context.options.chosen.centre or not context.sites:
+    wanted = [site for site in context.sites if _wants(site, context)]
+    if not wanted:
         return 0
     made = [site.root for site in context.sites if site.kind == "create"]
     created = Survey(gm.graph, dict.fromkeys(made)) if made else None
     rotations = Rotations(gm, {site.root for site in context.sites})
-    for site in context.sites:
-        if site.role not in ("keys", "both"):
-            continue
+    for site in wanted:
         survey = created if site.kind == "create" else context.survey
         try:
             context.centres[site.root] = _centring(site, survey, rotations, context)
         except NotCentred as error:
             reason, node = error.args
-            context.uncentred.append(Uncentred(name_of(site.root), reason, where(node)))
+            if site.codec.principal:
+                leave_dense(context, site, f"{site.codec.name} keeps it in a basis of its own, and {reason}", node)
+            else:
+                context.uncentred.append(Uncentred(name_of(site.root), reason, where(node)))
     context.kept += tuple((name_of(root), str(centring)) for root, centring in context.centres.items())
     return len(context.centres)
 
 
+def _wants(site: Site, context: Context) -> bool:
+    keys = site.role in ("keys", "both")
+    return site.codec.principal or (keys and context.options.chosen.centre)
+
+
 def _centring(site: Site, survey: Survey, rotations: Rotations, context: Context) -> Centring:
-    root = site.root
+    root, values = site.root, site.role == "values"
     if site.role == "both" or tensor_of(root).dim() != 4:
         raise NotCentred("it is read as keys and as values, or has no dimension of heads", root)
-    reads = [read for read in survey.reads.values() if read.key is not None and read.key.root is root]
-    dims = {_read_dim(read, survey, context) for read in reads}
+    reads = [
+        read
+        for read in survey.reads.values()
+        if any(view.root is root for role, view, _ in read.sides if (role == "values") == values)
+    ]
+    dims = {_value_dim(read, survey) if values else _read_dim(read, survey, context) for read in reads}
     tokens = list(_tokens(site, survey))
     dims |= {dim for _, dim in tokens}
     if site.kind == "create" and not tokens:
         tokens = [(root, dim) for dim in dims]
-    if site.kind == "create" and reads:
+    if site.kind == "create" and reads and not values:
         context.asking[root] = reads[0].left, order_of(reads[0].key, survey.views)
     if len(dims) != 1:
         raise NotCentred("its reads and writes do not say along which dimension its tokens lie", root)
@@ -69,11 +87,13 @@ def _centring(site: Site, survey: Survey, rotations: Rotations, context: Context
     if site.kind != "create":
         _check_users(site, survey, reads)
     held = real(root) if root.op == "placeholder" else None
+    how = {"sinks": context.options.chosen.sinks, "principal": site.codec.principal, "plain": values}
     if isinstance(held, CompressedKV):
-        if held.centre is None or held.centre.dim != dim:
+        if held.centre is None or held.centre.kind[1:] != (dim, site.codec.principal):
             raise NotCentred("its first tokens were encoded as they are", root)
-        return Centring(held.centre.rotation, dim, sinks=context.options.chosen.sinks)
-    return replace(_found(rotations, tokens, int(tensor_of(root).shape[-1]), dim), sinks=context.options.chosen.sinks)
+        return Centring(held.centre.rotation, dim, **how)
+    head_dim = int(tensor_of(root).shape[-1])
+    return replace(Centring(still(head_dim), dim) if values else _found(rotations, tokens, head_dim, dim), **how)
 
 
 def _found(rotations: Rotations, tokens: list[tuple[fx.Node, int]], head_dim: int, dim: int) -> Centring:
@@ -103,7 +123,22 @@ def _read_dim(read: Read, survey: Survey, context: Context) -> int:
     sites = {site.root for site in context.sites}
     if any(side.root not in sites for _, side, _ in read.sides) and view.root.op == "placeholder":
         raise NotCentred("the values that are read with it stay dense", node)
-    value, places = read.value, places_of(view)
+    return _dim_of(view, read.value, read, survey)
+
+
+def _value_dim(read: Read, survey: Survey) -> int:
+    """The same of values that are in a basis of their own, which their weighted sum is turned out of.
+
+    Raises:
+        NotCentred: what reads them does not say so of which head each sum is.
+    """
+    if read.kind not in ("attend", "mix"):
+        raise NotCentred("it is read as keys are", read.node)
+    return _dim_of(read.value, read.value, read, survey)
+
+
+def _dim_of(view: View, value: View, read: Read, survey: Survey) -> int:
+    places, node = places_of(view), read.node
     folds = tensor_of(read.left).dim() != 4 or value.axes[0] != places_of(value).heads[:1]
     if folds or len(places.heads) != 2 or len(places.tokens) != 1:
         raise NotCentred("its heads and sequences are read in one dimension", node)
@@ -117,6 +152,22 @@ def _read_dim(read: Read, survey: Survey, context: Context) -> int:
     if sequences:
         raise NotCentred("its first dimension is not that of sequences", node)
     return tokens
+
+
+def leave_dense(context: Context, site: Site, reason: str, culprit: fx.Node) -> None:
+    """Take a cache off those that are compressed.
+
+    Raises:
+        ValueError: `strict`.
+    """
+    context.sites = tuple(other for other in context.sites if other is not site)
+    refusal = refuse(site.root, reason, culprit)
+    if context.options.strict:
+        raise ValueError(refusal.under_strict)
+    context.refusals += (refusal,)
+    if site.root.op == "placeholder" and isinstance(real(site.root), CompressedKV):
+        # The graph reads a decoded copy, which is encoded again where it was written.
+        context.decoded_inputs.add(site.root)
 
 
 def _keeps_places(node: fx.Node) -> bool:

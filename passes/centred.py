@@ -3,7 +3,7 @@
 import torch
 from torch import fx
 
-from tqcompile import centre
+from tqcompile import centre, principal
 from tqcompile.centre import Rotation
 from tqcompile.passes.context import Context
 from tqcompile.passes.editor import Editor
@@ -68,7 +68,9 @@ class Centrer(Editor):
         given = None if given is None else self._constant(("given", site.root), (given,))[0]
         turns = self._turns(centring.rotation, source)
         self.vectors[site.root] = self.call(
-            centre.learned, source, slots, *turns, given, self._squares(site.root), centring.dim, centring.sinks
+            centre.learned,
+            *(source, slots, *turns, given, self._squares(site.root)),
+            *(centring.dim, centring.sinks, centring.principal, centring.plain),
         )
         self.left[source] = self.less(source, site, slots)
         return self.vectors[site.root], self.left[source]
@@ -85,7 +87,13 @@ class Centrer(Editor):
         """Queries for keys that were divided by a balance."""
         if read.key.root not in self.context.centres:
             return query
-        return self.call_like(centre.weighed, query, self._ordered_vectors(read))
+        return self.call_like(centre.weighed, query, self._ordered_vectors(read.key))
+
+    def mixed(self, read: Read, out: fx.Node) -> fx.Node:
+        """Weighted sums of values that are in a basis of their own, turned out of that."""
+        if read.value is None or read.value.root not in self.context.centres:
+            return out
+        return self.call(principal.mixed, out, self._ordered_vectors(read.value))
 
     def run_of(self, start, stop, value: torch.Tensor) -> fx.Node:
         return self.call(torch.arange, start, stop, device=value.device)
@@ -100,11 +108,11 @@ class Centrer(Editor):
         planes_of = self._constant(("planes", rotation), centre.planes_of(rotation, value.device))
         table = self._table(rotation, planes[0], tensor_of(read.key.node).shape[-2], query, planes_of[0])
         scale = tensor_of(read.key.base).shape[-1] ** -0.5 if read.scale is None else read.scale
-        return [self.call(centre.waved, query, self._ordered_vectors(read), *planes_of, scale), table]
+        return [self.call(centre.waved, query, self._ordered_vectors(read.key), *planes_of, scale), table]
 
-    def _ordered_vectors(self, read: Read) -> fx.Node:
+    def _ordered_vectors(self, view: View) -> fx.Node:
         """The vectors of what a read has as [batch, heads, tokens, head_dim]."""
-        vectors, order = self.vectors[read.key.root], order_of(read.key, self.survey.views)
+        vectors, order = self.vectors[view.root], order_of(view, self.survey.views)
         return vectors if order == (0, 1, 2, 3) else self.call_like(torch.permute, vectors, order)
 
     def _table(self, rotation: Rotation, plane: fx.Node, tokens, query: fx.Node, first: fx.Node) -> fx.Node:

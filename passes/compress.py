@@ -4,7 +4,7 @@ import torch
 from torch import fx
 
 from tqcompile import ops, reference
-from tqcompile.centre import VECTORS
+from tqcompile.centre import VECTORS, Centring
 from tqcompile.layout import layout_of
 from tqcompile.passes import rewrite
 from tqcompile.passes.context import CacheInput, Context, Fallback, Output
@@ -101,16 +101,16 @@ class _Rewriter(Masker):
                 strides.append(tuple(fake.stride()))
             centring = self.context.centres.get(root)
             if centring is not None:
-                self.vectors[root] = self._open_vectors(root, value, centring.dim)
+                self.vectors[root] = self._open_vectors(root, value, centring)
         tokens = tensor_of(site.append.tokens).shape[site.append.dim] if site.append else None
         regions = self.open_regions(root, value)
         what = {"centring": centring, "regions": regions}
         self.context.inputs.append(CacheInput(index, site, name_of(root), tuple(strides), tokens, **what))
         self.planes[root] = tuple(nodes)
 
-    def _open_vectors(self, root: fx.Node, value: torch.Tensor, dim: int) -> fx.Node:
+    def _open_vectors(self, root: fx.Node, value: torch.Tensor, centring: Centring) -> fx.Node:
         vectors = self.graph.placeholder(f"{root.name}_vectors")
-        shape = [2 if place == dim else size for place, size in enumerate(value.shape)]
+        shape = [*value.shape[: centring.dim], centring.rows, *value.shape[centring.dim + 1 :]]
         fake = value.new_empty_strided(shape, rewrite.strides(shape, None), dtype=VECTORS)
         vectors.meta = {"example_value": fake, "tensor_dict": dict(root.meta.get("tensor_dict", {}))}
         return vectors
@@ -142,6 +142,7 @@ class _Rewriter(Masker):
         _, view, turned = sides[-1]
         folds = tensor_of(left).dim() != 4 or view.axes[0] != places_of(view, turned).heads[:1]
         final = (self._attend if read.kind == "attend" else self._product)(read, left, planes, folds)
+        final = self.mixed(read, final)
         ranks = tensor_of(left).dim(), tensor_of(node).dim()
         if folds and ranks[0] == ranks[1]:
             final = self.call(rewrite.as_queries, final, left)

@@ -34,6 +34,11 @@ class Refusal:
     last: list[weakref.ref] | None = field(default=None, compare=False)
 
     @property
+    def under_strict(self) -> str:
+        """What is raised where nothing may stay dense."""
+        return f"strict=True, and {self.name} cannot be compressed: {self.reason} ({self.where}). {self.remedy}"
+
+    @property
     def stands(self) -> bool:
         held = [tensor for tensor in map(weakref.ref.__call__, self.last or ()) if tensor is not None]
         return self.last is None or any(not isinstance(tensor, CompressedKV) for tensor in held)

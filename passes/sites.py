@@ -71,10 +71,7 @@ def sites(gm: fx.GraphModule, context) -> int:
     refusals = [refusal for refusal in refusals if refusal not in states]
     context.refusals = (*refusals, *(unknown_cache(cache) for cache in unknown if cache.reader))
     if context.options.strict and context.refusals:
-        first = context.refusals[0]
-        raise ValueError(
-            f"strict=True, and {first.name} cannot be compressed: {first.reason} ({first.where}). {first.remedy}"
-        )
+        raise ValueError(context.refusals[0].under_strict)
     context.refusals += (*states, *(unknown_cache(cache) for cache in unknown if cache.reader is None))
     context.refusals += tuple(foreign.values())
     return len(context.sites)

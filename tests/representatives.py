@@ -16,7 +16,8 @@ WIDTHS = (2, 3, 4, 5, 8)
 def kind_of(codec: Codec) -> tuple:
     """What decides which code encodes, decodes, reads and writes a codec."""
     bits = codec.codes.plane.bits if codec.is_plain and codec.unbiased else None
-    return tuple(map(_kind_of_term, codec.terms)), bits if bits in WIDTHS else None
+    whole = sum(term.share for term in codec.terms) >= 1
+    return tuple(map(_kind_of_term, codec.terms)), bits if bits in WIDTHS else None, codec.principal, whole
 
 
 def _kind_of_term(term: Term) -> tuple:

@@ -23,7 +23,7 @@ DIRECTED = every(
         and (len(codec.terms) == 1 or sum(term.share for term in codec.terms) == 1)
     )
 )
-SPHERICAL = every(lambda codec: len(codec.terms) == 1 and codec.terms[0].fit == "sphere")
+SPHERICAL = every(lambda codec: codec.is_plain and codec.terms[0].fit == "sphere")
 
 
 def relative_errors(decoded, x):
@@ -196,7 +196,11 @@ def test_the_variance_of_inner_products_by_signs_is_that_of_theory(codec, random
     assert four_standard_errors(excess) < 0.2 * torch.stack(expected).mean()
 
 
-@every(lambda codec: len(codec.terms) == 1 and codec.terms[0].fit == "sphere" and codec.codes.plane.bits <= 5)
+@every(
+    lambda codec: (
+        len(codec.terms) == 1 and codec.is_plain and codec.terms[0].fit == "sphere" and codec.codes.plane.bits <= 5
+    )
+)
 def test_the_plain_norm_as_scalar_would_fail_the_test_of_bias(codec):
     x, q = normal(16, seed=1).double(), normal(16, seed=2).double()
     q = x / x.norm() + q / q.norm()

@@ -31,7 +31,9 @@ def error(codec: Codec, head_dim: int) -> tuple[float, float]:
     # Terms that share the channels out have that share of |x|^2 each.
     each = [error_of_term(term, band.stop - band.start) for term, band in zip(codec.terms, bands)]
     shares = [(band.stop - band.start) / head_dim for band in bands]
-    return tuple(sum(share * bound for share, bound in zip(shares, bounds)) for bounds in zip(*each))
+    # What no term has is lost.
+    lost = 1 - sum(shares)
+    return tuple(lost + sum(share * bound for share, bound in zip(shares, bounds)) for bounds in zip(*each))
 
 
 def error_of_term(term: Term, coordinates: int) -> tuple[float, float]:

@@ -13,7 +13,7 @@ import torch
 from torch import fx
 from torch._dynamo.source import AttrSource, ConstantSource, LocalSource
 
-from tqcompile import centre, cpu, formats, ops, recent, reference
+from tqcompile import centre, cpu, formats, ops, principal, recent, reference
 from tqcompile import report as reports
 from tqcompile.dump import Dump, texts
 from tqcompile.facts import facts
@@ -207,7 +207,7 @@ def _cacheable(gm: fx.GraphModule) -> dict[str, str]:
     return {**config.unsafe_marked_cacheable_functions, **marked}
 
 
-_OWN = (centre.__name__, reference.__name__, rewrite.__name__, recent.__name__)
+_OWN = (centre.__name__, principal.__name__, reference.__name__, rewrite.__name__, recent.__name__)
 
 
 @cache

@@ -227,7 +227,7 @@ class CompressedKV(torch.Tensor):
 
     def __tensor_flatten__(self):
         # Dynamo sees a dense tensor, guarded by codec and centre; planes as its inner ones would bring their sizes.
-        centre = None if self.centre is None else (self.centre.rotation, self.centre.dim)
+        centre = None if self.centre is None else self.centre.kind
         return ["anchor"], (self.codec.name, self.dtype, self.device, centre)
 
     @classmethod

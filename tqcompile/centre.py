@@ -13,7 +13,7 @@ from functools import cache
 
 import torch
 
-from tqcompile import reference
+from tqcompile import principal, reference
 
 # Tokens from which a mean is taken: fewer say little, and the first one of a text is often like no other.
 FEWEST = 16
@@ -80,25 +80,37 @@ class Centring:
     """What a graph takes off the keys of a cache whose tokens lie along `dim`.
 
     `given` [H, D] float32 are the vectors that the weights say; without them they come from the first tokens, less the
-    `sinks` that are kept as they are: those are like no others, and have no codes to gain.
+    `sinks` that are kept as they are: those are like no others, and have no codes to gain. With `principal` what is
+    left is kept in a basis of its own; `plain` tokens have that alone.
     """
 
     rotation: Rotation
     dim: int
     given: torch.Tensor | None = None
     sinks: int = 0
+    principal: bool = False
+    plain: bool = False
 
     def __str__(self) -> str:
+        if self.plain:
+            return "in the principal components of its first tokens"
         turning = sum(frequency != 0 for frequency in self.rotation.frequencies)
         turns = f"a mean that positions turn in {turning} of {len(self.rotation.frequencies)} channels"
-        return f"keys balanced, and less {turns if turning else 'a mean that is the same at all positions'}"
+        basis = ", in their principal components" * self.principal
+        return f"keys balanced, and less {turns if turning else 'a mean that is the same at all positions'}{basis}"
+
+    @property
+    def rows(self) -> int:
+        """Of `Centre.vectors`, along the tokens."""
+        return principal.BEFORE + self.principal * len(self.rotation.frequencies)
 
     def of(self, keys: torch.Tensor) -> "Centre":
         """The centre of dense keys, which fill a cache from its first place on."""
         frequencies, partners = tables(self.rotation, keys.device)
         slots = torch.arange(keys.shape[self.dim], device=keys.device)
         with torch.inference_mode(False), torch.no_grad():
-            vectors = learned(keys.detach(), slots, frequencies, partners, self.start(keys), None, self.dim, self.sinks)
+            more = self.start(keys), None, self.dim, self.sinks, self.principal, self.plain
+            vectors = learned(keys.detach(), slots, frequencies, partners, *more)
         return Centre(self.rotation, self.dim, vectors)
 
     def nothing(self, keys: torch.Tensor) -> "Centre":
@@ -106,7 +118,11 @@ class Centring:
         shape = [*keys.shape[: self.dim], 1, *keys.shape[self.dim + 1 :]]
         with torch.inference_mode(False):
             mean = torch.zeros(shape, dtype=VECTORS, device=keys.device)
-            return Centre(self.rotation, self.dim, torch.cat([mean, mean + 1], self.dim))
+            parts = [mean, mean + 1]
+            if self.principal:
+                basis = torch.eye(keys.shape[-1], dtype=VECTORS, device=keys.device)
+                parts.append(basis.expand(*mean.movedim(self.dim, -2).shape[:-2], -1, -1).movedim(-2, self.dim))
+            return Centre(self.rotation, self.dim, torch.cat(parts, self.dim))
 
     def start(self, keys: torch.Tensor) -> torch.Tensor | None:
         """`given`, as it lies beside the keys."""
@@ -117,7 +133,8 @@ class Centring:
 class Centre:
     """What was taken off the keys of one cache, and what they were divided by.
 
-    `vectors` float16 are as wide as the cache with two tokens along `dim`: the mean m, and the balance b behind it.
+    `vectors` float16 are as wide as the cache with two tokens along `dim`: the mean m, and the balance b behind it; and
+    behind that as many as it has channels, where there is a basis.
     """
 
     rotation: Rotation
@@ -134,7 +151,12 @@ class Centre:
 
     def fits(self, centring: Centring | None) -> bool:
         """Whether a graph that centres so reads these keys aright."""
-        return centring is not None and (self.rotation, self.dim) == (centring.rotation, centring.dim)
+        return centring is not None and self.kind == (centring.rotation, centring.dim, centring.principal)
+
+    @property
+    def kind(self) -> tuple[Rotation, int, bool]:
+        """What graphs that read these keys depend on."""
+        return self.rotation, self.dim, principal.has_basis(self.vectors, self.dim)
 
     def at(self, slots: torch.Tensor) -> torch.Tensor:
         """What was taken off at these places [T], float32."""
@@ -147,7 +169,8 @@ class Centre:
 
     def more(self, left: torch.Tensor) -> torch.Tensor:
         """The dense keys of which this is left, in float32."""
-        return left.float() * self.balance + self.at(self.places(0, left))
+        left = principal.out_of(left.float(), self.vectors, self.dim)
+        return left * self.balance + self.at(self.places(0, left))
 
     def places(self, start: int, tokens: torch.Tensor) -> torch.Tensor:
         return torch.arange(start, start + tokens.shape[self.dim], device=self.vectors.device)
@@ -177,23 +200,35 @@ def _mean_and_balance(vectors: torch.Tensor, dim: int) -> tuple[torch.Tensor, to
 
 
 def less(keys: torch.Tensor, vectors: torch.Tensor, slots, frequencies, partners, dim: int) -> torch.Tensor:
-    """(k - R(s) m) / b of keys, in their dtype."""
+    """(k - R(s) m) / b of keys, in its basis where it has one, in their dtype."""
     mean, balance = _mean_and_balance(vectors, dim)
-    return ((keys.float() - turned(mean, slots, frequencies, partners, dim)) / balance).to(keys.dtype)
+    left = (keys.float() - turned(mean, slots, frequencies, partners, dim)) / balance
+    return principal.into(left, vectors, dim).to(keys.dtype)
 
 
 def more(left: torch.Tensor, vectors: torch.Tensor, frequencies, partners, dim: int) -> torch.Tensor:
     """The keys of which this is left, from a cache's first place on, in their dtype."""
     mean, balance = _mean_and_balance(vectors, dim)
     slots = torch.arange(left.shape[dim], device=left.device)
-    return (left.float() * balance + turned(mean, slots, frequencies, partners, dim)).to(left.dtype)
+    whole = principal.out_of(left.float(), vectors, dim) * balance
+    return (whole + turned(mean, slots, frequencies, partners, dim)).to(left.dtype)
 
 
 def learned(
-    keys: torch.Tensor, slots, frequencies, partners, given, squares: torch.Tensor | None, dim: int, sinks: int = 0
+    keys: torch.Tensor,
+    slots,
+    frequencies,
+    partners,
+    given,
+    squares: torch.Tensor | None,
+    dim: int,
+    sinks: int = 0,
+    in_basis: bool = False,
+    plain: bool = False,
 ) -> torch.Tensor:
     """`Centre.vectors` of keys: the mean of what is turned back, or `given` where fewer than `FEWEST` tokens hold
     anything, and the balance, by the mean `squares` of queries' channels where those are known, as wide as one token.
+    With `in_basis`, the principal components of what is left behind them; of `plain` tokens that is all there is.
 
     A token of zeros is one that was not written, and one that is not finite must not be in what others are less. The
     first `sinks` places are left out.
@@ -205,12 +240,14 @@ def learned(
     count = seen.sum(dim, keepdim=True)
     enough, few = count >= FEWEST, count.clamp(min=1)
     mean = turned(keys, -slots, frequencies, partners, dim).sum(dim, keepdim=True) / few
-    mean = torch.where(enough & mean.isfinite(), mean, 0.0 if given is None else given)
+    mean = torch.where(enough & mean.isfinite() & (not plain), mean, 0.0 if given is None else given)
     # As it is kept: what is taken off is what comes back.
     mean = mean.clamp(-MOST_MEAN, MOST_MEAN).to(VECTORS).float()
     left = torch.where(seen, keys - turned(mean, slots, frequencies, partners, dim), 0.0)
     balance = _balance(left.square().sum(dim, keepdim=True) / few, squares)
-    return torch.cat([mean, torch.where(enough, balance, 1.0)], dim).to(VECTORS)
+    balance = torch.where(enough & (not plain), balance, 1.0).to(VECTORS)
+    axes = [principal.learned(left / balance.float(), enough, dim).to(VECTORS)] * in_basis
+    return torch.cat([mean.to(VECTORS), balance, *axes], dim)
 
 
 def _balance(keys: torch.Tensor, queries: torch.Tensor | None) -> torch.Tensor:
@@ -234,10 +271,10 @@ def squares_of(q: torch.Tensor, heads: int, order: tuple[int, ...]) -> torch.Ten
 
 
 def weighed(q: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
-    """Queries [B, Hq, T, D] times the balance of `vectors` [B or 1, H, 2, D], in their dtype."""
+    """Queries [B, Hq, T, D] times the balance of `vectors` [B or 1, H, n, D], in their basis, in their own dtype."""
     heads = vectors.shape[1]
-    grouped = q.float().unflatten(1, (heads, q.shape[1] // heads)) * vectors[:, :, 1:].float().unsqueeze(2)
-    return grouped.flatten(1, 2).to(q.dtype)
+    grouped = q.float().unflatten(1, (heads, q.shape[1] // heads)) * vectors[:, :, 1:2].float().unsqueeze(2)
+    return principal.queries(grouped, vectors).flatten(1, 2).to(q.dtype)
 
 
 def waves(tokens: int, frequencies: torch.Tensor, first: torch.Tensor) -> torch.Tensor:
@@ -261,7 +298,7 @@ def halves(numbers: torch.Tensor) -> torch.Tensor:
 def waved(q: torch.Tensor, vectors: torch.Tensor, first, second, others, scale: float) -> torch.Tensor:
     """What `reference.shifted` makes scale q . R(s) m of: [B, Hq, T, columns + 1], float32.
 
-    q [B, Hq, T, D], vectors [B or 1, H, 2, D]. The columns are those of `waves`, and behind them is what no position
+    q [B, Hq, T, D], vectors [B or 1, H, n, D]. The columns are those of `waves`, and behind them is what no position
     turns.
     """
     heads, mean = vectors.shape[1], vectors[:, :, :1].float()

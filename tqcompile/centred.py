@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import torch
 
-from tqcompile import dispatch
+from tqcompile import dispatch, principal
 from tqcompile.cache import CompressedKV
 from tqcompile.centre import Centre, Centring
 
@@ -117,28 +117,38 @@ def _dense(value: torch.Tensor) -> torch.Tensor:
     return value.decode() if isinstance(value, CompressedKV) else value
 
 
-def _less(cache: CompressedKV, source: torch.Tensor, chosen: Callable = lambda x: x) -> torch.Tensor:
-    """What is left of a source for the places of a cache that `chosen` takes of a tensor as wide as that."""
+def _less(cache: CompressedKV, source: torch.Tensor, chosen: Callable, put: Callable) -> torch.Tensor:
+    """What is left of a source for the places of a cache that `chosen` takes of a tensor as wide as that, and to which
+    `put` writes into such a tensor."""
     centre = cache.centre
+    if principal.has_basis(centre.vectors, centre.dim):
+        # Each head has a basis of its own: where rows of several are picked out, all are turned first.
+        whole = torch.zeros(cache.shape, dtype=cache.dtype, device=cache.device)
+        put(whole)
+        return chosen(centre.less(whole))
     slots = torch.arange(cache.shape[centre.dim], device=cache.device)
     taken, balance = (chosen(each.expand(cache.shape)) for each in (centre.at(slots), centre.balance))
     return ((_dense(source).float() - taken) / balance).to(cache.dtype)
 
 
 def _write_copy(cache, source, non_blocking=False) -> tuple:
-    return (_less(cache, source),)
+    return (_less(cache, source, lambda x: x, lambda x: x.copy_(_dense(source))),)
 
 
 def _write_index_copy(cache, dim, index, source) -> tuple:
     if source.dtype != cache.dtype or dim % cache.dim() == cache.dim() - 1:
         return dim, index, source
-    return dim, index, _less(cache, source, lambda x: x.index_select(dim, index))
+    dense = _dense(source)
+    chosen, put = (lambda x: x.index_select(dim, index)), (lambda x: x.index_copy_(dim, index, dense))
+    return dim, index, _less(cache, dense, chosen, put)
 
 
 def _write_index_put(cache, indices, values, accumulate=False) -> tuple:
     if len(indices) >= cache.dim() or accumulate:
         return indices, values, accumulate
-    return indices, _less(cache, values, lambda x: aten.index.Tensor(x, indices))
+    dense = _dense(values)
+    chosen, put = (lambda x: aten.index.Tensor(x, indices)), (lambda x: aten.index_put_(x, indices, dense))
+    return indices, _less(cache, dense, chosen, put)
 
 
 def _write_fill(cache, value=0.0) -> tuple:
@@ -165,7 +175,7 @@ def _cat(func, tensors, dim=0):
     if dim != centre.dim:
         alike = all(
             isinstance(each, CompressedKV) and each.centre is not None and each.codec is first.codec
-            and (each.centre.rotation, each.centre.dim) == (centre.rotation, centre.dim)
+            and each.centre.kind == centre.kind
             for each in others
         )  # fmt: skip
         if not alike or dim == first.dim() - 1:

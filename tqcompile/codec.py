@@ -111,7 +111,9 @@ class Codec:
 
     `unbiased` promises that, averaged over the random basis, the inner product of any query with the decoded vector is
     the exact one. `minimum_head_dim` is the smallest vector that it is defined for; `for_values` tells whether decoded
-    vectors are good for anything but products with a query.
+    vectors are good for anything but products with a query. `principal` codecs are for vectors whose coordinates are
+    the principal components of a cache's first tokens, those of the largest variance first (`tqcompile.principal`):
+    their terms take neighbouring coordinates, and none takes the last ones where shares are under 1 together.
     """
 
     name: str
@@ -120,6 +122,7 @@ class Codec:
     source: str
     minimum_head_dim: int = 1
     for_values: bool = True
+    principal: bool = False
 
     def __post_init__(self):
         names = [plane.name for plane in self.planes]
@@ -143,7 +146,9 @@ class Codec:
 
     def bands(self, head_dim: int) -> tuple[slice, ...]:
         """The coordinates of each term, among those of all terms one behind the other."""
-        edges = accumulate((term.share * head_dim for term in self.terms), initial=Fraction(0))
+        # By their sum alone, where some coordinates have no term: two head sizes of one sum are cut alike.
+        whole = sum(term.share for term in self.terms)
+        edges = accumulate((term.share / whole * round(whole * head_dim) for term in self.terms), initial=Fraction(0))
         return tuple(slice(round(start), round(stop)) for start, stop in pairwise(edges))
 
     def coordinates(self, head_dim: int) -> int:
@@ -151,7 +156,7 @@ class Codec:
         return self.bands(head_dim)[-1].stop
 
     def head_dim(self, coordinates: int) -> int:
-        """The inverse of `coordinates`."""
+        """The inverse of `coordinates`: of those that have so many, where several do, one."""
         return round(coordinates / sum(term.share for term in self.terms))
 
     @property
@@ -186,7 +191,7 @@ class Codec:
     def basis(self) -> str:
         """A name of all bases: equal where the matrices are, for one head_dim."""
         names = [term.basis if term.share == 1 else f"{term.basis}_{term.share}" for term in self.terms]
-        return "_".join(names).replace("/", "_")
+        return "_".join(["principal"] * self.principal + names).replace("/", "_")
 
     def digest(self) -> str:
         """A name for this codec's content: equal exactly where every field is equal."""

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache
 
+from tqcompile.allocation import SPECTRUM, allocate
 from tqcompile.codec import Basis, Codec, Lookup, Plane, Term
 
 # Of head_dim, what the papers' fractional settings give one bit more: 32 of 128.
@@ -96,6 +97,19 @@ def polarquant() -> Codec:
     return Codec("polarquant", (Term("rotation", factors, "polar"),), unbiased=False, source="arXiv 2502.02617")
 
 
+def kvtc(bits: int) -> Codec:
+    """Principal components in bands, each rotated, with its own width of Lloyd-Max codes and its own float16 scalar.
+
+    `bits` a coordinate at 128 dims, scalars included; which band has how many is `allocation.allocate`'s word. What
+    has no bits is left out. The basis is that of the cache's first tokens, a sequence and head at a time.
+    """
+    runs = [(Fraction(bands, len(SPECTRUM)), width) for bands, width in allocate(bits * len(SPECTRUM)) if width]
+    terms = tuple(_sphere(width, f"_{place}", share) for place, (share, width) in enumerate(runs))
+    whole, least = sum(term.share for term in terms) == 1, 2 * len(SPECTRUM)
+    options = {"minimum_head_dim": least, "principal": True}
+    return Codec(f"kvtc:{bits}", terms, unbiased=whole, source="arXiv 2511.01815, resident", **options)
+
+
 REGISTRY: dict[str, Codec] = {
     codec.name: codec
     for codec in (
@@ -110,6 +124,7 @@ REGISTRY: dict[str, Codec] = {
         turboquant_prod(4, "gaussian"),
         *(qjl(rows) for rows in (1, 2, 4)),
         polarquant(),
+        *(kvtc(bits) for bits in (1, 2, 3, 4)),
     )
 }
 

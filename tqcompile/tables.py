@@ -82,7 +82,7 @@ def basis_matrix(
     for term, band in zip(codec.terms, codec.bands(head_dim)):
         count, channels = band.stop - band.start, np.arange(head_dim)
         if term.share < 1:
-            channels = left[np.arange(count) * len(left) // count]
+            channels = left[:count] if codec.principal else left[np.arange(count) * len(left) // count]
             left = np.setdiff1d(left, channels)
         part = torch.zeros(count, head_dim, dtype=torch.float32, device="cpu")
         part[:, channels] = BASES[term.basis](count, len(channels))
