@@ -28,7 +28,7 @@ this page to them. `keys=` takes any name of the first column, and `values=` tho
   lie in one row of bytes, side by side, and all its scales in one row of float16 numbers.
 - **basis**: in which its terms read a vector: the model's own, a random orthogonal one, Sylvester's Hadamard matrix in
   blocks, or a sketch, of as many orthogonal or independent normal rows for each coordinate as it says. Terms that share
-  the channels out have that share of them each.
+  the channels out have that share of them each; those of principal components take neighbours, the largest first.
 - **bits at D**: all bytes of a token of one head, scales included, over `head_dim = D`; the spare room of a growing
   cache comes on top (at most a sixteenth, or 32 tokens). `identity` is counted for a float16 model.
 - **unbiased**: averaged over the random basis, the inner product of any query with a decoded vector is the exact one.
@@ -61,6 +61,39 @@ Reading takes shifts and a look-up among 1,024 numbers, which `tqcompile/tables.
   turboquant:2,turboquant:2:trellis --windows 1 --context 256 --generate 0 --inner eager`, and the same with
   `+centre+sinks=1` behind both names; 191 scored tokens, so that their ratio counts and not their last digit.
 
+## Principal components
+
+`kvtc:1` to `:4` are the resident stage of KVTC (arXiv 2511.01815): a cache is kept in the principal components of its
+first tokens, a sequence and a head at a time, in bands with bits of their own. The entropy-coded store that KVTC has
+for what is not in use is not here. Keys are centred and balanced first, whatever `centre` says; values are not, as
+taking off their mean does harm. A basis is found again for every prompt; one of fewer than 16 tokens gets a random
+rotation. Queries are turned in place of keys, and the weighted sum of values is turned back.
+
+- **Bits** are shared out by dynamic programming (`tqcompile/allocation.py`) over the spectrum of SmolLM2's keys
+  (`examples/spectrum.py`), the float16 scalar of each band charged: so many a coordinate at 128 dims, scalars included.
+  Energy behind the prompt is far flatter than in it: the first of eight bands has .37 of it, the last .07, which in the
+  prompt itself has .006. That is worth .15 bits a coordinate; a scalar more costs .125 at 128 dims and .25 at 64.
+- **Bytes**: the basis takes 2 D D bytes a head and sequence, in float16, and a step of Newton and Schulz makes it
+  orthogonal again where it is used (what is turned comes back to 1e-6). At 64 dims that is 8 KiB, as much as 455 tokens
+  of `kvtc:2`, and at 128 dims 32 KiB, as much as 1,024: it is under a tenth of what codes take from 4,551 and 10,240
+  tokens on.
+- **Where no basis can be had** the cache stays dense, the report says why, and `strict` raises: where keys cannot be
+  centred, and where values are read in other ways than as weighted sums of a head's.
+- **Quality**: none is gained. Mean KL of SmolLM2-135M-Instruct, one window of 512 tokens, 383 scored, values
+  `turboquant:4`, keys as named, 2026-11-27 (`python -m tqcompile validate FOLDER --codecs
+  turboquant:2/turboquant:4+centre,kvtc:2/turboquant:4 --windows 1 --context 512 --generate 0 --inner eager`, and the
+  other rows alike):
+
+| keys | extras | bits of its codes at 64 dims | bits of keys and values, basis included | mean KL |
+|---|---|---|---|---|
+| `turboquant:2` | | 2.25 | 3.25 | 1.118 |
+| `turboquant:2` | centre | 2.25 | 3.28 | 0.279 |
+| `kvtc:2` | | 2.25 | 4.28 | 0.301 |
+| `turboquant:2` | centre, first token exact | 2.25 | 3.41 | 0.130 |
+| `kvtc:2` | first token exact | 2.25 | 4.41 | 0.198 |
+| `turboquant:3` | centre, first token exact | 3.25 | 3.91 | 0.0382 |
+| `kvtc:3` | first token exact | 3.25 | 4.91 | 0.0393 |
+
 ## Presets
 
 `preset=` names a pair; `keys=` and `values=` override its halves.
@@ -76,7 +109,7 @@ def stored(plane: Plane) -> str:
     return f"{plane.name}: {bits} {each}" if plane.per in (None, 1) else f"{plane.name}: {bits} for {each}"
 
 
-def basis_of(term: Term) -> str:
+def basis_of(term: Term, principal: bool) -> str:
     """The basis of one term, in words."""
     name = {
         "standard": "the model's",
@@ -86,7 +119,7 @@ def basis_of(term: Term) -> str:
         "gaussian": "normal sketch",
     }[term.basis]
     if term.share < 1:
-        return f"{name} of {term.share} of the channels"
+        return f"{name} of {term.share} of the {'components' if principal else 'channels'}"
     return name if term.share == 1 else f"{name}, {term.share} rows a coordinate"
 
 
@@ -94,7 +127,7 @@ def row(codec: Codec) -> tuple:
     """The row of one codec."""
     sizes = [f"{layout_of(codec, dim, torch.float16, 'cpu').bits_per_element:.2f}" for dim in HEAD_DIMS]
     planes = "; ".join(stored(plane) for plane in codec.planes)
-    basis = "; ".join(basis_of(term) for term in codec.terms)
+    basis = "; ".join(basis_of(term, codec.principal) for term in codec.terms)
     promises = ["yes" if promise else "no" for promise in (codec.unbiased, codec.for_values)]
     return (f"`{codec.name}`", planes, basis, *sizes, *promises, codec.minimum_head_dim, codec.source)
 

@@ -154,7 +154,18 @@ def _dim_of(view: View, value: View, read: Read, survey: Survey) -> int:
     return tokens
 
 
-def leave_dense(context: Context, site: Site, reason: str, culprit: fx.Node) -> None:
+def without_bases(context: Context) -> None:
+    """Leave dense the caches whose codecs need a basis, which `centre` would find.
+
+    Raises:
+        ValueError: `strict`, and there is one.
+    """
+    for site in [site for site in context.sites if site.codec.principal]:
+        reason = f"{site.codec.name} keeps it in a basis of its own, and the pass that finds one is left out"
+        leave_dense(context, site, reason, None)
+
+
+def leave_dense(context: Context, site: Site, reason: str, culprit: fx.Node | None) -> None:
     """Take a cache off those that are compressed.
 
     Raises:

@@ -4,7 +4,7 @@ from torch import fx
 
 from tqcompile.passes.absorb import absorb
 from tqcompile.passes.canonicalize import canonicalize
-from tqcompile.passes.centre import centre
+from tqcompile.passes.centre import centre, without_bases
 from tqcompile.passes.compress import compress
 from tqcompile.passes.context import Context
 from tqcompile.passes.flex import flex
@@ -39,4 +39,6 @@ def run(gm: fx.GraphModule, context: Context) -> None:
         elif apply in NEEDED:
             context.sites = ()
             break
+        elif apply is centre:
+            without_bases(context)
     gm.recompile()

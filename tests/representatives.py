@@ -38,3 +38,6 @@ def every_pair(first: Collection, second: Collection, third: Collection) -> list
 
 
 REPRESENTATIVES = list({kind_of(codec): codec.name for codec in reversed(REGISTRY.values())}.values())[::-1]
+# Without those in bases of their own, which are no codes of what a dense cache holds: `test_principal_models.py` has
+# models whose caches they are.
+OF_DENSE = [name for name in REPRESENTATIVES if not REGISTRY[name].principal]

@@ -5,12 +5,12 @@ import torch
 from conversations import conversations, fake_quantised
 from models import EMBED, MODELS, Shape
 from readers import READERS
-from representatives import REPRESENTATIVES, every_pair
+from representatives import OF_DENSE, every_pair
 
 import tqcompile
 from tqcompile import formats
 
-CODECS = [*map(formats.pair_of, REPRESENTATIVES)] + [("turboquant:5", "turboquant:3"), ("identity", "q8_0")]
+CODECS = [*map(formats.pair_of, OF_DENSE)] + [("turboquant:5", "turboquant:3"), ("identity", "q8_0")]
 CREATES = ("tuples", "made")
 
 

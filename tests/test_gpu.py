@@ -4,7 +4,7 @@ import pytest
 import torch
 from conversations import conversations, fake_quantised
 from models import EMBED, MODELS, Shape
-from representatives import REPRESENTATIVES
+from representatives import OF_DENSE, REPRESENTATIVES
 from test_cache_shapes import CALLS, assert_compressed, talk
 
 import tqcompile
@@ -27,7 +27,7 @@ def on_the_device():
 # Signs of what a first term leaves: the smallest of them fall on either side of zero by the order of a sum.
 RESIDUAL = [name for name in REPRESENTATIVES if any(term.fit == "sign" for term in formats.codec(name).terms[1:])]
 CASES = [(kind, ("turboquant:5", "turboquant:3")) for kind in MODELS]
-CASES += [("counter", formats.pair_of(name)) for name in REPRESENTATIVES if name not in RESIDUAL]
+CASES += [("counter", formats.pair_of(name)) for name in OF_DENSE if name not in RESIDUAL]
 
 
 @pytest.mark.parametrize("kind, codecs", CASES, ids=lambda part: part if isinstance(part, str) else "/".join(part))

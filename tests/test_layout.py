@@ -126,7 +126,7 @@ def test_allocated_planes_have_the_bytes_the_layout_states_and_decode_to_zeros(c
 @EVERY_CODEC
 @pytest.mark.parametrize("head_dim", [8, 33, 64, 80, 128])
 def test_planes_of_a_store_lie_side_by_side_and_leave_nothing_free(codec, head_dim):
-    layout = layout_of(codec, head_dim, torch.float32, "cpu")
+    layout = layout_of(codec, max(head_dim, codec.minimum_head_dim), torch.float32, "cpu")
     for store in layout.stores:
         planes = [layout.plane(factor.plane.name) for factor in codec.factors if factor.store == store.name]
         taken = sorted((plane.offset, plane.offset + plane.width) for plane in planes)

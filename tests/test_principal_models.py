@@ -7,7 +7,7 @@ import torch
 from checkpoints import assert_compressed, assert_same, new_cache, prompt, step, tiny
 from representatives import every_pair
 
-from tqcompile import formats, principal, report
+from tqcompile import CompressedKV, formats, principal, report
 
 from test_centred_models import BETWEEN, CALLS, EVERY_CACHE, changed, compiled, conversation, padded  # isort: skip
 
@@ -111,3 +111,35 @@ def test_codes_in_a_basis_are_read_as_they_decode(kind):
     # What the model makes of these tokens is in the cache already, as codes.
     dense.update = lambda keys, values, index, *rest, **options: held[index]
     assert_same(said, step(model, ids, dense))
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+@pytest.mark.parametrize("which", ["keys", "values"])
+def test_without_the_pass_that_finds_a_basis_a_cache_stays_dense_and_says_why(which, kind):
+    model = tiny()
+    call, ours = compiled(model, **options(which, disable=("centre",))), new_cache(kind, model)
+    dense = new_cache(kind, model)
+    for ids in conversation()[:3]:
+        assert_same(step(call, ids, ours), step(model, ids, dense))
+    for layer in ours.layers:
+        sides = {"keys": layer.keys, "values": layer.values}
+        assert not isinstance(sides.pop(which), CompressedKV)
+        assert all(isinstance(each, CompressedKV) for each in sides.values())
+    assert "in a basis of its own, and the pass that finds one is left out" in str(report(model))
+
+
+def test_keys_whose_scores_are_changed_in_more_ways_than_by_a_mask_stay_dense():
+    model = tiny("gemma2, softcap and window", "eager")
+    call, ours, dense = compiled(model, **options("keys")), *(new_cache("dynamic", model) for _ in "ab")
+    for ids in conversation()[:3]:
+        assert_same(step(call, ids, ours), step(model, ids, dense))
+    assert not any(isinstance(layer.keys, CompressedKV) for layer in ours.layers)
+    assert "keeps it in a basis of its own, and more than a mask lies between" in str(report(model)).replace("\n", " ")
+
+
+def test_strict_raises_where_a_basis_cannot_be_had():
+    model = tiny()
+    call = compiled(model, **options("keys", disable=("centre",), strict=True))
+    with pytest.raises(Exception, match=r"strict=True.*in a basis of its own"):
+        for ids in conversation()[:2]:
+            step(call, ids, new_cache("dynamic", model))

@@ -73,6 +73,8 @@ def test_rotating_there_and_back_leaves_a_vector_in_its_dtype(codec):
         back = reference.rotate_back(numbers, basis, x.dtype)
         terms = sum(numbers[:, band] @ basis[band] for band in codec.bands(80))
     else:
-        back, terms = reference.rotate_back(reference.rotate(x, basis), basis, x.dtype), x.float()
+        # What no term takes, the last coordinates, is gone.
+        kept = x.float() * (torch.arange(80) < codec.coordinates(80))
+        back, terms = reference.rotate_back(reference.rotate(x, basis), basis, x.dtype), kept
     assert back.dtype == x.dtype
     assert torch.allclose(back.float(), terms, rtol=1e-2, atol=1e-3)

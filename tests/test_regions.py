@@ -6,7 +6,7 @@ from checkpoints import assert_compressed, assert_same, new_cache, prompt, step,
 from conversations import Conversation, conversations, fake_quantised
 from models import EMBED, Shape, unchanged
 from readers import READERS
-from representatives import REPRESENTATIVES
+from representatives import OF_DENSE
 
 import tqcompile
 from tqcompile import coding, formats, recent, reference
@@ -78,7 +78,7 @@ def test_attention_reads_codes_and_the_exact_rows_of_its_regions(kind, sinks, wi
     assert not tqcompile.report(ours.model).fallbacks
 
 
-EVERY_CODEC = [("tuples", name) for name in REPRESENTATIVES if formats.codec(name).for_values] + [
+EVERY_CODEC = [("tuples", name) for name in OF_DENSE if formats.codec(name).for_values] + [
     (kind, "turboquant:2") for kind in KINDS[1:]
 ]
 
