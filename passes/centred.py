@@ -87,7 +87,7 @@ class Centrer(Editor):
         """Queries for keys that were divided by a balance."""
         if read.key.root not in self.context.centres:
             return query
-        return self.call_like(centre.weighed, query, self._ordered_vectors(read.key))
+        return self.call_like(principal.weighed, query, self._ordered_vectors(read.key))
 
     def mixed(self, read: Read, out: fx.Node) -> fx.Node:
         """Weighted sums of values that are in a basis of their own, turned out of that."""

@@ -19,8 +19,8 @@ from tqcompile.centre import (
     turned,
     waved,
     waves,
-    weighed,
 )  # fmt: skip
+from tqcompile.principal import weighed
 
 HEADS, QUERIES, TOKENS, HEAD_DIM = 2, 6, 40, 8
 HALVES = Rotation((-1.0, -0.1, 0.0, -0.01, 1.0, 0.1, 0.0, 0.01), (4, 5, 2, 7, 0, 1, 6, 3))

@@ -5,7 +5,7 @@ import torch
 from vectors import normal
 
 from tqcompile import CompressedKV, formats, principal, tables
-from tqcompile.centre import Centring, still, weighed
+from tqcompile.centre import Centring, still
 from tqcompile.layout import layout_of
 
 KVTC = [name for name, codec in formats.REGISTRY.items() if codec.principal]
@@ -47,7 +47,7 @@ def test_scores_are_what_they_were():
     """Four heads of queries for two of keys."""
     x, q = tokens_of(48), normal(2, 4, 3, 48, seed=1)
     centre = centre_of(x)
-    ours = weighed(q, centre.vectors).unflatten(1, (2, 2)) @ centre.less(x).unsqueeze(2).mT
+    ours = principal.weighed(q, centre.vectors).unflatten(1, (2, 2)) @ centre.less(x).unsqueeze(2).mT
     theirs = q.unflatten(1, (2, 2)) @ (x - centre.mean).unsqueeze(2).mT
     torch.testing.assert_close(ours, theirs, atol=2e-4, rtol=1e-4)
 

@@ -118,10 +118,7 @@ class Centring:
         shape = [*keys.shape[: self.dim], 1, *keys.shape[self.dim + 1 :]]
         with torch.inference_mode(False):
             mean = torch.zeros(shape, dtype=VECTORS, device=keys.device)
-            parts = [mean, mean + 1]
-            if self.principal:
-                basis = torch.eye(keys.shape[-1], dtype=VECTORS, device=keys.device)
-                parts.append(basis.expand(*mean.movedim(self.dim, -2).shape[:-2], -1, -1).movedim(-2, self.dim))
+            parts = [mean, mean + 1, *[principal.standard(mean, self.dim)] * self.principal]
             return Centre(self.rotation, self.dim, torch.cat(parts, self.dim))
 
     def start(self, keys: torch.Tensor) -> torch.Tensor | None:
@@ -268,13 +265,6 @@ def squares_of(q: torch.Tensor, heads: int, order: tuple[int, ...]) -> torch.Ten
     token whose dimensions are to be permuted by `order` to lie as theirs do."""
     squares = q.float().square().mean(2, keepdim=True).unflatten(1, (heads, -1)).mean(2)
     return squares.permute([order.index(dim) for dim in range(4)])
-
-
-def weighed(q: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
-    """Queries [B, Hq, T, D] times the balance of `vectors` [B or 1, H, n, D], in their basis, in their own dtype."""
-    heads = vectors.shape[1]
-    grouped = q.float().unflatten(1, (heads, q.shape[1] // heads)) * vectors[:, :, 1:2].float().unsqueeze(2)
-    return principal.queries(grouped, vectors).flatten(1, 2).to(q.dtype)
 
 
 def waves(tokens: int, frequencies: torch.Tensor, first: torch.Tensor) -> torch.Tensor:

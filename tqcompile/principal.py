@@ -87,9 +87,18 @@ def turned(rows: torch.Tensor, basis: torch.Tensor, back: bool = False) -> torch
     return 1.5 * once - 0.5 * (once @ first.mT) @ first
 
 
-def queries(q: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
-    """Queries [B, H, G, T, D], float32, for keys in the basis of `vectors` [B or 1, H, n, D]."""
-    return turned(q, vectors[:, :, None, BEFORE:]) if has_basis(vectors, 2) else q
+def standard(token: torch.Tensor, dim: int) -> torch.Tensor:
+    """The basis that tokens are in already, beside one token that has dimension `dim` for it."""
+    size, leading = token.shape[-1], token.movedim(dim, -2).shape[:-2]
+    return torch.eye(size, dtype=token.dtype, device=token.device).expand(*leading, size, size).movedim(-2, dim)
+
+
+def weighed(q: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
+    """Queries [B, Hq, T, D] times the balance of `vectors` [B or 1, H, n, D], in their basis, in their own dtype."""
+    heads = vectors.shape[1]
+    grouped = q.float().unflatten(1, (heads, q.shape[1] // heads)) * vectors[:, :, 1:2].float().unsqueeze(2)
+    grouped = turned(grouped, vectors[:, :, None, BEFORE:]) if has_basis(vectors, 2) else grouped
+    return grouped.flatten(1, 2).to(q.dtype)
 
 
 def mixed(out: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
