@@ -143,3 +143,12 @@ def test_strict_raises_where_a_basis_cannot_be_had():
     with pytest.raises(Exception, match=r"strict=True.*in a basis of its own"):
         for ids in conversation()[:2]:
             step(call, ids, new_cache("dynamic", model))
+
+
+@EVERY_CACHE
+def test_inductor_gives_what_the_eager_inner_compiler_gives(kind):
+    model = tiny()
+    call, ours, dense = compiled(model, **options("both", inner="inductor")), *(new_cache(kind, model) for _ in "ab")
+    for ids in conversation()[:3]:
+        assert_same(step(call, ids, ours), step(model, ids, dense))
+    assert_in_bases(ours, model)
