@@ -54,3 +54,21 @@ class Read:
             yield "keys", self.key, self.kind == "logits"
         if self.value is not None:
             yield "values", self.value, False
+
+
+def forget_unread(
+    joins: dict[fx.Node, Join], views: dict[fx.Node, View], reads: dict[fx.Node, Read], writes: dict[fx.Node, View]
+) -> None:
+    """Take out what is joined and then decoded for whoever uses it: it is decoded in front, and new parts of it need no
+    codes."""
+    for node in reversed(list(joins)):
+        shown = {node}
+        for view in views.values():
+            shown |= {view.node} if view.parent in shown else set()
+        used = {part for join in joins.values() for part in join.parts}
+        used |= {side.node for read in reads.values() for _, side, _ in read.sides}
+        users = [user for each in shown for user in each.users]
+        if used.isdisjoint(shown) and not any(user.op == "output" or user in writes for user in users):
+            del joins[node]
+            for each in shown:
+                del views[each]

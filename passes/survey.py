@@ -11,7 +11,7 @@ from tqcompile.passes.flex import TWIN, made_for
 from tqcompile.passes.indices import kept_run
 from tqcompile.passes.nodes import memory_of, spelling, tensor_of, walk, written_operands
 from tqcompile.passes.places import alike, are_weights, becomes_weights, fits, places_of, roles_of
-from tqcompile.passes.records import Append, Join, Read
+from tqcompile.passes.records import Append, Join, Read, forget_unread
 from tqcompile.passes.sinks import sink_behind
 from tqcompile.passes.softmax import addends, chain_behind
 from tqcompile.passes.tokens import kept_by, source_of, whole_tokens, written_memory
@@ -49,6 +49,7 @@ class Survey:
                 self._visit(node)
         self._settle_appends()
         self._pair_products(graph)
+        forget_unread(self.joins, self.views, self.reads, self.writes)
         self._settle_twins(graph)
         self._cross_check()
 

@@ -19,7 +19,9 @@ LENGTH = 32
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 8e-2}
 
 head_dims = st.sampled_from([2, 7, 8, 16, 32, 33, 48, 64, 96])
-codecs = st.tuples(st.sampled_from(sorted(formats.REGISTRY)), st.sampled_from(sorted(formats.FOR_VALUES)))
+# What is kept in a basis of its own is no code of what a dense cache holds.
+names = sorted(name for name, codec in formats.REGISTRY.items() if not codec.principal)
+codecs = st.tuples(st.sampled_from(names), st.sampled_from([name for name in names if name in formats.FOR_VALUES]))
 
 
 @st.composite

@@ -287,6 +287,10 @@ def test_what_dense_compilation_gets_as_wrong_is_not_ours(error, step, ours):
     record = written("both", {"error": 0.4, "held": held(4, 4)})
     record["scenarios"][SHORT]["modes"]["dense"] = {"error": error, "step": step}
     assert len(verdict.problems(record)) == ours
+    record["scenarios"][SHORT]["modes"][CODEC] = {"error": 0.5, "step": 3}
+    assert len(verdict.problems(record)) == 2 * ours
+    record["scenarios"][SHORT]["modes"][LOSSLESS]["error"] = 0.0
+    assert len(verdict.problems(record)) == 1
 
 
 def test_the_page_is_made_from_records(tmp_path):

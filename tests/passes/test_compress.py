@@ -4,7 +4,7 @@ import pytest
 import torch
 from conversations import fake_quantised
 from graphs import operators, passed
-from representatives import REPRESENTATIVES
+from representatives import OF_DENSE
 from test_sites import AT, Cache, K, Q, V, attend, write
 
 import tqcompile
@@ -52,7 +52,7 @@ PRODUCTS = {
 APART_BECAUSE = {"square": "a product of scores with themselves is no function of one"}
 
 
-@pytest.mark.parametrize("codec", REPRESENTATIVES)
+@pytest.mark.parametrize("codec", OF_DENSE)
 def test_a_write_becomes_one_append_and_attention_one_attend(codec):
     keys, values = formats.pair_of(codec)
     after, context, before = passed(stepping(attend), Q, K, V, AT, keys=keys, values=values)

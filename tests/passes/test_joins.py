@@ -243,3 +243,28 @@ def test_numbers_that_nobody_keeps_are_joined_as_they_are():
     after, context, _ = passed(step, *given, keys="turboquant:4", values="q8_0")
     assert not context.fallbacks and operators(after)["scaled_dot_product_attention"] == 1
     assert [site.kind for site in context.sites] == ["append", "append"]
+
+
+@EVERY_CODEC
+def test_what_is_joined_to_be_decoded_is_not_encoded_first(codecs):
+    """As tokens of a stream of its own, behind those of a cache, that leave the graph in a tensor of all streams."""
+
+    def read(q, k, v, own, other):
+        streams = [torch.cat([v, each], 2).unsqueeze(2) for each in (own, other)]
+        return attend(q, k, v), torch.cat(streams, 2)
+
+    class Streams(torch.nn.Module):
+        def forward(self, q, k, v, own, other, keys, values):
+            keys, values = torch.cat([keys, k], 2), torch.cat([values, v], 2)
+            return *read(q, keys, values, own, other), keys, values
+
+    given = Q, K, V, V * 0.7, V + 1, torch.randn(2, 4, 5, 8), torch.randn(2, 4, 5, 8)
+    gm, context, _ = passed(Streams(), *given, keys=codecs[0], values=codecs[1])
+    assert len(context.sites) == 2 and not operators(gm)["encode"]
+    model = torch.compile(Streams(), backend=tqcompile.turboquant(keys=codecs[0], values=codecs[1], inner="eager"))
+    with torch.no_grad():
+        caches = [CompressedKV.encode(x, tqcompile.formats.codec(c)) for x, c in zip(given[-2:], codecs)]
+        _, ours, *_ = model(*given[:-2], *caches)
+        held = [fake_quantised(x, codecs[1]) for x in (given[-1], V)]
+        expected = torch.stack([torch.cat([*held, own], 2) for own in given[3:5]], 2)
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
