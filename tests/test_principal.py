@@ -52,6 +52,17 @@ def test_scores_are_what_they_were():
     torch.testing.assert_close(ours, theirs, atol=2e-4, rtol=1e-4)
 
 
+def test_axes_do_not_depend_on_how_large_tokens_are_and_are_a_rotation_where_one_is_no_number():
+    x = tokens_of(16)
+    enough = torch.ones(2, 2, 1, 1, dtype=torch.bool)
+    expected = principal.learned(x, enough, 2)
+    torch.testing.assert_close(principal.learned(x * 2.0**100, enough, 2), expected)
+    x[1, 0, 3, 5] = float("inf")
+    found = principal.learned(x, enough, 2)
+    assert torch.equal(found[1, 0], tables.rotation(16, principal.BASIS_SEED))
+    torch.testing.assert_close(found[0], expected[0])
+
+
 ODD = {
     "one token": lambda x: x[:, :, :1],
     "zeros": torch.zeros_like,
