@@ -56,3 +56,8 @@ def test_the_nominal_spectrum_is_whole_and_falls():
 def test_nonsense_is_refused(total, spectrum):
     with pytest.raises(ValueError, match=f"total={total}.*0 or more"):
         allocate(total, spectrum)
+
+
+def test_bands_without_bits_are_the_last_whatever_the_spectrum():
+    widths = [bits for _, bits in allocate(4, (0.05, 0.05, 0.9))]
+    assert any(widths) and 0 not in widths[:-1]
