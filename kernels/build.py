@@ -16,7 +16,7 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from tqcompile.codec import STATE_BITS, Codec
 from tqcompile.formats import REGISTRY, pair_of
 from tqcompile.formats import codec as codec_named
-from tqcompile.kernels import append, attend, exact, integer, logits, path, shift, step, tune
+from tqcompile.kernels import append, exact, integer, logits, path, portable, shift, step, tune
 from tqcompile.kernels.assembled import Usage, compiled
 from tqcompile.kernels.emit import Reader
 from tqcompile.kernels.writers import writes
@@ -42,31 +42,44 @@ def mixed_pairs(registry: dict[str, Codec]) -> list[tuple[Codec, Codec]]:
 
 
 def attend_usage(
-    pair: tuple[Codec, Codec], head_dim: int, reader: Reader, dtype: torch.dtype, rows: int, capability: int
+    pair: tuple[Codec, Codec],
+    head_dim: int,
+    reader: Reader,
+    dtype: torch.dtype,
+    rows: int,
+    capability: int,
+    second_dim: int = 0,
 ) -> Usage:
-    """Compile `attend_split` for contiguous planes and queries of `dtype`."""
-    kernel = attend.module(*pair, (head_dim, head_dim), reader, None, False).attend_split
-    widths = [codec.coordinates(head_dim) for codec in pair]
+    """Compile `attend_split` for contiguous planes and queries of `dtype`.
+
+    With `second_dim` the keys are the values, and there are more of so many dims in their codec.
+    """
+    second = (pair[0], second_dim) if second_dim else None
+    kernel = portable.module(*pair, (head_dim, head_dim), reader, None, False, second).attend_split
+    widths = [codec.coordinates(dim) for codec, dim in zip((*pair, pair[0]), (head_dim, head_dim, second_dim))]
     how = (max(widths), dtype == torch.float32, torch.device("cpu"))
-    plan = tune.attend_plan(rows, 8, 4096, *how, crowded=any(map(attend.crowded, pair)))
+    latent = bool(second_dim) and portable.is_latent(dtype, pair[0], widths[0])
+    plan = tune.attend_plan(rows, 8, 4096, *how, crowded=any(map(portable.crowded, pair)), latent=latent)
     pointers = {"q": dtype, "mask": dtype}
     types = {"scale": "fp32", "reach": "*i32"}
     if reader.mask == "bool":
         pointers["mask"] = torch.uint8
-    for side, codec in zip(("key", "value"), pair):
+    pointers["second_q"] = dtype
+    for side, codec in zip(("key", "value", "second"), (*pair, pair[0])):
         pointers |= planes_of(f"{side}_", codec, dtype)
-        pointers[f"{side}_table"] = attend.table_of(codec, head_dim, dtype, torch.device("cpu")).dtype
-    kind = attend.TRITON_DTYPES[dtype]
+        pointers[f"{side}_table"] = portable.table_of(codec, head_dim, dtype, torch.device("cpu")).dtype
+    kind = portable.TRITON_DTYPES[dtype]
     constants = {
-        **{"q_d": 1, "mask_s": 1, "KEY_DIM": widths[0], "VALUE_DIM": widths[1]},
-        **{"BLOCK_R": plan.block_rows, "BLOCK_T": plan.block_tokens},
-        **{"BLOCK_K": tune.extent(widths[0]), "BLOCK_V": tune.extent(widths[1])},
+        **{"q_d": 1, "second_q_d": 1, "mask_s": 1, "BLOCK_R": plan.block_rows, "BLOCK_T": plan.block_tokens},
+        **{f"{side}_DIM": width for side, width in zip(("KEY", "VALUE", "SECOND"), widths)},
+        **{f"BLOCK_{side}": tune.extent(width) for side, width in zip("KVS", widths)},
+        "SHARED": bool(second_dim),
         **{"KEY_TYPE": kind, "VALUE_TYPE": kind, "KEY_DOT": kind, "VALUE_DOT": kind},
         "REACH": reader.mask != "none",
         "SHRINK": dtype == torch.float16,
     }
     name = f"attend {pair[0].name} {pair[1].name} d{head_dim} {reader.mask}{' causal' * reader.causal}"
-    label = f"{name} {str(dtype)[6:]} {plan.block_rows} rows"
+    label = f"{name} {str(dtype)[6:]} {plan.block_rows} rows{f' and {second_dim} dims' * bool(second_dim)}"
     return compiled(label, kernel, pointers, constants, types, plan.warps, plan.registers, capability)
 
 
@@ -212,6 +225,10 @@ def every_usage() -> Iterator[Usage]:
                 yield from exact_usages(head_dim, reader, torch.bfloat16, capability)
             for reader in READERS[:3]:
                 yield shift_usage(head_dim, reader, capability)
+        for codec in REGISTRY.values():
+            if portable.is_latent(torch.bfloat16, codec, tune.LATENT_DIMS) and codec.for_values:
+                for rows in (16, 128) if capability >= 90 else (16,):
+                    yield attend_usage((codec,) * 2, tune.LATENT_DIMS, READERS[0], torch.bfloat16, rows, capability, 64)
         for head_dim in (64, 96, 128, 256):
             for codec in REGISTRY.values():
                 if codec.is_sequential:

@@ -15,8 +15,8 @@ from tqcompile.codec import Codec
 from tqcompile.coding import Planes, split
 from tqcompile.kernels import emit, tune
 from tqcompile.kernels.append import check, edges_of, fitting, nearest, rounded
-from tqcompile.kernels.attend import table_of
 from tqcompile.kernels.combine import maximum_of, sum_of
+from tqcompile.kernels.portable import table_of
 from tqcompile.kernels.writers import writer
 
 # Printed by `emit`; the names stand here so that the skeleton can be read, and checked, as ordinary Python.

@@ -16,6 +16,10 @@ ATTEND = {
     (64, False): (64, 64, 8, 255),
     (64, True): (16, 16, 8, 255),
 }
+# The same, in half precision, of a latent of up to 512 numbers that is keys and values at once: it is decoded once for
+# both, and 128 rows are 64 KiB of sums. Those of more than 16 rows are for Hopper: what came before spills.
+LATENT = {16: (16, 32, 4, 255), 64: (32, 64, 8, 255)}
+LATENT_DIMS = 512
 APPEND_REGISTERS = 128
 # Programs that a multiprocessor holds at once; dims, and numbers, that one step of the combination reads.
 PROGRAMS_PER_PROCESSOR = 2
@@ -86,9 +90,9 @@ def extent(head_dim: int) -> int:
     return max(16, power_of_two(head_dim))
 
 
-def most_rows(head_dim: int) -> int:
-    """Rows a KV head up to which a token is decoded for each block of them."""
-    return MOST_ROWS if head_dim <= FUSED_DIMS else min(MOST_ROWS, MOST_ROWS_WIDE)
+def most_rows(head_dim: int, latent: bool = False) -> int:
+    """Rows a KV head up to which a token is decoded for each block of them; of a `latent` on Hopper, more."""
+    return MOST_ROWS if head_dim <= FUSED_DIMS or latent else min(MOST_ROWS, MOST_ROWS_WIDE)
 
 
 @lru_cache(maxsize=4096)
@@ -101,13 +105,15 @@ def attend_plan(
     device: torch.device,
     processors: int | None = None,
     crowded: bool = False,
+    latent: bool = False,
 ) -> AttendPlan:
     """The plan for `rows` query rows on each of `heads` KV heads over `length` tokens.
 
     `crowded` numbers take several loads each, and more registers than others of their head_dim.
     """
-    block_rows, block_tokens, warps, registers = ATTEND[16 if rows <= 16 else 64, float32]
-    if head_dim > 128 or crowded:
+    many = 16 if rows <= 16 else 64
+    block_rows, block_tokens, warps, registers = LATENT[many] if latent else ATTEND[many, float32]
+    if not latent and (head_dim > 128 or crowded):
         block_tokens, warps, registers = 16 if crowded else max(16, block_tokens // 2), 8, 255
     wanted = (processors or processors_of(device)) * PROGRAMS_PER_PROCESSOR
     blocks = -(-length // block_tokens)

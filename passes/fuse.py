@@ -32,13 +32,13 @@ def _appends(attend: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     They write the same positions, keys are rotated as the query is, and what lies between neither touches the planes
     nor changes what is written.
     """
-    keys, values = ({_shown(plane) for plane in planes} for planes in attend.args[1:3])
+    keys, values = ({shown(plane) for plane in planes} for planes in attend.args[1:3])
     if any(plane.op != "placeholder" for plane in keys | values):
         return None
     found: dict[str, fx.Node] = {}
     between, node = [], attend.prev
     while node.op in ("call_function", "call_method", "get_attr") and len(found) < 2:
-        touched = {_shown(operand) for operand in node.all_input_nodes}
+        touched = {shown(operand) for operand in node.all_input_nodes}
         side = "keys" if touched & keys else "values" if touched & values else None
         if side is not None and node.target is ops.append and side not in found:
             found[side] = node
@@ -60,7 +60,7 @@ def _appends(attend: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     return None if overwritten else (found["keys"], found["values"])
 
 
-def _shown(node: fx.Node) -> fx.Node:
+def shown(node: fx.Node) -> fx.Node:
     """What a node may show a part of: followed through methods too, which may copy; to touch a copy counts as well."""
     while node.op == "call_method" or node.target in VIEWS:
         node = node.args[0]

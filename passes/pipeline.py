@@ -10,6 +10,7 @@ from tqcompile.passes.context import Context
 from tqcompile.passes.flex import flex
 from tqcompile.passes.fuse import fuse
 from tqcompile.passes.regions import regions
+from tqcompile.passes.second import second
 from tqcompile.passes.sites import sites
 from tqcompile.passes.verify import verify
 
@@ -21,6 +22,7 @@ PIPELINE = (
     centre,
     regions,
     compress,
+    second,
     fuse,
     verify,
 )

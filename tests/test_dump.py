@@ -8,8 +8,8 @@ import torch
 from test_mutations import SIZE, Layer, calls
 
 import tqcompile
-from tqcompile.backend import readers
 from tqcompile.dump import Dump, kernel_sources, texts_kept
+from tqcompile.reads import kernels_of
 
 F = torch.nn.functional
 CODECS = {"keys": "turboquant:4", "values": "q8_0"}
@@ -138,7 +138,7 @@ def test_single_products_have_the_kernels_that_multiply_codes_or_decode_them(tmp
     sources = kernel_sources(after, sites)
     assert {"logits_turboquant_4_32_int8", "decode_turboquant_4_32", "decode_q8_0_32"} <= sources.keys()
     assert "def logits_fragments(" in sources["logits_turboquant_4_32_int8"]
-    kernels = {what: kernel for what, _, kernel in readers(after)}
+    kernels = {what: kernel for what, _, kernel in kernels_of(after)}
     assert kernels["query x keys"] == "int8 units" and "decoded" in kernels["weights x values"]
 
 

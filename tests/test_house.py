@@ -23,7 +23,7 @@ FLOORS = (
     ("cache+adopt+buffer+centre+centred+dispatch+encoding+followed+principal+readonly",),
     ("report",),
     ("passes",),
-    ("backend+runtime+dump+facts",),
+    ("backend+runtime+dump+facts+reads",),
     ("__init__",),
     ("bench",),
     ("explain",),

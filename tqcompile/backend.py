@@ -3,7 +3,6 @@
 import hashlib
 import time
 import weakref
-from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
@@ -23,6 +22,7 @@ from tqcompile.passes.context import Context
 from tqcompile.passes.nodes import tensor_of
 from tqcompile.passes.pipeline import run
 from tqcompile.passes.sites import real
+from tqcompile.reads import kernels_of, kinds_of
 from tqcompile.runtime import CompiledGraph
 
 
@@ -95,9 +95,9 @@ def _compile(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options
     for site in context.sites:
         cache = tensor_of(site.root)
         ops.prepare(site.codec, int(cache.shape[-1]), cache.device)
-    record.kinds = read_kinds(copy)
+    record.kinds = kinds_of(copy)
     if any(tensor_of(site.root).device.type == "cuda" for site in context.sites):
-        record.readers = readers(copy)
+        record.readers = kernels_of(copy)
     compiled = _inner(copy, examples, options, mode, dump)
     return _followed(CompiledGraph(gm, compiled, context, record), context)
 
@@ -112,27 +112,6 @@ def _followed(compiled: Callable, context: Context) -> Callable:
         return compiled(*args)
 
     return call if foreign else compiled
-
-
-def read_kinds(gm: fx.GraphModule) -> dict[str, int]:
-    """How many reads of codes a rewritten graph has of each operator: attend, or one of its two products."""
-    kinds = {ops.attend: "attend", ops.logits: "logits", ops.mix: "mix"}
-    return dict(Counter(kinds[node.target] for node in gm.graph.nodes if node.target in kinds))
-
-
-def readers(gm: fx.GraphModule) -> dict[tuple[str, str, str], int]:
-    """What reads codes in a rewritten graph, which, and by which kernel on a GPU: how often each."""
-    found = Counter()
-    for node in gm.graph.nodes:
-        if node.target is ops.attend:
-            keys, values, *dims, _ = node.args[-5:]
-            key = f"{keys} / {values}", ops.kernel_of(keys, values, tuple(dims))
-            found["attention", *key] += 1
-        elif node.target is ops.logits:
-            found["query x keys", node.args[2], ops.logits_kernel_of(*node.args[2:])] += 1
-        elif node.target is ops.mix:
-            found["weights x values", node.args[2], ops.DECODED] += 1
-    return dict(found)
 
 
 def graph_breaks() -> dict[str, int]:

@@ -118,7 +118,7 @@ def kernel_sources(after: fx.GraphModule, sites: Iterable[Site]) -> dict[str, st
 
 
 def _attend_sources(node: fx.Node) -> dict[str, str]:
-    from tqcompile.kernels import attend, decoded, exact, integer, shift
+    from tqcompile.kernels import attend, decoded, exact, integer, logits, portable, shift
 
     sources = {}
     mask, _, _, _, causal, _, score_mod, _, keys, values, *head_dims, _ = node.args[3:]
@@ -131,9 +131,16 @@ def _attend_sources(node: fx.Node) -> dict[str, str]:
         # What hides those tokens from codes is a mask.
         reader = replace(reader, mask="bool") if reader.mask == "none" else reader
     what = f"attend_{_plain(keys)}_{_plain(values)}_{head_dims[0]}_{head_dims[1]}{_said(reader)}"
-    codecs = formats.codec(keys), formats.codec(values)
-    sources[what] = attend.source(*codecs, tuple(head_dims), reader)
+    codecs, more = (formats.codec(keys), formats.codec(values)), None
+    if node.kwargs.get("second"):
+        more = formats.codec(node.kwargs["second_codec"]), node.kwargs["second_dim"]
+        sources[f"decode_{_plain(more[0].name)}_{more[1]}"] = decoded.source(*more)
+        if side := logits.side_of(*more):
+            sources[f"logits_{_plain(more[0].name)}_{more[1]}_int8"] = logits.source(side)
+    sources[what] = portable.source(*codecs, tuple(head_dims), reader, more)
     if sides := integer.sides_of(codecs, tuple(head_dims)):
+        # Scores of a second cache are a mask there.
+        reader = replace(reader, mask="additive") if more else reader
         sources[f"{what}_int8"] = integer.source(*sides, reader)
     for codec, dim in zip(codecs, head_dims):
         sources[f"decode_{_plain(codec.name)}_{dim}"] = decoded.source(codec, dim)

@@ -16,6 +16,7 @@ Tensors = Sequence[torch.Tensor]
 
 # How a product is made that has no kernel of its own, for the report.
 DECODED = "decoded, a part of the heads at a time"
+INTEGER = "int8 units"
 
 _library = torch.library.Library("tqcompile", "DEF")
 _library.define("encode(Tensor y, str codec) -> Tensor[]")
@@ -28,7 +29,7 @@ _library.define(
     "attend(Tensor q, Tensor[] keys, Tensor[] values, Tensor? mask, Tensor? reach, Tensor? key_basis, "
     "Tensor? value_basis, bool causal, float scale, str score_mod, Tensor? sinks, str key_codec, str value_codec, "
     "int key_dim, int value_dim, ScalarType dtype, *, Tensor[]? exact=None, Tensor? asked=None, "
-    "int first=0, Tensor[]? centre=None) -> Tensor"
+    "int first=0, Tensor[]? centre=None, Tensor[]? second=None, str second_codec='', int second_dim=0) -> Tensor"
 )
 _library.define(
     "remember(Tensor(a!) numbers, Tensor(b!) index, Tensor tokens, Tensor? positions, SymInt start, int dim, int sinks)"
@@ -65,19 +66,22 @@ def writes(codec: Codec, head_dim: int) -> bool:
     return writers.writes(codec, head_dim)
 
 
-def kernel_of(key_codec: str, value_codec: str, head_dims: tuple[int, int]) -> str:
-    """What attends over a pair of codecs on a GPU, for the report."""
-    from tqcompile.kernels import integer
+def kernel_of(key_codec: str, value_codec: str, head_dims: tuple[int, int], same: bool = False) -> str:
+    """What attends over a pair of codecs on a GPU, for the report; `same` where keys are the values."""
+    from tqcompile.kernels import integer, portable
 
     codecs = formats.codec(key_codec), formats.codec(value_codec)
-    return "int8 units" if integer.sides_of(codecs, head_dims) else "portable, slower than dense attention"
+    if integer.sides_of(codecs, head_dims):
+        return INTEGER
+    latent = same and portable.is_latent(torch.float16, codecs[0], head_dims[0])
+    return "portable, tiles of a latent" if latent else "portable, slower than dense attention"
 
 
 def logits_kernel_of(codec: str, head_dim: int) -> str:
     """What multiplies queries by keys on a GPU, for the report."""
     from tqcompile.kernels import logits as kernel
 
-    return "int8 units" if kernel.side_of(formats.codec(codec), head_dim) else DECODED
+    return INTEGER if kernel.side_of(formats.codec(codec), head_dim) else DECODED
 
 
 def encoded(y: torch.Tensor, codec: str) -> list[torch.Tensor]:
@@ -132,14 +136,16 @@ def _append_step_cuda(keys, values, k, v, q, positions, key_basis, value_basis, 
 
 def _attend_cpu(
     q, keys, values, mask, reach, key_basis, value_basis, causal, scale, *others,
-    exact=None, asked=None, first=0, centre=None,
+    exact=None, asked=None, first=0, centre=None, second=None, second_codec="", second_dim=0,
 ):  # fmt: skip
     score_mod, sinks, key_codec, value_codec, *dims, dtype = others
     codecs, start = (formats.codec(key_codec), formats.codec(value_codec)), 0
     asked, q = q if asked is None else asked, reference.rotate(q, key_basis)
     mask = reference.shifted(*centre, mask) if centre else mask
     if reach is not None and reach.numel() and not causal:
-        start, keys, values, mask = _within(reach, keys, values, mask)
+        start, keys, values, mask, second = _within(reach, keys, values, mask, second)
+    if second:
+        mask = reference.beside(_logits(second[0], second[1:], second_codec, second_dim), mask)
     known = recent.exact(exact, asked, start, start + keys[0].shape[2]) if exact else None
     out, theirs = cpu.attend(q, keys, values, mask, causal, scale, *codecs, tuple(dims), score_mod, sinks, known)
     if theirs is None:
@@ -147,19 +153,20 @@ def _attend_cpu(
     return (reference.rotate_back(out, value_basis, torch.float32) + theirs).to(dtype).contiguous()
 
 
-def _within(reach: torch.Tensor, keys: Tensors, values: Tensors, mask: torch.Tensor) -> tuple:
+def _within(reach: torch.Tensor, keys: Tensors, values: Tensors, mask: torch.Tensor, second: Tensors | None) -> tuple:
     """The first token that any sequence sees, and planes and mask from there to the last."""
     first, stop = int(reach[:, 0].min()), int(reach[:, 1].max())
     span = slice(first, max(first, stop))
-    return first, [plane[:, :, span] for plane in keys], [plane[:, :, span] for plane in values], mask[..., span]
+    keys, values, others = ([plane[:, :, span] for plane in planes] for planes in (keys, values, (second or [])[1:]))
+    return first, keys, values, mask[..., span], [second[0], *others] if second else None
 
 
 def _attend_cuda(
     q, keys, values, mask, reach, key_basis, value_basis, causal, scale, *others,
-    exact=None, asked=None, first=0, centre=None,
+    exact=None, asked=None, first=0, centre=None, second=None, second_codec="", second_dim=0,
 ):  # fmt: skip
     from tqcompile.kernels import attend as kernel
-    from tqcompile.kernels import shift
+    from tqcompile.kernels import portable, shift
 
     score_mod, sinks, key_codec, value_codec, *dims, dtype = others
     codecs = formats.codec(key_codec), formats.codec(value_codec)
@@ -169,6 +176,12 @@ def _attend_cuda(
     with torch.cuda.device(q.device):
         mask = shift.shifted(*centre, mask) if centre else mask
         q = reference.rotate(q, key_basis)
+        if second:
+            second = portable.Second(second[0], second[1:], formats.codec(second_codec), second_dim)
+            if not kernel.joins(q, keys, values, codecs, tuple(dims), second):
+                mask = reference.beside(_logits_cuda(second.q, second.planes, second_codec, second_dim), mask)
+                second = None
+            options["second"] = second
         return kernel.attend(q, keys, values, mask, causal, scale, *codecs, tuple(dims), **options)
 
 
@@ -188,23 +201,23 @@ def _mix(weights: torch.Tensor, values: Tensors, codec: str, head_dim: int) -> t
 
 
 def _logits_cuda(q: torch.Tensor, keys: Tensors, codec: str, head_dim: int) -> torch.Tensor:
-    from tqcompile.kernels import attend, decoded
+    from tqcompile.kernels import decoded, portable
     from tqcompile.kernels import logits as kernel
 
     codec = formats.codec(codec)
     with torch.cuda.device(q.device):
         if kernel.takes(q, keys, codec, head_dim):
             return kernel.logits(q, keys, codec, head_dim)
-        look_up = attend.table_of(codec, head_dim, q.dtype, q.device)
+        look_up = portable.table_of(codec, head_dim, q.dtype, q.device)
         return decoded.logits(q, keys, codec, look_up).float()
 
 
 def _mix_cuda(weights: torch.Tensor, values: Tensors, codec: str, head_dim: int) -> torch.Tensor:
-    from tqcompile.kernels import attend, decoded
+    from tqcompile.kernels import decoded, portable
 
     codec = formats.codec(codec)
     with torch.cuda.device(weights.device):
-        look_up = attend.table_of(codec, head_dim, weights.dtype, weights.device)
+        look_up = portable.table_of(codec, head_dim, weights.dtype, weights.device)
         return decoded.mix(weights, values, codec, look_up, head_dim).float()
 
 

@@ -15,7 +15,7 @@ from tqcompile.codec import Codec
 from tqcompile.formats import Preset
 
 ENVIRONMENT = "TQCOMPILE_OPTIONS"
-PASSES = ("flex", "canonicalize", "absorb", "sites", "centre", "regions", "compress", "fuse")
+PASSES = ("flex", "canonicalize", "absorb", "sites", "centre", "regions", "compress", "second", "fuse")
 # What a preset has beside codecs.
 EXTRAS = ("sinks", "window", "centre")
 INNERS = ("inductor", "aot_eager", "eager")

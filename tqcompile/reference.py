@@ -74,10 +74,15 @@ def shifted(waved: torch.Tensor, waves: torch.Tensor, mask: torch.Tensor | None)
     waved [B, Hq, T, columns + 1] and waves [S, columns] float32; mask None, or what `attend` takes. Returns
     [B, Hq, T, S] float32.
     """
-    bias = waved[..., :-1] @ waves.T + waved[..., -1:]
+    return beside(waved[..., :-1] @ waves.T + waved[..., -1:], mask)
+
+
+def beside(scores: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """The additive mask of scores [B, Hq, T, S] that come beside others, and of a mask that is given (None, or what
+    `attend` takes)."""
     if mask is None:
-        return bias
-    return bias.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else bias + mask
+        return scores
+    return scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
 
 
 def attend(

@@ -8,7 +8,7 @@ from cases import close, compressed, numbers_of
 from representatives import REPRESENTATIVES
 
 from tqcompile import coding, formats, reference, tables
-from tqcompile.kernels import attend, decoded, tune
+from tqcompile.kernels import attend, decoded, portable, tune
 
 CODECS = REPRESENTATIVES
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -21,7 +21,7 @@ def many_rows(monkeypatch):
 
 
 def look_up(codec, head_dim, dtype, device):
-    return attend.table_of(codec, head_dim, dtype, torch.device(device))
+    return portable.table_of(codec, head_dim, dtype, torch.device(device))
 
 
 # Ragged ones for every codec, and one of the others in turn.

@@ -14,7 +14,7 @@ from representatives import REPRESENTATIVES
 
 from tqcompile import formats
 from tqcompile.codec import Codec, Lookup, Plane, Term
-from tqcompile.kernels import append, attend, emit
+from tqcompile.kernels import append, emit, portable
 from tqcompile.kernels.address import expression
 from tqcompile.kernels.writers import writer, writes
 from tqcompile.layout import COORDINATE, layout_of
@@ -81,7 +81,7 @@ def test_expressions_are_printed_as_triton_reads_them():
 
 def test_a_module_stands_alone_and_is_named_by_its_content(tmp_path):
     codec = formats.codec("turboquant:3")
-    text = attend.source(codec, codec, (64, 64), emit.Reader("bool"))
+    text = portable.source(codec, codec, (64, 64), emit.Reader("bool"))
     tree = ast.parse(text)
     imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     assert imported == {"triton", "triton.language"}
@@ -93,13 +93,13 @@ def test_a_module_stands_alone_and_is_named_by_its_content(tmp_path):
 
 def test_another_process_prints_the_same_text():
     program = (
-        "from tqcompile.formats import codec; from tqcompile.kernels import attend;"
+        "from tqcompile.formats import codec; from tqcompile.kernels import portable;"
         "from tqcompile.kernels.emit import Reader;"
-        "print(attend.source(codec('turboquant:5'), codec('q8_0'), (80, 64), Reader('bool', True)), end='')"
+        "print(portable.source(codec('turboquant:5'), codec('q8_0'), (80, 64), Reader('bool', True)), end='')"
     )
     environment = {**os.environ, "PYTHONHASHSEED": "7", "PYTHONPATH": str(GOLDEN.parents[1])}
     other = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
-    here = attend.source(formats.codec("turboquant:5"), formats.codec("q8_0"), (80, 64), emit.Reader("bool", True))
+    here = portable.source(formats.codec("turboquant:5"), formats.codec("q8_0"), (80, 64), emit.Reader("bool", True))
     assert other.stdout == here
 
 

@@ -7,7 +7,7 @@ from representatives import REPRESENTATIVES
 from test_attend import mask_of
 
 from tqcompile import formats, recent, reference, tables
-from tqcompile.kernels import attend, decoded, exact
+from tqcompile.kernels import attend, decoded, exact, portable
 
 SINKS, WINDOW, LENGTH = 3, 37, 150
 
@@ -116,7 +116,7 @@ def test_many_rows_read_them_among_decoded_ones(device, name, mask):
 
     def through(_, keys, values, mask, causal, scale, *others, known, **beside):
         codecs, dims = others[:2], others[2]
-        look_ups = [attend.table_of(codec, 64, q.dtype, q.device) for codec in codecs]
+        look_ups = [portable.table_of(codec, 64, q.dtype, q.device) for codec in codecs]
         return decoded.attend(q, keys, values, mask, causal, scale, codecs, dims, look_ups, known=known)
 
     for known in (kept(caches), kept(caches, hole=0), [torch.full_like(t, -1) for t in kept(caches)]):

@@ -9,7 +9,7 @@ from test_sites import AT, Cache, K, Q, V, attend, write
 
 import tqcompile
 from tqcompile import formats
-from tqcompile.backend import readers
+from tqcompile.reads import kernels_of
 
 F = torch.nn.functional
 NONE = ()
@@ -286,7 +286,7 @@ def test_what_reads_codes_on_a_gpu_is_named(codec, kernel):
 
     step = stepping(attend).step
     after, _, _ = passed(Wide(step), *wide, AT, keys=codec, values=codec)
-    assert readers(after) == {("attention", f"{codec} / {codec}", kernel): 1}
+    assert kernels_of(after) == {("attention", f"{codec} / {codec}", kernel): 1}
     product = stepping(lambda q, k, v: PRODUCTS["square"](q @ k.mT) @ v).step
     after, _, _ = passed(Wide(product), *wide, AT, keys=codec, values="q8_0")
-    assert [key[:2] for key in readers(after)] == [("query x keys", codec), ("weights x values", "q8_0")]
+    assert [key[:2] for key in kernels_of(after)] == [("query x keys", codec), ("weights x values", "q8_0")]
