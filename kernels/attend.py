@@ -77,6 +77,7 @@ def attend(
     reader, codecs = reader_of(mask, causal, score_mod), (key_codec, value_codec)
     widths = q.shape[3], place[2]
     if rows > most_rows(q, keys, values, codecs, widths) and q.device.type == "cuda":
+        assert second is None, "of so many rows the scores of a second cache are to be a mask"
         tables = [portable.table_of(codec, dim, q.dtype, q.device) for codec, dim in zip(codecs, head_dims)]
         how = mask, causal, scale, codecs, head_dims, tables, folder, score_mod, sinks
         if known:

@@ -244,8 +244,8 @@ def is_latent(dtype: torch.dtype, codec: Codec, dim: int) -> bool:
     """Whether keys that are values, too, have tiles of their own: wide ones in half precision, of a scalar a token."""
     if crowded(codec) or dtype.itemsize != 2 or not tune.FUSED_DIMS < dim <= tune.LATENT_DIMS:
         return False
-    # Codes in three pieces, of 4, 2 and 1 bits, would spill.
-    return codec.is_exact or (codec.scale.plane.per is None and codec.codes.plane.bits.bit_count() < 3)
+    # Codes in several pieces, as of 3 bits, take more registers: they are slower so.
+    return codec.is_exact or (codec.scale.plane.per is None and codec.codes.plane.bits.bit_count() == 1)
 
 
 def crowded(codec: Codec) -> bool:

@@ -103,4 +103,11 @@ def test_a_latent_as_wide_as_models_have_it_is_read(device, codec, heads):
     torch.manual_seed(3)
     length = 150 if device == "cuda" else 40
     q, latent, second = case(device, torch.bfloat16, codec, codec, (512, 64), 1, 1, heads, 1, length)
+    kept = (formats.codec(codec),) * 2
+    if not attend.joins(q, latent, latent, kept, (512, 512), second):
+        # More rows of such codes are decoded once for all of them.
+        assert device == "cuda" and heads > 16
+        with pytest.raises(AssertionError, match="to be a mask"):
+            both(q, latent, latent, second, None, False, (codec,) * 2, (512, 512))
+        return
     close(*both(q, latent, latent, second, None, False, (codec,) * 2, (512, 512)), torch.bfloat16)
