@@ -12,13 +12,13 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import guard_or_false, statically_known_true
 
 from tqcompile.cache import CompressedKV
-from tqcompile.passes.canonicalize import before
 from tqcompile.passes.latents import Made, Piece, Tracer, are_heads, is_latent
 from tqcompile.passes.nodes import memory_of, spelling, tensor_of, walk, written_operands
 from tqcompile.passes.places import are_weights, becomes_weights
 from tqcompile.passes.roles import real
 from tqcompile.passes.sites import may_be_cache
 from tqcompile.passes.survey import Survey
+from tqcompile.passes.values import before
 
 # Queries up to which a product with the latent, which is wider than a head, costs less than to make keys of all tokens.
 MOST_QUERIES = 16

@@ -1,7 +1,6 @@
 """One spelling for each operator the later passes look for."""
 
 import operator
-from contextlib import nullcontext
 
 import torch
 from torch import fx
@@ -9,6 +8,7 @@ from torch import fx
 from tqcompile.passes.indices import index_items
 from tqcompile.passes.inplace import forget_sizes, name_writes
 from tqcompile.passes.nodes import example, spelling, tensor_of
+from tqcompile.passes.values import before, size_of
 
 _MATMULS = {"matmul", "bmm", "__matmul__"}
 _SDPA_DEFAULTS = (("attn_mask", None), ("dropout_p", 0.0), ("is_causal", False), ("scale", None), ("enable_gqa", False))
@@ -89,31 +89,9 @@ def _letters(equation, operands: list) -> tuple[str, str, str] | None:
     return (first, second, result) if kept and len(inner) == len(columns) == 1 and shared else None
 
 
-def size_of(node: fx.Node, tensor: fx.Node, dim: int):
-    """A size of a tensor, as a number or as the node of a symbol, in front of `node`."""
-    size = tensor_of(tensor).shape[dim]
-    if isinstance(size, int):
-        return size
-    with node.graph.inserting_before(node):
-        symbol = node.graph.call_function(torch.ops.aten.sym_size.int, (tensor, dim))
-    symbol.meta["example_value"] = size
-    return symbol
-
-
 def _ordered(node: fx.Node, tensor: fx.Node, letters: str, wanted: tuple[str, ...]) -> fx.Node:
     order = tuple(letters.index(letter) for letter in wanted)
     return tensor if order == tuple(range(len(order))) else before(node, torch.permute, tensor, order)
-
-
-def before(node: fx.Node, target, *args, **kwargs) -> fx.Node:
-    """A call in front of `node`, with the value that it has."""
-    with node.graph.inserting_before(node):
-        made = node.graph.call_function(target, args, kwargs)
-    modes = (getattr(tensor_of(operand), "fake_mode", None) for operand in made.all_input_nodes)
-    with next((mode for mode in modes if mode is not None), nullcontext()):
-        value = target(*fx.map_arg(args, example), **fx.map_arg(kwargs, example))
-    made.meta = {**node.meta, "example_value": value}
-    return made
 
 
 def _added_product(node: fx.Node) -> bool:

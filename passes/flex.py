@@ -6,8 +6,8 @@ import torch
 from torch import fx
 
 from tqcompile import scores
-from tqcompile.passes.canonicalize import before, size_of
 from tqcompile.passes.nodes import spelling, tensor_of
+from tqcompile.passes.values import before, size_of
 
 TWIN = "spelled out"
 # The block size of FlexAttention where there are no blocks.
