@@ -251,6 +251,43 @@ def test_option_costs(capsys, monkeypatch):
         assert float(more) == pytest.approx(1e3 * (times[name] - times["plain codes"]), abs=1.1)
 
 
+def test_latent_costs(capsys, monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    example, clock = (importlib.import_module(name) for name in ("latent_costs", "tqcompile.bench.clock"))
+    monkeypatch.setattr(clock, "ROTATED_BYTES", 2**16)
+    sizes = ["--batch", "2", "--context", "40", "--latent", "32", "--rope", "8", "--heads", "2", "3"]
+    example.main([*sizes, "--device", "cpu"])
+    rows = re.findall(r"^(\d) +(\S.*?) +([\d.]+) +([\d.]+) x$", capsys.readouterr().out, re.MULTILINE)
+    kinds = ["spelled out", "fused", "scores as a mask", "both caches", "made each step"]
+    assert [row[:2] for row in rows] == [(heads, kind) for heads in "23" for kind in kinds]
+    assert all(min(float(ratio) for _, _, _, ratio in rows[at : at + 2]) <= 1.0 for at in (0, 5))
+
+
+def test_latent_costs_holds_every_result_to_the_reference(monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    example = importlib.import_module("latent_costs")
+    monkeypatch.setattr(example.Case, "spelled_out", lambda self, i: self.caches[i][0][:, :, :1].expand(-1, 2, -1, -1))
+    with pytest.raises(ArithmeticError, match="spelled out is off by"):
+        example.main(
+            ["--batch", "1", "--context", "9", "--latent", "16", "--rope", "8", "--heads", "2", "--device", "cpu"]
+        )
+
+
+def test_joined_heads(checkpoint, tmp_path, capsys, monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    example = importlib.import_module("joined_heads")
+    example.main([str(tmp_path / "joined"), "--model", str(checkpoint)])
+    assert number(r"heads of (\d+) dims", capsys.readouterr().out) == 2 * 128 / 4
+    model, _ = example.load(str(checkpoint))
+    made, _ = example.load(str(tmp_path / "joined"))
+    assert made.config.head_dim == 64 and example.largest_error(model, made) < example.TOLERANCE
+    # What it checks before it writes can fail.
+    monkeypatch.setattr(example, "_PARTS", {**example._PARTS, "v_proj": lambda weight, *_: weight.repeat(2, 1)})
+    with pytest.raises(SystemExit, match="are off by"):
+        example.main([str(tmp_path / "wrong"), "--model", str(checkpoint)])
+    assert not (tmp_path / "wrong").exists()
+
+
 @pytest.mark.parametrize("mistake", WRONG)
 def test_a_mistake_is_named(mistake, capsys, monkeypatch):
     *call, words = WRONG[mistake]
