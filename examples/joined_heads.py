@@ -1,19 +1,21 @@
-"""A model of real weights with heads twice as wide: KV heads joined in pairs, which changes nothing of what it says.
+"""Presets on a model of real weights whose heads are twice as wide: KV heads joined in pairs, which changes nothing of
+what it says.
 
-    python examples/joined_heads.py FOLDER [--model NAME]
-    python -m tqcompile validate FOLDER --codecs balanced quality small tiny
+    python examples/joined_heads.py [--model NAME] [--windows 4] [--context 1024] [--codecs balanced small ...]
 
-Each KV head gets the channels of the next one beside its own, at the frequencies that each had before RoPE, and queries
-are zero where the other's channels lie. SmolLM2-135M-Instruct (the default) has 64 dims, and 128 so. A rotation mixes
-both heads, so that a codec's error on one is in part the other's: harder than a model that was trained so.
+Each KV head has the channels of the next one behind its own, at the frequencies that each had before RoPE, and serves
+query heads of both, which are zero where the other's channels lie. SmolLM2-135M-Instruct (the default) has heads of 64
+dims, and of 128 so. A codec's error on one head is in part the other's; a model that was trained so has no zeros.
 """
 
 import argparse
 
 import torch
-from smollm2 import load
+from smollm2 import device, load, positive
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from tqcompile.validate import Settings, terminal, validate
 
 TOLERANCE = 1e-4
 
@@ -28,41 +30,43 @@ def joined(model: PreTrainedModel) -> PreTrainedModel:
     width, kv_heads = config.hidden_size // config.num_attention_heads, config.num_key_value_heads
     if getattr(config, "attention_bias", False) or width % 2:
         raise ValueError(f"{type(model).__name__} has biases or heads of {width} dims; wanted none, and an even number")
-    theta = config.rope_parameters["rope_theta"]
-    had, given = (theta ** (-torch.arange(0, dims, 2).double() / dims) for dims in (width, 2 * width))
-    factors = (given / had.repeat(2)).tolist()
-    rope = {"rope_type": "longrope", "rope_theta": theta, "short_factor": factors, "long_factor": factors}
-    rope |= {"factor": 1.0, "attention_factor": 1.0, "original_max_position_embeddings": config.max_position_embeddings}
-    changes = {"head_dim": 2 * width, "rope_parameters": rope, "dtype": "float32"}
-    made = AutoModelForCausalLM.from_config(type(config)(**{**config.to_dict(), **changes}))
+    wide = type(config)(**{**config.to_dict(), "head_dim": 2 * width, "dtype": "float32"})
+    made = AutoModelForCausalLM.from_config(wide)
     weights = {name: tensor.float().clone() for name, tensor in model.state_dict().items()}
     for name, tensor in weights.items():
-        if (part := name.rsplit(".", 2)[-2]) in ("q_proj", "k_proj", "v_proj", "o_proj"):
+        if (part := name.rsplit(".", 2)[-2]) in _PARTS:
             weights[name] = _PARTS[part](tensor, width, kv_heads)
     made.load_state_dict(weights)
-    return made.eval()
+    had, rotary = model.model.rotary_emb.inv_freq, made.model.rotary_emb
+    rotary.inv_freq = rotary.original_inv_freq = had.repeat(2)
+    return made.eval().requires_grad_(False)
 
 
 def _beside(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    """Heads [heads, width, ...] with those of `second` beside them, each half of a rotation's pairs in its half."""
-    halves = zip(first.chunk(2, 1), second.chunk(2, 1))
-    return torch.cat([torch.cat(pair, 1) for pair in halves], 1)
+    """Heads [kv_heads, heads, width, ...] with those of `second` beside them: RoPE turns the two halves of a head."""
+    halves = zip(first.chunk(2, 2), second.chunk(2, 2))
+    return torch.cat([torch.cat(pair, 2) for pair in halves], 2)
+
+
+def _shared(heads: torch.Tensor) -> torch.Tensor:
+    """Query heads [kv_heads, heads, width, ...]: the first stay, others go to the KV head that theirs has joined."""
+    stay = heads.shape[1] - heads.shape[1] // 2
+    own, others = heads[:, :stay], heads.roll(-1, 0)[:, stay:]
+    return torch.cat([_beside(own, 0 * own), _beside(0 * others, others)], 1).flatten(0, 2)
 
 
 def _queries(weight: torch.Tensor, width: int, kv_heads: int) -> torch.Tensor:
-    heads = weight.unflatten(0, (-1, width))
     # Scores are divided by the root of twice the width.
-    return _beside(heads * 2**0.5, torch.zeros_like(heads)).flatten(0, 1)
+    return _shared(weight.unflatten(0, (kv_heads, -1, width)) * 2**0.5)
 
 
 def _keys(weight: torch.Tensor, width: int, kv_heads: int) -> torch.Tensor:
-    heads = weight.unflatten(0, (kv_heads, width))
-    return _beside(heads, heads.roll(-1, 0)).flatten(0, 1)
+    heads = weight.unflatten(0, (kv_heads, 1, width))
+    return _beside(heads, heads.roll(-1, 0)).flatten(0, 2)
 
 
 def _out(weight: torch.Tensor, width: int, kv_heads: int) -> torch.Tensor:
-    heads = weight.T.unflatten(0, (-1, width))
-    return _beside(heads, torch.zeros_like(heads)).flatten(0, 1).T.contiguous()
+    return _shared(weight.T.unflatten(0, (kv_heads, -1, width))).T.contiguous()
 
 
 _PARTS = {"q_proj": _queries, "k_proj": _keys, "v_proj": _keys, "o_proj": _out}
@@ -78,17 +82,21 @@ def largest_error(model: nn.Module, other: nn.Module, tokens: int = 300) -> floa
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", help="where the model is written to")
     parser.add_argument("--model", metavar="NAME", help="default: SmolLM2-135M-Instruct")
+    parser.add_argument("--codecs", nargs="+", metavar="NAME", help="as `validate` has them (every preset)")
+    for name, default in (("windows", 4), ("context", 1024), ("batch", 2)):
+        parser.add_argument(f"--{name}", type=positive, default=default, metavar="N", help=f"default {default}")
+    parser.add_argument("--device", type=device, default="cuda" if torch.cuda.is_available() else "cpu")
     given = parser.parse_args(arguments)
     model, tokenizer = load(given.model)
     made = joined(model)
     error = largest_error(model, made)
     if not error <= TOLERANCE:
-        raise SystemExit(f"the logits of the model with joined heads are off by {error:.1e}, so that it is none of use")
-    for each in (made, tokenizer):
-        each.save_pretrained(given.folder)
-    print(f"{given.folder}: heads of {made.config.head_dim} dims; logits as before to {error:.0e}")
+        raise SystemExit(f"the logits of the model with joined heads are off by {error:.1e}: it is another model")
+    print(f"heads of {made.config.head_dim} dims; logits as before to {error:.0e}\n")
+    sizes = {"windows": given.windows, "context": given.context, "batch": given.batch}
+    settings = Settings(**sizes, generate=0, inner="eager")
+    print(terminal.text(validate(made.to(given.device), tokenizer, None, given.codecs, settings)))
 
 
 if __name__ == "__main__":

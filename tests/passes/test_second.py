@@ -3,6 +3,8 @@
 import pytest
 import torch
 from graphs import operators, passed
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from test_sites import AT, Cache, K, Q, V, write
 
 from tqcompile import ops
@@ -126,9 +128,9 @@ APART = [
 def test_scores_are_added_up_by_attention_where_nothing_else_sees_them(step):
     after, context, _ = passed(Cache(step), Q, K.clone(), V, AT.clone())
     assert not context.fallbacks and len(context.sites) == 2
-    given = [node.kwargs.get("second") for node in after.graph.find_nodes(op="call_function", target=ops.attend)]
+    joined = [node.kwargs.get("second") for node in after.graph.find_nodes(op="call_function", target=ops.attend)]
     found = operators(after)
-    assert sum(map(bool, given)) == JOINED.get(step, 0)
+    assert sum(map(bool, joined)) == JOINED.get(step, 0)
     assert bool(found["logits.default"] + found["logits"]) == (step in APART)
 
 
@@ -154,8 +156,40 @@ def test_what_is_lossless_equals_the_model(step):
     compiled = torch.compile(ours, backend="turboquant", options={"preset": "lossless", "inner": "aot_eager"})
     with torch.no_grad():
         for turn in range(3):
-            given = Q + turn, K + turn, V, AT + 3 * turn
-            torch.testing.assert_close(compiled(*given), theirs(*given), rtol=1e-5, atol=1e-5)
+            new = Q + turn, K + turn, V, AT + 3 * turn
+            torch.testing.assert_close(compiled(*new), theirs(*new), rtol=1e-5, atol=1e-5)
+
+
+CHANGES = {
+    "scaled": lambda scores, others: scores * 0.7,
+    "others": lambda scores, others: scores + others,
+    "half of the others": lambda scores, others: scores + others * 0.5,
+    "added": lambda scores, others: scores + HIDDEN,
+    "filled": lambda scores, others: scores.masked_fill(~SEEN, -torch.inf),
+    "filled with a number": lambda scores, others: scores.masked_fill(~SEEN, -1e9),
+    "chosen": lambda scores, others: torch.where(SEEN, scores, torch.finfo(torch.float32).min),
+    "capped": lambda scores, others: (scores / 4).tanh() * 4,
+    "kept from below": lambda scores, others: scores.clamp(min=torch.finfo(torch.float32).min),
+    "cast": lambda scores, others: scores.float(),
+}
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.sampled_from(list(CHANGES)), min_size=1, max_size=5), st.sampled_from(["others", "cast"]))
+def test_whatever_comes_between_the_products_stays_in_its_order(names, last):
+    def step(kc, rc, *new):
+        scores, others = products(kc, rc, *new)
+        for name in (*names, last):
+            scores = CHANGES[name](scores, others)
+        return scores.softmax(-1) @ kc
+
+    torch._dynamo.reset()
+    ours, theirs = Cache(step), Cache(step)
+    compiled = torch.compile(ours, backend="turboquant", options={"preset": "lossless", "inner": "eager"})
+    with torch.no_grad():
+        for turn in range(2):
+            new = Q + turn, K + turn, V, AT + 3 * turn
+            torch.testing.assert_close(compiled(*new), theirs(*new), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("extra", [{"sinks": 2}, {"window": 4}])
@@ -166,8 +200,8 @@ def test_tokens_that_are_kept_as_they_are_look_their_scores_up_in_the_mask(extra
     compiled = torch.compile(ours, backend="turboquant", options=options)
     with torch.no_grad():
         for turn in range(3):
-            given = Q + turn, K + turn, V, AT + 3 * turn
-            torch.testing.assert_close(compiled(*given), theirs(*given), rtol=1e-5, atol=1e-5)
+            new = Q + turn, K + turn, V, AT + 3 * turn
+            torch.testing.assert_close(compiled(*new), theirs(*new), rtol=1e-5, atol=1e-5)
     _, context, _ = passed(Cache(spelled_out), Q, K, V, AT, **options)
     assert context.counts["second"] == (0 if context.regions else 1)
 
