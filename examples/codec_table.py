@@ -95,8 +95,10 @@ rotation. Queries are turned in place of keys, and the weighted sum of values is
 | `kvtc:3` | first token exact | 3.25 | 4.91 | 0.0393 |
 
   The same of all bit widths, of values too, on one H100 80GB: 8 windows of 1,024 tokens, 6,136 scored, float32,
-  PyTorch 2.11, 2026-11-27 (`--device cuda --inner eager --generate 0 --batch 4`). The other side is `turboquant:4`;
-  bits are of keys and values, basis included:
+  PyTorch 2.11, 2026-11-27 (`python -m tqcompile validate FOLDER --device cuda --inner eager --generate 0 --batch 4
+  --codecs turboquant:2/turboquant:4+centre kvtc:2/turboquant:4 turboquant:4/turboquant:2 turboquant:4/kvtc:2`, and the
+  other widths alike). Bits are of keys and values, basis included; where keys are named values are `turboquant:4`, and
+  the other way round:
 
 | bits | keys `turboquant`, centred | keys `kvtc` | values `turboquant` | values `kvtc` |
 |---|---|---|---|---|

@@ -149,15 +149,20 @@ def test_the_same_comes_out_as_of_a_mask_of_scores(step, codec):
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("step", [*JOINED, *APART], ids=lambda step: step.__name__)
-def test_what_is_lossless_equals_the_model(step):
+def assert_as_the_model(step, turns=3, **options):
+    """What a compiled model says, call after call, against the same model."""
     torch._dynamo.reset()
     ours, theirs = Cache(step), Cache(step)
-    compiled = torch.compile(ours, backend="turboquant", options={"preset": "lossless", "inner": "aot_eager"})
+    compiled = torch.compile(ours, backend="turboquant", options=options)
     with torch.no_grad():
-        for turn in range(3):
+        for turn in range(turns):
             new = Q + turn, K + turn, V, AT + 3 * turn
             torch.testing.assert_close(compiled(*new), theirs(*new), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("step", [*JOINED, *APART], ids=lambda step: step.__name__)
+def test_what_is_lossless_equals_the_model(step):
+    assert_as_the_model(step, preset="lossless", inner="aot_eager")
 
 
 CHANGES = {
@@ -183,25 +188,13 @@ def test_whatever_comes_between_the_products_stays_in_its_order(names, last):
             scores = CHANGES[name](scores, others)
         return scores.softmax(-1) @ kc
 
-    torch._dynamo.reset()
-    ours, theirs = Cache(step), Cache(step)
-    compiled = torch.compile(ours, backend="turboquant", options={"preset": "lossless", "inner": "eager"})
-    with torch.no_grad():
-        for turn in range(2):
-            new = Q + turn, K + turn, V, AT + 3 * turn
-            torch.testing.assert_close(compiled(*new), theirs(*new), rtol=1e-5, atol=1e-5)
+    assert_as_the_model(step, turns=2, preset="lossless", inner="eager")
 
 
 @pytest.mark.parametrize("extra", [{"sinks": 2}, {"window": 4}])
 def test_tokens_that_are_kept_as_they_are_look_their_scores_up_in_the_mask(extra):
-    torch._dynamo.reset()
-    ours, theirs = Cache(spelled_out), Cache(spelled_out)
     options = {"keys": "identity", "values": "identity", "inner": "aot_eager", **extra}
-    compiled = torch.compile(ours, backend="turboquant", options=options)
-    with torch.no_grad():
-        for turn in range(3):
-            new = Q + turn, K + turn, V, AT + 3 * turn
-            torch.testing.assert_close(compiled(*new), theirs(*new), rtol=1e-5, atol=1e-5)
+    assert_as_the_model(spelled_out, **options)
     _, context, _ = passed(Cache(spelled_out), Q, K, V, AT, **options)
     assert context.counts["second"] == (0 if context.regions else 1)
 

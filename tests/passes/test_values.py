@@ -64,4 +64,4 @@ def test_no_length_is_asked_for(shapes):
         faked[1] = faked[1].new_empty((2, 4, faked[0].shape[-1], 16))
     made = value(torch.matmul, *faked)
     assert not environment.guards and made.fake_mode is mode
-    assert 13 in shapes[1][-1:] or made.shape[-1] == 16
+    assert str(made.shape[-1]) == str(faked[1].shape[-1])
