@@ -16,6 +16,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
 from tqcompile.codec import Codec
+from tqcompile.kernels.address import power_of_two
 from tqcompile.kernels.operands import (
     QUERY_LIMIT,
     WEIGHT_LIMIT,
@@ -55,6 +56,11 @@ class BlockSide:
         return self.head_dim // BLOCK
 
     @property
+    def row_bytes(self) -> int:
+        """Bytes of a token's codes."""
+        return self.head_dim
+
+    @property
     def breadth(self) -> int:
         """head_dim, or twice that where codes are bytes."""
         return 2 * self.head_dim
@@ -62,7 +68,8 @@ class BlockSide:
     def constants(self, name: str, lanes: int) -> str:
         """The numbers of `fragment` and of this module for this side; `lanes` hold a token together."""
         words, dims = BLOCK // 4 // lanes, BLOCK if name == "VALUE" else self.head_dim
-        values = {"BLOCKS": self.blocks, "WORDS": words, "DIMS": dims, "DIM": self.head_dim}
+        values = {"BLOCKS": self.blocks, "WORDS": words, "DIMS": dims, "DIM": self.head_dim, "RUN": self.head_dim}
+        values |= {"ROW": 8 * power_of_two(self.blocks), "COUNT": 8 * self.blocks, "APART": 0}
         return "\n".join(f"{name}_{key} = gl.constexpr({value})" for key, value in values.items())
 
 

@@ -19,6 +19,7 @@ from tqcompile.formats import codec as codec_named
 from tqcompile.kernels import append, exact, integer, logits, path, portable, shift, step, tune
 from tqcompile.kernels.assembled import Usage, compiled
 from tqcompile.kernels.emit import Reader
+from tqcompile.kernels.sides import in_blocks, in_sectors
 from tqcompile.kernels.writers import writes
 from tqcompile.layout import layout_of
 from tqcompile.trellis import OVERLAP, window
@@ -91,11 +92,13 @@ def planes_of(side: str, codec: Codec, dtype: torch.dtype) -> dict[str, torch.dt
     }
 
 
-def integer_usage(pair: tuple[Codec, Codec], head_dim: int, reader: Reader, rows: int, capability: int) -> Usage:
-    """Compile `attend_fragments` for contiguous planes and queries in bfloat16."""
+def integer_usage(
+    pair: tuple[Codec, Codec], head_dim: int, reader: Reader, rows: int, capability: int, ring: bool = False
+) -> Usage:
+    """Compile attention on int8 units, over a ring or not, for contiguous planes and queries in bfloat16."""
     sides = integer.sides_of(pair, (head_dim, head_dim))
-    plan = integer.plan_of(sides, rows, 8, 4096, torch.device("cpu"))
-    kernel = integer.module(*sides, reader, None).attend_fragments
+    plan = integer.plan_of((sides, ring), rows, 8, 4096, torch.device("cpu"))
+    kernel = getattr(integer.module(*sides, reader, None), integer.KERNEL[ring])
     mask = torch.uint8 if reader.mask == "bool" else torch.bfloat16
     pointers = {"q": torch.bfloat16, "mask": mask, "key_codes": torch.uint8, "value_codes": torch.uint8}
     pointers |= {"key_scale": torch.float16, "value_scale": torch.float16}
@@ -106,11 +109,12 @@ def integer_usage(pair: tuple[Codec, Codec], head_dim: int, reader: Reader, rows
         constants[f"{side}_SCALE_S"] = layout.plane(codec.scale.plane.name).width
     constants |= {"REACH": reader.mask != "none"}
     constants |= {"T": plan.block_tokens, "R": plan.block_rows, "EARLY": capability >= 90, "num_warps": 1}
+    if ring:
+        constants |= {"STAGES": integer.STAGES, "SCALES": not in_blocks(sides)}
     types = {"key_words": "*i32", "value_words": "*i32", "key_unit": "fp32", "value_unit": "fp32"}
     types |= {"reach": "*i32"}
-    label = (
-        f"int8 attend {pair[0].name} {pair[1].name} d{head_dim} {reader.mask}{' causal' * reader.causal} {rows} rows"
-    )
+    how = f"{reader.mask}{' causal' * reader.causal} {rows} rows{' ring' * ring}"
+    label = f"int8 attend {pair[0].name} {pair[1].name} d{head_dim} {how}"
     numbers = plan.block_tokens * 2 * head_dim / 32
     return compiled(label, kernel, pointers, constants, types, 1, plan.registers, capability, GluonASTSource, numbers)
 
@@ -240,10 +244,11 @@ def every_usage() -> Iterator[Usage]:
                 if pair[0].basis != "standard" and all(writes(codec, head_dim) for codec in pair):
                     for dtype in (torch.bfloat16, torch.float32):
                         yield step_usage(pair, head_dim, dtype, capability)
-                if integer.sides_of(pair, (head_dim, head_dim)):
-                    for reader in READERS:
-                        yield integer_usage(pair, head_dim, reader, 4, capability)
-                    yield integer_usage(pair, head_dim, READERS[0], 8, capability)
+                if sides := integer.sides_of(pair, (head_dim, head_dim)):
+                    for ring in (False, True)[: 1 + in_sectors(sides)]:
+                        for reader in READERS:
+                            yield integer_usage(pair, head_dim, reader, 4, capability, ring)
+                        yield integer_usage(pair, head_dim, READERS[0], 8, capability, ring)
 
 
 def main() -> int:

@@ -132,7 +132,7 @@ def combine(
     out = left[0].new_empty(place, dtype=dtype)
     built = combine_module(folder, out.device.type == "cpu")
     splits = left[0].shape[1]
-    block_splits, block_dims, block_turned = tune.combine_blocks(splits, value_dim, basis is not None)
+    block_splits, block_dims, block_turned = tune.combine_blocks(splits, value_dim, heads * rows, basis is not None)
     early = tune.overlaps(out.device)
     built.attend_combine[(heads * rows, triton.cdiv(value_dim, block_dims))](
         *(*left, left[0] if sinks is None else sinks, *(left if others is None else others)),

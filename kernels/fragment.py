@@ -10,7 +10,7 @@ what rounds is q, and the probabilities of a tile times their values' scalars, e
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
-from triton.language.extra.cuda import gdc_launch_dependents
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from tqcompile.kernels.blocks import (
     block_scores,
@@ -37,6 +37,7 @@ from tqcompile.kernels.operands import (
     weight_operand,
     word_layout,
 )  # fmt: skip
+from tqcompile.kernels.spans import reached
 
 # Printed by `emit`; the names stand here so that the skeleton can be read, and checked, as ordinary Python.
 key_look_up = value_look_up = read_scores = None
@@ -68,6 +69,16 @@ def query_operand(q, row, q_h, q_t, q_d, queries, groups, LAYOUT: gl.constexpr, 
     high = (number + 64) >> 7
     operand = gl.where((column % 2 == 0)[None, :], high, number - high * 128).to(gl.int8)
     return operand, gl.max(gl.reshape(size, [R, 2]), 1) / QUERY_LIMIT
+
+
+@gluon.jit
+def rows_of(q, q_h, q_t, q_d, queries, groups, key_unit, RIGHT: gl.constexpr, SCORES: gl.constexpr, R: gl.constexpr):
+    """The rows of this program as operands, and for each what one unit of its scores is."""
+    if KEY_BLOCKS:
+        return query_blocks(q, gl.program_id(1) * R, q_h, q_t, q_d, queries, groups, key_unit, RIGHT, SCORES, R)
+    else:
+        asked, unit = query_operand(q, gl.program_id(1) * R, q_h, q_t, q_d, queries, groups, RIGHT, R)
+        return asked, gl.convert_layout(unit, gl.SliceLayout(0, SCORES)) * key_unit
 
 
 @gluon.jit
@@ -174,16 +185,28 @@ def absorb(values, scores, state, value_table, count, T: gl.constexpr, R: gl.con
 
 
 @gluon.jit
-def reached(reach, splits, T: gl.constexpr):
-    """The first token of this split of those that are seen, shared out in whole tiles, and how many it has.
-
-    One past them has none, and reads the last of them in vain.
-    """
-    begin = gl.load(reach)
-    seen = gl.load(reach + 1) - begin
-    span = (seen + splits * T - 1) // (splits * T) * T
-    first = gl.program_id(2) * span
-    return begin + gl.minimum(first, seen - 1), gl.maximum(gl.minimum(span, seen - first), 0)
+def store_sums(out, peaks, totals, state, splits, rows, value_unit, R: gl.constexpr):
+    """Store what this split leaves of its rows: sums in the order of dims, peaks and totals."""
+    peak, total, mixed = state
+    row = gl.program_id(1) * R + gl.arange(0, R, peak.type.layout)
+    place = (gl.program_id(0).to(gl.int64) * splits + gl.program_id(2)) * rows
+    gl.store(peaks + place + row, peak, mask=row < rows)
+    total = gl.sum(total, 0)
+    row = gl.program_id(1) * R + gl.arange(0, R, total.type.layout)
+    gl.store(totals + place + row, total, mask=row < rows)
+    if VALUE_BLOCKS:
+        store_blocks(out, place, gl.program_id(1) * R, rows, mixed, R)
+    else:
+        m = gl.arange(0, VALUE_DIMS, gl.SliceLayout(1, mixed.type.layout))
+        outer = m // 8
+        word, nibble, field = outer // (8 * VALUE_FIELDS), outer // VALUE_FIELDS % 8, outer % VALUE_FIELDS
+        if VALUE_SHARED:
+            dim = dim_of(m % 4, nibble, m // 4 % 2, VALUE_RUN, 2)
+        else:
+            dim = dim_of(m % 8 * VALUE_WORDS + word, nibble, field, VALUE_RUN, VALUE_FIELDS)
+        row = gl.program_id(1) * R + gl.arange(0, R, gl.SliceLayout(0, mixed.type.layout))
+        inside = (dim < VALUE_DIM)[:, None] & (row < rows)[None, :]
+        gl.store(out + (place + row)[None, :] * VALUE_DIM + dim[:, None], mixed * value_unit, mask=inside)
 
 
 @gluon.jit(do_not_specialize=[
@@ -198,6 +221,11 @@ def attend_fragments(
     KEY_S: gl.constexpr, KEY_SCALE_S: gl.constexpr, VALUE_S: gl.constexpr, VALUE_SCALE_S: gl.constexpr,
     REACH: gl.constexpr, T: gl.constexpr, R: gl.constexpr, EARLY: gl.constexpr, num_warps: gl.constexpr = 1,
 ):
+    if EARLY:
+        # Launched while what wrote the codes may still run: until here nothing of it is read.
+        gdc_wait()
+        # The combination may be put on the device now; it waits there for what this kernel writes.
+        gdc_launch_dependents()
     MMA: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [1, 1], [16, 8])
     RIGHT: gl.constexpr = gl.DotOperandLayout(1, MMA, 4)
     zeros, _ = gl.split(gl.reshape(gl.full([T, 2 * R], 0.0, gl.float32, MMA), [T, R, 2]))
@@ -218,18 +246,11 @@ def attend_fragments(
         value_codes + batch * value_b + head * value_h + start * VALUE_S,
         value_scale + batch * value_scale_b + head * value_scale_h + start * VALUE_SCALE_S,
     )
-    if EARLY:
-        # The combination may be put on the device now; it waits there for what this kernel writes.
-        gdc_launch_dependents()
     # Asked for before q is, so that the first tile is on its way meanwhile; each tile is, while the last one is used.
     tile = load_tile(at, gl.maximum(count - 1, 0), T, SCORES, KEY_S, KEY_SCALE_S, VALUE_S, VALUE_SCALE_S)
 
     q += batch * q_b + head * groups * q_h
-    if KEY_BLOCKS:
-        asked, unit = query_blocks(q, gl.program_id(1) * R, q_h, q_t, q_d, queries, groups, key_unit, RIGHT, SCORES, R)
-    else:
-        asked, unit = query_operand(q, gl.program_id(1) * R, q_h, q_t, q_d, queries, groups, RIGHT, R)
-        unit = gl.convert_layout(unit, gl.SliceLayout(0, SCORES)) * key_unit
+    asked, unit = rows_of(q, q_h, q_t, q_d, queries, groups, key_unit, RIGHT, SCORES, R)
     row = gl.program_id(1) * R + gl.arange(0, R, gl.SliceLayout(0, SCORES))
     near = gl.minimum(row, groups * queries - 1)
     query = near % queries - first
@@ -266,24 +287,5 @@ def attend_fragments(
         scores = scores_of(tile[0], asked, unit, key_table, T, R, MMA)
         scores = read_scores(scores, mask, address, query[None, :], token[:, None], count - 1)
         state = absorb(tile[1], scores, state, value_table, count, T, R, MMA)
-    peak, total, mixed = state
-
-    place = (gl.program_id(0).to(gl.int64) * splits + gl.program_id(2)) * (groups * queries)
-    gl.store(peaks + place + row, peak, mask=row < groups * queries)
-    total = gl.sum(total, 0)
-    row = gl.program_id(1) * R + gl.arange(0, R, total.type.layout)
-    gl.store(totals + place + row, total, mask=row < groups * queries)
-    if VALUE_BLOCKS:
-        store_blocks(out, place, gl.program_id(1) * R, groups * queries, mixed, R)
-    else:
-        m = gl.arange(0, VALUE_DIMS, gl.SliceLayout(1, mixed.type.layout))
-        outer = m // 8
-        word, nibble, field = outer // (8 * VALUE_FIELDS), outer // VALUE_FIELDS % 8, outer % VALUE_FIELDS
-        if VALUE_SHARED:
-            dim = dim_of(m % 4, nibble, m // 4 % 2, VALUE_RUN, 2)
-        else:
-            dim = dim_of(m % 8 * VALUE_WORDS + word, nibble, field, VALUE_RUN, VALUE_FIELDS)
-        row = gl.program_id(1) * R + gl.arange(0, R, gl.SliceLayout(0, mixed.type.layout))
-        inside = (dim < VALUE_DIM)[:, None] & (row < groups * queries)[None, :]
-        gl.store(out + (place + row)[None, :] * VALUE_DIM + dim[:, None], mixed * value_unit, mask=inside)
+    store_sums(out, peaks, totals, state, splits, groups * queries, value_unit, R)
 # fmt: on

@@ -16,11 +16,11 @@ from triton.experimental.gluon import language as gl
 from tqcompile import tables
 from tqcompile.codec import Codec
 from tqcompile.coding import Planes, split
-from tqcompile.kernels import blocks, emit, fragment, integer, operands, tune, tuned
+from tqcompile.kernels import blocks, emit, fragment, integer, operands, sides, tune, tuned
 from tqcompile.kernels.blocks import BlockSide, load_key_blocks, load_scales, query_blocks
 from tqcompile.kernels.fragment import query_operand, scores_of
-from tqcompile.kernels.integer import Side
 from tqcompile.kernels.operands import load_keys, table_like, word_layout
+from tqcompile.kernels.sides import MOST_DIMS, Side
 
 # Printed by `integer`; the names stand here so that the skeleton can be read, and checked, as ordinary Python.
 KEY_RUN = KEY_HIGH_RUN = KEY_WORDS = KEY_BLOCKS = gl.constexpr(0)
@@ -107,7 +107,7 @@ CONSTANTS = ("ROUND", "ROUND_BITS", "QUERY_LIMIT")
 
 def side_of(codec: Codec, head_dim: int) -> Side | BlockSide | None:
     """The side of keys that this kernel is printed for, or None where it takes no such codes."""
-    return integer.side_of(codec, head_dim, 4) if head_dim <= integer.MOST_DIMS else None
+    return sides.side_of(codec, head_dim, 4) if head_dim <= MOST_DIMS else None
 
 
 def takes(q: torch.Tensor, keys: Planes, codec: Codec, head_dim: int) -> bool:

@@ -21,9 +21,13 @@ ATTEND = {
 LATENT = {16: (16, 32, 4, 255), 64: (32, 64, 8, 255)}
 LATENT_DIMS = 512
 APPEND_REGISTERS = 128
+# Shared memory of eight rings of two tiles: an A100 has it, and what came to desks and laptops after it has not.
+RING_BYTES = 150_000
 # Programs that a multiprocessor holds at once; dims, and numbers, that one step of the combination reads.
 PROGRAMS_PER_PROCESSOR = 2
 COMBINE_DIMS = 32
+# Rows of a step from which each has one program of the combination, for all dims.
+COMBINED_ROWS = 256
 COMBINED_NUMBERS = 16384
 # Numbers of a basis that a program of four warps holds at once; rows, and tokens of a step, up to which the programs
 # that make them rotate them too: each reads the whole basis, and a matrix product has its own launch.
@@ -122,13 +126,15 @@ def attend_plan(
     return AttendPlan(block_rows, block_tokens, -(-length // span), span, warps, registers)
 
 
-def integer_setting(rows: int, head_dim: int, breadth: int, crowded: bool) -> Setting:
+def integer_setting(rows: int, head_dim: int, breadth: int, crowded: bool, row_bytes: int = 0) -> Setting:
     """What attention on int8 units does unless a search found better: registers for two tiles of codes at once.
 
     `breadth` is head_dim, or twice that where codes are bytes; `crowded` codes need more registers than others of
-    their head_dim, and get smaller tiles.
+    their head_dim, and get smaller tiles. Codes of `row_bytes` a token come through shared memory.
     """
     block_rows = 4 if rows <= 4 or head_dim > 128 or crowded else 8
+    if row_bytes:
+        return Setting(block_rows, 128 if row_bytes <= 16 else 64 if row_bytes <= 64 else 32, 8, 255)
     return Setting(block_rows, 64 if block_rows * breadth <= 512 and not crowded else 32, 8, 255)
 
 
@@ -160,9 +166,9 @@ def append_plan(tokens: int, head_dim: int) -> tuple[int, int]:
     return block, 4 if block * extent(head_dim) >= 512 else 1
 
 
-def combine_blocks(splits: int, value_dim: int, turned: bool) -> tuple[int, int, int]:
-    """Splits and dims that a program of the combination reads at once, and dims that it rotates to at once (or 0)."""
-    dims = extent(value_dim) if turned else min(COMBINE_DIMS, extent(value_dim))
+def combine_blocks(splits: int, value_dim: int, rows: int, turned: bool) -> tuple[int, int, int]:
+    """Splits and dims that a program of the combination of `rows` reads at once, and dims that it rotates to (or 0)."""
+    dims = extent(value_dim) if turned or rows >= COMBINED_ROWS else min(COMBINE_DIMS, extent(value_dim))
     most = max(1, COMBINED_NUMBERS // dims)
     return min(most, power_of_two(splits)), dims, turned_dims(value_dim, COMBINED_NUMBERS) if turned else 0
 
@@ -178,6 +184,14 @@ def processors_of(device: torch.device) -> int:
     if device.type != "cuda":
         return DEFAULT_PROCESSORS
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@cache
+def ring_fits(device: torch.device) -> bool:
+    """Whether a multiprocessor has the shared memory for the rings of as many programs as it is given."""
+    if device.type != "cuda":
+        return True
+    return torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor >= RING_BYTES
 
 
 @cache

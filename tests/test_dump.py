@@ -109,7 +109,7 @@ def test_the_kernels_of_a_graph_are_those_of_its_codecs_and_readers(name, values
         **{what: {"append_step_rows", "write_keys", "write_values"} for what in both},
         **{what: {"decode_tokens", "token_numbers"} for what in decoded},
         **{what: {"attend_split", "read_scores", "key_numbers"} for what in [attend]},
-        **{what: {"attend_fragments", "key_look_up"} for what in int8},
+        **{what: {"attend_ringed", "key_look_up"} for what in int8},
     }
     assert sources.keys() == kernels.keys()
     for what, text in sources.items():

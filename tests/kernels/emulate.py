@@ -105,7 +105,23 @@ def _binary(name):
     )
 
 
-for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "and", "rshift", "lt", "le", "gt", "ge", "eq", "ne"):
+for _name in (
+    "add",
+    "sub",
+    "mul",
+    "truediv",
+    "floordiv",
+    "mod",
+    "and",
+    "or",
+    "rshift",
+    "lt",
+    "le",
+    "gt",
+    "ge",
+    "eq",
+    "ne",
+):
     setattr(Tile, f"__{_name}__", _binary(f"__{_name}__"))
 Tile.__radd__, Tile.__rmul__ = Tile.__add__, Tile.__mul__
 Tile.__rtruediv__ = lambda self, other: Tile(other / self.x)
@@ -158,6 +174,44 @@ def inline_asm_elementwise(text, constraints, inputs, dtype, is_pure, pack):
     return tuple(Tile(signed(word)) for word in assembled(text, torch.broadcast_tensors(*bits), len(dtype)))
 
 
+class Shared:
+    """Shared memory, which holds what a copy will bring only after it was waited for."""
+
+    def __init__(self, memory):
+        self.memory, self.shape = memory, list(memory.shape)
+
+    def index(self, place):
+        return Shared(self.memory[int(plain(place))])
+
+    def slice(self, start, length, dim=0):
+        return Shared(self.memory.narrow(dim, start, length))
+
+    def load(self, layout):
+        return Tile(self.memory.clone())
+
+
+class Copies:
+    """Groups of copies that are under way."""
+
+    def __init__(self):
+        self.groups = [[]]
+
+    def async_load(self, slot, pointer, mask=True):
+        content = load(pointer, mask).x
+        # What is not copied stays as it is: nobody may rely on it, nor read what is being written.
+        slot.memory.random_()
+        mask = torch.broadcast_to(torch.as_tensor(plain(mask)), content.shape)
+        self.groups[-1].append((slot.memory, torch.where(mask, content, slot.memory)))
+
+    def commit_group(self):
+        self.groups.append([])
+
+    def wait_group(self, left):
+        while len(self.groups) - 1 > left:
+            for memory, content in self.groups.pop(0):
+                memory.copy_(content)
+
+
 def maximum(x, y, propagate_nan=False):
     return Tile((torch.maximum if propagate_nan else torch.fmax)(*map(torch.as_tensor, (plain(x), plain(y)))))
 
@@ -176,8 +230,10 @@ def jit(function=None, **options):
 def language(place):
     """The module `gl` for one program."""
     return SimpleNamespace(
-        **{name: getattr(torch, name) for name in ("int8", "int32", "int64", "float32")},
+        **{name: getattr(torch, name) for name in ("int8", "int32", "int64", "float16", "float32")},
         **{name: lambda *a: Layout() for name in ("SliceLayout", "DotOperandLayout", "DistributedLinearLayout")},
+        **{name: lambda *a: Layout() for name in ("BlockedLayout", "SwizzledSharedLayout")},
+        allocate_shared_memory=lambda dtype, shape, layout: Shared(torch.empty(shape, dtype=dtype)),
         NVMMADistributedLayout=lambda *a: Layout(),
         uint32=UINT32,
         pointer_type=lambda dtype: (POINTER, dtype),
@@ -213,7 +269,7 @@ def mma_v2(left, right, product):
 class Kernel:
     """A kernel of the text of a generated module, launched as the compiled one is."""
 
-    def __init__(self, source, name="attend_fragments"):
+    def __init__(self, source, name):
         self.name = name
         self.code = compile(re.sub(r"^(import|from) .*$", "", source, flags=re.M), "kernel", "exec")
 
@@ -228,6 +284,8 @@ class Kernel:
                 "tl": SimpleNamespace(PropagateNan=SimpleNamespace(ALL=True)),
                 "mma_v2": mma_v2,
             }
+            copies = Copies()
+            names["async_copy"] = copies
             exec(self.code, names)
             given = (Pointer.of(x) if isinstance(x, torch.Tensor) else x for x in arguments)
             names[self.name](*given)

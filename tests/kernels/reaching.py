@@ -11,14 +11,14 @@ from tqcompile.passes import rewrite
 SPANS = [[(0, 40), (150, 299)], [(7, 8), (299, 300)], [(130, 131), (64, 192)], [(0, 300), (0, 1)]]
 
 
-def hidden_case(name, spans, kind, device):
+def hidden_case(name, spans, kind, device, length=300):
     """q, planes with nothing but NaN out of reach, mask, and what attention over the rest gives [2, 6, 2, 64]."""
     torch.manual_seed(4)
-    codec, token = formats.codec(name), torch.arange(300)
+    codec, token = formats.codec(name), torch.arange(length)
     shown = torch.stack([(token >= first) & (token < stop) for first, stop in spans])[:, None, None]
-    caches = [torch.randn(2, 2, 300, 64) for _ in range(2)]
+    caches = [torch.randn(2, 2, length, 64) for _ in range(2)]
     q = torch.randn(2, 6, 2, 64).to(device)
-    keep = shown & (torch.rand(2, 1, 2, 300) < 0.5)
+    keep = shown & (torch.rand(2, 1, 2, length) < 0.5)
     for row, (first, stop) in enumerate(spans):
         keep[row, ..., [first, stop - 1]] = True
     mask = (keep if kind == "bool" else torch.where(keep, 0.25, torch.finfo(torch.float32).min)).to(device)
@@ -26,5 +26,5 @@ def hidden_case(name, spans, kind, device):
     arguments = (mask, False, 0.125, codec, codec, (64, 64))
     basis = tables.basis_matrix(codec, 64, device)
     expected = reference.rotate_back(reference.attend(q, *planes, *arguments), basis, torch.float32)
-    broken = [compressed(codec, torch.where(shown.view(2, 1, 300, 1), x, math.nan).to(device)) for x in caches]
+    broken = [compressed(codec, torch.where(shown.view(2, 1, length, 1), x, math.nan).to(device)) for x in caches]
     return q, broken, arguments, rewrite.reach(mask), basis, expected

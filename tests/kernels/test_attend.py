@@ -219,8 +219,9 @@ def test_heads_that_do_not_divide_are_refused(device):
 @pytest.mark.parametrize("kind", ["bool", "additive"])
 @pytest.mark.parametrize("spans", SPANS, ids=str)
 @pytest.mark.parametrize("name", ["turboquant:4", "turboquant:3", "q8_0"])
-def test_what_a_mask_hides_from_all_is_not_read(device, name, spans, kind):
-    q, planes, arguments, reach, basis, expected = hidden_case(name, spans, kind, device)
+@pytest.mark.parametrize("length", [300, 304])
+def test_what_a_mask_hides_from_all_is_not_read(device, name, spans, kind, length):
+    q, planes, arguments, reach, basis, expected = hidden_case(name, spans, kind, device, length)
     assert reach.tolist() == [list(span) for span in spans]
     close(attend.attend(q, *planes, *arguments, reach=reach, basis=basis), expected, torch.float32)
 

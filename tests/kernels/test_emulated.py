@@ -22,7 +22,8 @@ def emulated(monkeypatch):
 
     def module(keys, values, reader, folder):
         calls.append((keys, values))
-        return SimpleNamespace(attend_fragments=emulate.Kernel(integer.source(keys, values, reader)))
+        text = integer.source(keys, values, reader)
+        return SimpleNamespace(**{name: emulate.Kernel(text, name) for name in integer.KERNEL.values()})
 
     monkeypatch.setattr(integer, "takes", lambda *a: True)
     monkeypatch.setattr(integer, "module", module)
@@ -38,22 +39,26 @@ def attends_like_the_reference(q, keys, values, mask, causal, names, dims):
 
 @pytest.mark.parametrize("names", PAIRS, ids=str)
 @pytest.mark.parametrize(("dims", "rows"), [((64, 64), 4), ((96, 128), 8), ((256, 32), 3)], ids=str)
-def test_a_ragged_cache_attends_like_the_reference(names, dims, rows):
+@pytest.mark.parametrize("length", [77, 144])
+def test_a_ragged_cache_attends_like_the_reference(names, dims, rows, length):
     torch.manual_seed(0)
     q = torch.randn(1, 2 * rows, 1, dims[0])
-    planes = [compressed(formats.codec(name), torch.randn(1, 2, 77, dim)) for name, dim in zip(names, dims)]
+    planes = [compressed(formats.codec(name), torch.randn(1, 2, length, dim)) for name, dim in zip(names, dims)]
     attends_like_the_reference(q, *planes, None, False, names, dims)
 
 
 @pytest.mark.parametrize("tile", sorted({(s.block_rows, s.block_tokens) for s in tune.SETTINGS["attend"]}))
-@pytest.mark.parametrize("name", ["turboquant:5", "turboquant:3", "q8_0"])
-def test_any_setting_of_a_search_attends_like_the_reference(name, tile, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "dim", "length"),
+    [("turboquant:5", 96, 230), ("turboquant:2", 96, 240), ("turboquant:3", 64, 240), ("q8_0", 64, 230)],
+)
+def test_any_setting_of_a_search_attends_like_the_reference(name, dim, length, tile, monkeypatch):
     torch.manual_seed(4)
     rows, tokens = tile
-    plan = tune.AttendPlan(rows, tokens, -(-230 // (3 * tokens)), 3 * tokens, 1, 255)
+    plan = tune.AttendPlan(rows, tokens, -(-length // (3 * tokens)), 3 * tokens, 1, 255)
     monkeypatch.setattr(integer, "plan_of", lambda *a: plan)
-    planes = [compressed(formats.codec(name), torch.randn(1, 1, 230, 96)) for _ in range(2)]
-    attends_like_the_reference(torch.randn(1, 6, 1, 96), *planes, None, False, (name, name), (96, 96))
+    planes = [compressed(formats.codec(name), torch.randn(1, 1, length, dim)) for _ in range(2)]
+    attends_like_the_reference(torch.randn(1, 6, 1, dim), *planes, None, False, (name, name), (dim, dim))
 
 
 @pytest.mark.parametrize("kind", ["bool", "additive", "causal"])
@@ -81,8 +86,9 @@ def test_a_cap_and_sinks(name):
 
 @pytest.mark.parametrize("name", ["turboquant:3", "q8_0"])
 @pytest.mark.parametrize("spans", SPANS, ids=str)
-def test_what_a_mask_hides_from_all_is_not_read(name, spans):
-    q, planes, arguments, reach, basis, expected = hidden_case(name, spans, "bool", "cpu")
+@pytest.mark.parametrize("length", [300, 304])
+def test_what_a_mask_hides_from_all_is_not_read(name, spans, length):
+    q, planes, arguments, reach, basis, expected = hidden_case(name, spans, "bool", "cpu", length)
     close(attend.attend(q, *planes, *arguments, reach=reach, basis=basis), expected, q.dtype)
 
 

@@ -7,9 +7,13 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from tqcompile import formats, reference
+from tqcompile.coding import split
 from tqcompile.kernels import attend, integer, tune
 
 CODECS = [*(f"turboquant:{bits}" for bits in (2, 3, 4, 5)), "q8_0"]
+
+# Scalars of lengths that are no multiple of 16 are not copied two at once.
+LENGTHS = st.integers(1, 200) | st.integers(1, 14).map(lambda count: 16 * count)
 
 
 @pytest.fixture(autouse=True)
@@ -42,7 +46,7 @@ def test_any_shape_attends_like_the_reference(device, data):
     dims = draw(st.sampled_from([32, 64, 96, 128, 256])), draw(st.sampled_from([32, 64, 96, 128, 256]))
     assume(integer.sides_of(tuple(map(formats.codec, codecs)), dims))
     groups, queries = draw(st.sampled_from([(1, 1), (3, 1), (4, 1), (7, 1), (8, 2), (16, 1), (2, 5)]))
-    batch, heads, length = draw(st.sampled_from([1, 3])), draw(st.sampled_from([1, 2])), draw(st.integers(1, 200))
+    batch, heads, length = draw(st.sampled_from([1, 3])), draw(st.sampled_from([1, 2])), draw(LENGTHS)
     q = torch.randn(batch, queries, heads * groups, dims[0], device=device).transpose(1, 2)
     planes = [
         compressed(formats.codec(codec), torch.randn(batch, heads, length, dim, device=device), draw(st.booleans()))
@@ -54,6 +58,25 @@ def test_any_shape_attends_like_the_reference(device, data):
         keep = torch.rand([size if whole else 1 for size, whole in sizes], device=device) < 0.8
         mask = keep if draw(st.booleans()) else torch.where(keep, 0.0, torch.finfo(torch.float32).min)
     attends_like_the_reference(q, *planes, mask, draw(st.booleans()), codecs, dims)
+
+
+@pytest.mark.parametrize("kind", ["none", "bool", "additive"])
+@pytest.mark.parametrize(
+    ("name", "dim"),
+    [(f"turboquant:{bits}", dim) for bits, dim in ((2, 64), (2, 128), (3, 64), (4, 64), (4, 128), (4, 256))]
+    + [("q8_0", 128)],
+)
+def test_whole_sectors_come_through_shared_memory(device, name, dim, kind):
+    torch.manual_seed(6)
+    codec = formats.codec(name)
+    for length in (16, 64, 144) if device == "cpu" else (16, 48, 64, 128, 144, 272, 4096, 4112):
+        keys, values = (compressed(codec, torch.randn(2, 2, length, dim, device=device)) for _ in range(2))
+        scales = [split(codec, planes)[1] for planes in (keys, values)]
+        assert integer.in_ring(integer.sides_of((codec, codec), (dim, dim)), scales)
+        keep = torch.rand(2, 1, 1, length, device=device) < 0.8
+        mask = {"none": None, "bool": keep, "additive": torch.where(keep, 0.0, -1e4)}[kind]
+        q = torch.randn(2, 8, 1, dim, device=device)
+        attends_like_the_reference(q, keys, values, mask, False, (name, name), (dim, dim))
 
 
 @pytest.mark.parametrize("start", [1, 2, 3, 64])

@@ -12,7 +12,7 @@ from tqcompile.kernels import emit, integer, logits, tune, tuned
 CPU = torch.device("cpu")
 CODEC = formats.codec("turboquant:4")
 KERNELS = {
-    "attend": (integer, integer.sides_of((CODEC, CODEC), (128, 128))),
+    "attend": (integer, (integer.sides_of((CODEC, CODEC), (128, 128)), True)),
     "logits": (logits, logits.side_of(CODEC, 128)),
 }
 ROWS, HEADS, LENGTH = 4, 8, 30000

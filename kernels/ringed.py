@@ -1,0 +1,242 @@
+"""Attention of a few query rows on int8 matrix units, over tiles that come through shared memory: the kernel.
+
+It computes what `fragment` does, of the same parts. There a tile waits in registers for the next turn of the loop, and
+the compiler asks for the first one only when the query is ready; here two are under way from the first instructions on.
+A copy moves whole sectors where rows of codes are whole halves of a cache line, or no longer than a sector; of others,
+48 bytes say, it moves a third too much, so that those are for `fragment` (`sides.in_sectors`).
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from tqcompile.kernels.blocks import load_scales, repeated
+from tqcompile.kernels.fragment import absorb, rows_of, scores_of, store_sums
+from tqcompile.kernels.operands import four_tokens, table_like, word_layout
+from tqcompile.kernels.ring import fetch_rows, fetch_scales, key_words_of, read_keys, read_values, slots, value_words_of
+from tqcompile.kernels.spans import reached, reached_in_words
+
+# Printed by `emit`; the names stand here so that the skeleton can be read, and checked, as ordinary Python.
+read_scores = None
+KEY_RUN = KEY_HIGH_RUN = KEY_WORDS = KEY_BLOCKS = gl.constexpr(0)
+VALUE_RUN = VALUE_HIGH_RUN = VALUE_WORDS = VALUE_DIMS = VALUE_BLOCKS = gl.constexpr(0)
+VALUE_SHARED = gl.constexpr(False)
+# Words of a row in the ring, those of them that are copied, and words of top bits that are copied apart from it.
+KEY_ROW = KEY_COUNT = KEY_APART = VALUE_ROW = VALUE_COUNT = VALUE_APART = gl.constexpr(0)
+
+
+# fmt: off
+@gluon.jit
+def make_ring(STAGES: gl.constexpr, T: gl.constexpr, KEY_S: gl.constexpr, VALUE_S: gl.constexpr):
+    """Shared memory for `STAGES` tiles: rows of keys, their top bits and scalars, and those of values."""
+    FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    keys = slots(STAGES, T, KEY_ROW, KEY_COUNT, 0, KEY_S)
+    values = slots(STAGES, T, VALUE_ROW, VALUE_COUNT, 0, VALUE_S)
+    # Where rows hold them all, these are not used.
+    key_tops, value_tops = keys, values
+    if KEY_APART:
+        key_tops = slots(STAGES, T, KEY_APART, KEY_HIGH_RUN // 4, KEY_RUN // 4, KEY_S)
+    if VALUE_APART:
+        value_tops = slots(STAGES, T, VALUE_APART, VALUE_HIGH_RUN // 4, VALUE_RUN // 4, VALUE_S)
+    key_scales = gl.allocate_shared_memory(gl.float16, [STAGES, T], FLAT)
+    return keys, key_tops, key_scales, values, value_tops, gl.allocate_shared_memory(gl.float16, [STAGES, T], FLAT)
+
+
+@gluon.jit
+def fetch_tile(
+    ring, stage, at, last, T: gl.constexpr, KEY_S: gl.constexpr, VALUE_S: gl.constexpr, SCALES: gl.constexpr,
+):
+    """Ask for a tile at four pointers; tokens after `last` repeat it (None: there are none)."""
+    fetch_rows(ring[0].index(stage), at[0], last, KEY_COUNT, 0, KEY_S)
+    if KEY_APART:
+        fetch_rows(ring[1].index(stage), at[0], last, KEY_HIGH_RUN // 4, KEY_RUN // 4, KEY_S)
+    fetch_rows(ring[3].index(stage), at[2], last, VALUE_COUNT, 0, VALUE_S)
+    if VALUE_APART:
+        fetch_rows(ring[4].index(stage), at[2], last, VALUE_HIGH_RUN // 4, VALUE_RUN // 4, VALUE_S)
+    if SCALES:
+        fetch_scales(ring[2].index(stage), at[1], last, T)
+        fetch_scales(ring[5].index(stage), at[3], last, T)
+
+
+@gluon.jit
+def parts_of(rows, tops, APART: gl.constexpr, RUN: gl.constexpr, HIGH_RUN: gl.constexpr, WORDS: gl.constexpr):
+    """The words of a slot's rows that lanes read first, WORDS of them, and those with top bits."""
+    words = rows.slice(0, WORDS, 2)
+    if HIGH_RUN and not APART:
+        tops = rows.slice(RUN // 4, HIGH_RUN // 4, 2)
+    return words, tops
+
+
+@gluon.jit
+def keys_in(ring, stage, scales, T: gl.constexpr, SCORES: gl.constexpr, SCALES: gl.constexpr):
+    """The words and scalars of a tile's keys."""
+    if KEY_BLOCKS:
+        return read_keys(ring[0].index(stage), T, 2, KEY_ROW // 8), scales
+    else:
+        rows, tops = ring[0].index(stage), ring[1].index(stage)
+        rows, tops = parts_of(rows, tops, KEY_APART, KEY_RUN, KEY_HIGH_RUN, 4 * KEY_WORDS)
+        words, high = key_words_of(rows, tops, T, KEY_HIGH_RUN, KEY_WORDS)
+        if SCALES:
+            scales = ring[2].index(stage).load(gl.SliceLayout(1, SCORES))
+        return words, high, scales
+
+
+@gluon.jit
+def values_in(ring, stage, scales, T: gl.constexpr, SCORES: gl.constexpr, SCALES: gl.constexpr):
+    """The words and scalars of a tile's values."""
+    if VALUE_BLOCKS:
+        return read_values(ring[3].index(stage), T, 1, VALUE_ROW // 8), scales
+    else:
+        READ: gl.constexpr = 4 if VALUE_SHARED else 8 * VALUE_WORDS
+        rows, tops = ring[3].index(stage), ring[4].index(stage)
+        rows, tops = parts_of(rows, tops, VALUE_APART, VALUE_RUN, VALUE_HIGH_RUN, READ)
+        words, high = value_words_of(rows, tops, T, VALUE_HIGH_RUN, VALUE_WORDS, VALUE_SHARED)
+        if SCALES:
+            scales = ring[5].index(stage).load(gl.SliceLayout(1, SCORES))
+        return words, high, scales
+
+
+@gluon.jit
+def those_there(scores, values, skip, left, T: gl.constexpr):
+    """Scores and values of a tile whose tokens `skip` to `left` are there: what lies around them may be no number."""
+    token = gl.arange(0, T, gl.SliceLayout(1, scores.type.layout))
+    inside = (token >= skip) & (token < left)
+    scalars = values[len(values) - 1]
+    if (left < T) | (skip > 0):
+        scores = gl.where(inside[:, None], scores, float("-inf"))
+        if not VALUE_BLOCKS:
+            scalars = gl.where(inside, scalars, 0.0)
+    if VALUE_BLOCKS:
+        return scores, values
+    else:
+        return scores, (values[0], values[1], scalars)
+
+
+@gluon.jit
+def fetch_next(
+    ring, stage, at, left, T: gl.constexpr, KEY_S: gl.constexpr, VALUE_S: gl.constexpr, SCALES: gl.constexpr,
+):
+    """Ask for a tile of which `left` tokens are there, or none, and count it as asked for."""
+    if left >= T:
+        fetch_tile(ring, stage, at, None, T, KEY_S, VALUE_S, SCALES)
+    elif left > 0:
+        fetch_tile(ring, stage, at, left - 1, T, KEY_S, VALUE_S, SCALES)
+    async_copy.commit_group()
+
+
+@gluon.jit
+def scalars_of(at, last, T: gl.constexpr, KEY_STRIDE: gl.constexpr, VALUE_STRIDE: gl.constexpr, SCORES: gl.constexpr):
+    """Scalars of a tile of keys and of values out of memory; tokens after `last` repeat it."""
+    return (
+        side_scalars(at[0], last, T, KEY_STRIDE, KEY_BLOCKS, SCORES),
+        side_scalars(at[1], last, T, VALUE_STRIDE, VALUE_BLOCKS, SCORES),
+    )
+
+
+@gluon.jit
+def side_scalars(at, last, T: gl.constexpr, STRIDE: gl.constexpr, BLOCKS: gl.constexpr, SCORES: gl.constexpr):
+    """Scalars of a tile of one side."""
+    if BLOCKS:
+        return load_scales(at, last, T, STRIDE, BLOCKS)
+    else:
+        return gl.load(at + gl.minimum(gl.arange(0, T, gl.SliceLayout(1, SCORES)), last) * STRIDE)
+
+
+@gluon.jit(do_not_specialize=[
+    "key_unit", "value_unit", "groups", "queries", "length", "span", "splits", "mask_b", "mask_h", "mask_t",
+    "reach_b",
+])
+def attend_ringed(
+    q, key_codes, key_scale, value_codes, value_scale, key_words, value_words, mask, reach, out, peaks, totals,
+    key_unit, value_unit, kv_heads, groups, queries, length, span, splits,
+    q_b, q_h, q_t, q_d, key_b, key_h, key_scale_b, key_scale_h, value_b, value_h, value_scale_b, value_scale_h,
+    mask_b, mask_h, mask_t, mask_s, reach_b,
+    KEY_S: gl.constexpr, KEY_SCALE_S: gl.constexpr, VALUE_S: gl.constexpr, VALUE_SCALE_S: gl.constexpr,
+    REACH: gl.constexpr, T: gl.constexpr, R: gl.constexpr, EARLY: gl.constexpr, STAGES: gl.constexpr,
+    SCALES: gl.constexpr, num_warps: gl.constexpr = 1,
+):
+    if EARLY:
+        # Launched while what wrote the codes may still run: until here nothing of it is read.
+        gdc_wait()
+        # The combination may be put on the device now; it waits there for what this kernel writes.
+        gdc_launch_dependents()
+    MMA: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [1, 1], [16, 8])
+    RIGHT: gl.constexpr = gl.DotOperandLayout(1, MMA, 4)
+    zeros, _ = gl.split(gl.reshape(gl.full([T, 2 * R], 0.0, gl.float32, MMA), [T, R, 2]))
+    mixed, _ = gl.split(gl.reshape(gl.full([VALUE_DIMS, 2 * R], 0.0, gl.float32, MMA), [VALUE_DIMS, R, 2]))
+    SCORES: gl.constexpr = zeros.type.layout
+    if VALUE_BLOCKS:
+        mixed = repeated(mixed, VALUE_BLOCKS)
+    batch = (gl.program_id(0) // kv_heads).to(gl.int64)
+    head = (gl.program_id(0) % kv_heads).to(gl.int64)
+    first = gl.program_id(2) * span
+    count = gl.minimum(span, length - first)
+    skip = first * 0
+    if REACH and SCALES:
+        first, count, skip = reached_in_words(reach + batch * reach_b, splits, T)
+    elif REACH:
+        first, count = reached(reach + batch * reach_b, splits, T)
+    start = first.to(gl.int64)
+    if SCALES:
+        # It is a multiple, which Triton sees here, and needs for the scalars of two tokens in one word.
+        start = (first // 16 * 16).to(gl.int64)
+    at = (
+        key_codes + batch * key_b + head * key_h + start * KEY_S,
+        key_scale + batch * key_scale_b + head * key_scale_h + start * KEY_SCALE_S,
+        value_codes + batch * value_b + head * value_h + start * VALUE_S,
+        value_scale + batch * value_scale_b + head * value_scale_h + start * VALUE_SCALE_S,
+    )
+    # Asked for before q is, so that the first tiles are on their way meanwhile.
+    ring = make_ring(STAGES, T, KEY_S, VALUE_S)
+    tiles = (count + T - 1) // T
+    scale_at, scales = (at[1], at[3]), (at[1], at[3])
+    for stage in range(STAGES):
+        fetch_next(ring, stage, at, count - stage * T, T, KEY_S, VALUE_S, SCALES)
+        at = at[0] + T * KEY_S, at[1] + T * KEY_SCALE_S, at[2] + T * VALUE_S, at[3] + T * VALUE_SCALE_S
+    if not SCALES:
+        last = gl.maximum(count, 1) - 1
+        scales = scalars_of(scale_at, last, T, KEY_SCALE_S, VALUE_SCALE_S, SCORES)
+
+    q += batch * q_b + head * groups * q_h
+    asked, unit = rows_of(q, q_h, q_t, q_d, queries, groups, key_unit, RIGHT, SCORES, R)
+    row = gl.program_id(1) * R + gl.arange(0, R, gl.SliceLayout(0, SCORES))
+    near = gl.minimum(row, groups * queries - 1)
+    query = near % queries - first
+    mask_row = batch * mask_b + (head * groups + near // queries) * mask_h + (near % queries).to(gl.int64) * mask_t
+    token = gl.arange(0, T, gl.SliceLayout(1, SCORES))
+    address = mask_row[None, :] + start * mask_s + token[:, None] * mask_s
+    key_table = table_like(key_words, word_layout(T // 8, KEY_WORDS))
+    words = gl.full([T // 4, 32, VALUE_WORDS], 0, gl.int32, word_layout(T // 4, VALUE_WORDS))
+    FIRST: gl.constexpr = four_tokens(words, T, VALUE_WORDS)[0].type.layout
+    value_table = table_like(value_words, FIRST)
+
+    peak = gl.full([R], float("-inf"), gl.float32, gl.SliceLayout(0, SCORES))
+    state = (peak, gl.sum(gl.reshape(zeros, [T // 8, 8, R]), 0), mixed)
+    for i in range(tiles):
+        async_copy.wait_group(STAGES - 1)
+        left = count - i * T
+        if not SCALES:
+            step = gl.where(left > T, T, 0)
+            scale_at = scale_at[0] + step * KEY_SCALE_S, scale_at[1] + step * VALUE_SCALE_S
+            later = scalars_of(scale_at, left - step - 1, T, KEY_SCALE_S, VALUE_SCALE_S, SCORES)
+        keys = keys_in(ring, i % STAGES, scales[0], T, SCORES, SCALES)
+        scores = scores_of(keys, asked, unit, key_table, T, R, MMA)
+        scores = read_scores(scores, mask, address, query[None, :], token[:, None], left - 1)
+        values = values_in(ring, i % STAGES, scales[1], T, SCORES, SCALES)
+        scores, values = those_there(scores, values, skip - i * T, left, T)
+        state = absorb(values, scores, state, value_table, None, T, R, MMA)
+        fetch_next(ring, i % STAGES, at, left - STAGES * T, T, KEY_S, VALUE_S, SCALES)
+        at = at[0] + T * KEY_S, at[1] + T * KEY_SCALE_S, at[2] + T * VALUE_S, at[3] + T * VALUE_SCALE_S
+        if not SCALES:
+            scales = later
+        query -= T
+        mask += T * mask_s
+    store_sums(out, peaks, totals, state, splits, groups * queries, value_unit, R)
+# fmt: on
+
+
+KERNELS = (
+    *(make_ring, fetch_tile, parts_of, keys_in, values_in, those_there, fetch_next),
+    *(reached_in_words, scalars_of, side_scalars, attend_ringed),
+)

@@ -1,0 +1,116 @@
+"""How lanes share the words of packed codes: what kernels on int8 units are printed for, and which codecs have it."""
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+from tqcompile import tables
+from tqcompile.codec import Codec
+from tqcompile.kernels import ptx
+from tqcompile.kernels.address import DEVICE_TYPE, power_of_two
+from tqcompile.kernels.blocks import BlockSide, block_side_of
+from tqcompile.layout import layout_of
+
+MOST_DIMS = 256
+
+
+@dataclass(frozen=True)
+class Side:
+    """How lanes share the words of a token's codes: what a side of the kernel is printed for.
+
+    Bytes `run` of nibbles, then `high_run` of top bits; `words` and `fields` of nibbles a lane holds of a token;
+    `shared` where two lanes hold the two fields of one word; `terms` look-ups a number is the sum of.
+    """
+
+    bits: int
+    head_dim: int
+    run: int
+    high_run: int
+    words: int
+    fields: int
+    shared: bool
+
+    @property
+    def terms(self) -> int:
+        return ptx.terms_of(self.bits)
+
+    @property
+    def breadth(self) -> int:
+        """head_dim, or twice that where codes are bytes."""
+        return self.head_dim
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a token's codes."""
+        return self.run + self.high_run
+
+    @property
+    def crowded(self) -> bool:
+        """Whether a side of values takes more registers than others: three look-ups a number, and words of padding."""
+        return self.bits == 5 and self.run % 32 != 0
+
+    def ring(self, lanes: int) -> dict[str, int]:
+        """Words of a row of the ring where `lanes` hold a token, those that are copied, and of top bits apart from it.
+
+        A lane reads its words of a row: those of top bits repeat, which works out in place for powers of two alone.
+        """
+        read, words, high = 4 if self.shared else lanes * self.words, self.run // 4, self.high_run // 4
+        if high and all(count & (count - 1) == 0 for count in (words, high)):
+            return {"ROW": max(read, power_of_two(words + high)), "COUNT": words + high, "APART": 0}
+        return {"ROW": read, "COUNT": words, "APART": read if high else 0}
+
+    def constants(self, name: str, lanes: int) -> str:
+        """The numbers of `fragment` for this side; `lanes` hold a token together."""
+        values = {
+            **{"RUN": self.run, "HIGH_RUN": self.high_run, "WORDS": self.words, "FIELDS": self.fields},
+            **{"TERMS": self.terms, "DIMS": 8 * lanes * self.words * self.fields, "DIM": self.head_dim},
+            **({"SHARED": self.shared} if name == "VALUE" else {}),
+            **{"BLOCKS": 0, **self.ring(lanes)},
+        }
+        return "\n".join(f"{name}_{key} = gl.constexpr({value})" for key, value in values.items())
+
+
+Sides = tuple[Side | BlockSide, Side | BlockSide]
+
+
+@cache
+def side_of(codec: Codec, head_dim: int, lanes: int) -> Side | BlockSide | None:
+    """The side of `codec` where `lanes` (4 for keys, 8 for values) hold a token, or None where it has none."""
+    if not codec.is_plain:
+        return None
+    if side := block_side_of(codec, head_dim):
+        return side
+    bits = codec.codes.plane.bits
+    if codec.codes.table != "codebook" or bits < 2 or tables.integers(codec.codes, head_dim) is None:
+        return None
+    sections = layout_of(codec, head_dim, torch.float32, DEVICE_TYPE).plane(codec.codes.plane.name).sections
+    runs = [section.run for section in sections]
+    if any(run % 4 for run in runs):
+        return None
+    words, fields = runs[0] // 4, 1 if bits > 3 else 2
+    shared = lanes == 8 and fields == 2 and words <= 4
+    per_lane = 1 if shared else power_of_two(-(-words // lanes))
+    high_run = runs[1] if len(runs) > 1 else 0
+    return Side(bits, head_dim, runs[0], high_run, per_lane, 1 if shared else fields, shared)
+
+
+def sides_of(codecs: tuple[Codec, Codec], head_dims: tuple[int, int]) -> Sides | None:
+    """The sides of keys and of values, or None where either has none, or both together too many registers."""
+    if max(head_dims) > MOST_DIMS:
+        return None
+    sides = side_of(codecs[0], head_dims[0], 4), side_of(codecs[1], head_dims[1], 8)
+    if None in sides:
+        return None
+    # Three look-ups a number beside so many bytes would spill.
+    return None if sides[0].breadth > 384 and sides[1].bits == 5 else sides
+
+
+def in_sectors(sides: Sides) -> bool:
+    """Whether tiles come through shared memory: where copies of all rows of codes move whole sectors and no more."""
+    return all(side.row_bytes in (64, 128) or side.row_bytes <= 32 for side in sides)
+
+
+def in_blocks(sides: Sides) -> bool:
+    """Whether a side has a scalar for each block."""
+    return any(isinstance(side, BlockSide) for side in sides)
