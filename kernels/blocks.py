@@ -69,7 +69,7 @@ class BlockSide:
         """The numbers of `fragment` and of this module for this side; `lanes` hold a token together."""
         words, dims = BLOCK // 4 // lanes, BLOCK if name == "VALUE" else self.head_dim
         values = {"BLOCKS": self.blocks, "WORDS": words, "DIMS": dims, "DIM": self.head_dim, "RUN": self.head_dim}
-        values |= {"ROW": 8 * power_of_two(self.blocks), "COUNT": 8 * self.blocks, "APART": 0}
+        values |= {"ROW": 8 * power_of_two(self.blocks), "COUNT": 8 * self.blocks}
         return "\n".join(f"{name}_{key} = gl.constexpr({value})" for key, value in values.items())
 
 

@@ -2,7 +2,9 @@
 
 A program is one warp. Its ring holds some tiles; each is asked for by copies that no register waits for, long before it
 is used, and then read as the matrix unit wants it (`operands`): a lane reads words of the tokens that are its own.
-Rows are as wide as the lanes' words together, so that a row of memory is repeated where it has fewer.
+Rows are as wide as the lanes' words together, and a power of two: one of memory is repeated where it has fewer. Top
+bits lie behind the others and are read again and again: there are powers of two of their words wherever
+`sides.in_sectors` lets a codec come.
 """
 
 from triton.experimental import gluon
@@ -16,25 +18,25 @@ copy_async = getattr(async_copy, "async_load", None) or async_copy.async_copy_gl
 
 
 @gluon.constexpr_function
-def copied(words, count, start, stride):
+def copied(words, count, stride):
     """How many words a lane copies at once, up to four, of rows of `words`, `count` of them apart from repeats, and how
     many lanes share a row."""
     vector = 4
-    while any(number % vector for number in (words, count, start, stride)):
+    while any(number % vector for number in (words, count, stride)):
         vector //= 2
     return vector, min(32, words // vector)
 
 
 @gluon.constexpr_function
-def rows_at_once(words, count, start, stride):
+def rows_at_once(words, count, stride):
     """Rows that one instruction copies, or a whole turn of what `slot_layout` says of them."""
-    return max(8, 32 // copied(words, count, start, stride)[1])
+    return max(8, 32 // copied(words, count, stride)[1])
 
 
 @gluon.constexpr_function
-def copy_layout(words, count, start, stride):
+def copy_layout(words, count, stride):
     """[T / rows at once, rows at once, words]: what lanes copy."""
-    vector, lanes = copied(words, count, start, stride)
+    vector, lanes = copied(words, count, stride)
     return gl.BlockedLayout([1, 1, vector], [1, 32 // lanes, lanes], [1, 1, 1], [2, 1, 0])
 
 
@@ -82,32 +84,26 @@ def value_layout(rows, words, blocks, kept):
 
 # fmt: off
 @gluon.jit
-def slots(
-    STAGES: gl.constexpr, T: gl.constexpr, WORDS: gl.constexpr, COUNT: gl.constexpr, START: gl.constexpr,
-    STRIDE: gl.constexpr,
-):
+def slots(STAGES: gl.constexpr, T: gl.constexpr, WORDS: gl.constexpr, COUNT: gl.constexpr, STRIDE: gl.constexpr):
     """Shared memory [STAGES, T / rows, rows, WORDS] for what `fetch_rows` copies of tiles."""
-    ROWS: gl.constexpr = rows_at_once(WORDS, COUNT, START, STRIDE // 4)
+    ROWS: gl.constexpr = rows_at_once(WORDS, COUNT, STRIDE // 4)
     return gl.allocate_shared_memory(gl.int32, [STAGES, T // ROWS, ROWS, WORDS], slot_layout(WORDS))
 
 
 @gluon.jit
-def fetch_rows(
-    slot, codes, last, COUNT: gl.constexpr, START: gl.constexpr, STRIDE: gl.constexpr,
-):
-    """Ask for COUNT words from START on of each row of a tile, repeated until the slot's are full; tokens after `last`
-    repeat it (None: there are none)."""
+def fetch_rows(slot, codes, last, COUNT: gl.constexpr, STRIDE: gl.constexpr):
+    """Ask for the COUNT words of each row of a tile, repeated until the slot's are full; tokens after `last` repeat it
+    (None: there are none)."""
     TURNS: gl.constexpr = slot.shape[0]
     ROWS: gl.constexpr = slot.shape[1]
     WORDS: gl.constexpr = slot.shape[2]
-    LAYOUT: gl.constexpr = copy_layout(WORDS, COUNT, START, STRIDE // 4)
+    LAYOUT: gl.constexpr = copy_layout(WORDS, COUNT, STRIDE // 4)
     turn = gl.arange(0, TURNS, gl.SliceLayout(1, gl.SliceLayout(2, LAYOUT)))[:, None, None]
     row = gl.arange(0, ROWS, gl.SliceLayout(0, gl.SliceLayout(2, LAYOUT)))[None, :, None]
     word = gl.arange(0, WORDS, gl.SliceLayout(0, gl.SliceLayout(1, LAYOUT)))[None, None, :]
     if WORDS != COUNT:
-        # A copy that is masked away takes as long as one of other bytes does; one of bytes that are asked for does not.
         word = word % COUNT
-    codes = codes.to(gl.pointer_type(gl.int32), bitcast=True) + (START + word)
+    codes = codes.to(gl.pointer_type(gl.int32), bitcast=True) + word
     if last is not None:
         address = codes + gl.minimum(turn * ROWS + row, last) * (STRIDE // 4)
     else:
@@ -171,12 +167,12 @@ def each_block(words, COUNT: gl.constexpr, WORDS: gl.constexpr, BLOCKS: gl.const
 
 
 @gluon.jit
-def key_words_of(codes, high, T: gl.constexpr, HIGH_RUN: gl.constexpr, WORDS: gl.constexpr):
-    """Words of nibbles and of top bits [T / 8, 32, WORDS] of slots of keys; top bits where a lane's first ones lie."""
-    words = read_keys(codes, T, WORDS, 1)[0]
+def key_words_of(slot, T: gl.constexpr, RUN: gl.constexpr, HIGH_RUN: gl.constexpr, WORDS: gl.constexpr):
+    """Words of nibbles and of top bits [T / 8, 32, WORDS] of a slot of keys; top bits where a lane's first ones lie."""
+    words = read_keys(slot.slice(0, 4 * WORDS, 2), T, WORDS, 1)[0]
     top = words
     if HIGH_RUN:
-        top = read_keys(high, T, WORDS, 1)[0]
+        top = read_keys(slot.slice(RUN // 4, HIGH_RUN // 4, 2), T, WORDS, 1)[0]
         _, lane, word = places(word_layout(T // 8, WORDS), T // 8, WORDS)
         top = shifted(top, (lane % 4 * WORDS + word) // (HIGH_RUN // 4))
     return words, top
@@ -184,14 +180,14 @@ def key_words_of(codes, high, T: gl.constexpr, HIGH_RUN: gl.constexpr, WORDS: gl
 
 @gluon.jit
 def value_words_of(
-    codes, high, T: gl.constexpr, HIGH_RUN: gl.constexpr, WORDS: gl.constexpr, SHARED: gl.constexpr,
+    slot, T: gl.constexpr, RUN: gl.constexpr, HIGH_RUN: gl.constexpr, WORDS: gl.constexpr, SHARED: gl.constexpr,
 ):
     """The same [T / 4 (b, h, j), 32, WORDS] of values; a lane's field of a word that two share is shifted, too."""
-    words = read_values(codes, T, WORDS, 1)[0]
+    words = read_values(slot.slice(0, 4 if SHARED else 8 * WORDS, 2), T, WORDS, 1)[0]
     _, lane, word = places(word_layout(T // 4, WORDS), T // 4, WORDS)
     top = words
     if HIGH_RUN:
-        top = read_values(high, T, WORDS, 1)[0]
+        top = read_values(slot.slice(RUN // 4, HIGH_RUN // 4, 2), T, WORDS, 1)[0]
         word = lane // 4 % 4 if SHARED else lane // 4 * WORDS + word
         top = shifted(top, word // (HIGH_RUN // 4))
     if SHARED:

@@ -22,25 +22,18 @@ read_scores = None
 KEY_RUN = KEY_HIGH_RUN = KEY_WORDS = KEY_BLOCKS = gl.constexpr(0)
 VALUE_RUN = VALUE_HIGH_RUN = VALUE_WORDS = VALUE_DIMS = VALUE_BLOCKS = gl.constexpr(0)
 VALUE_SHARED = gl.constexpr(False)
-# Words of a row in the ring, those of them that are copied, and words of top bits that are copied apart from it.
-KEY_ROW = KEY_COUNT = KEY_APART = VALUE_ROW = VALUE_COUNT = VALUE_APART = gl.constexpr(0)
+# Words of a row in the ring, and in memory.
+KEY_ROW = KEY_COUNT = VALUE_ROW = VALUE_COUNT = gl.constexpr(0)
 
 
 # fmt: off
 @gluon.jit
 def make_ring(STAGES: gl.constexpr, T: gl.constexpr, KEY_S: gl.constexpr, VALUE_S: gl.constexpr):
-    """Shared memory for `STAGES` tiles: rows of keys, their top bits and scalars, and those of values."""
+    """Shared memory for `STAGES` tiles: rows and scalars of keys, and of values."""
     FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    keys = slots(STAGES, T, KEY_ROW, KEY_COUNT, 0, KEY_S)
-    values = slots(STAGES, T, VALUE_ROW, VALUE_COUNT, 0, VALUE_S)
-    # Where rows hold them all, these are not used.
-    key_tops, value_tops = keys, values
-    if KEY_APART:
-        key_tops = slots(STAGES, T, KEY_APART, KEY_HIGH_RUN // 4, KEY_RUN // 4, KEY_S)
-    if VALUE_APART:
-        value_tops = slots(STAGES, T, VALUE_APART, VALUE_HIGH_RUN // 4, VALUE_RUN // 4, VALUE_S)
-    key_scales = gl.allocate_shared_memory(gl.float16, [STAGES, T], FLAT)
-    return keys, key_tops, key_scales, values, value_tops, gl.allocate_shared_memory(gl.float16, [STAGES, T], FLAT)
+    keys, values = slots(STAGES, T, KEY_ROW, KEY_COUNT, KEY_S), slots(STAGES, T, VALUE_ROW, VALUE_COUNT, VALUE_S)
+    scales = gl.allocate_shared_memory(gl.float16, [STAGES, T], FLAT)
+    return keys, scales, values, gl.allocate_shared_memory(gl.float16, [STAGES, T], FLAT)
 
 
 @gluon.jit
@@ -48,24 +41,11 @@ def fetch_tile(
     ring, stage, at, last, T: gl.constexpr, KEY_S: gl.constexpr, VALUE_S: gl.constexpr, SCALES: gl.constexpr,
 ):
     """Ask for a tile at four pointers; tokens after `last` repeat it (None: there are none)."""
-    fetch_rows(ring[0].index(stage), at[0], last, KEY_COUNT, 0, KEY_S)
-    if KEY_APART:
-        fetch_rows(ring[1].index(stage), at[0], last, KEY_HIGH_RUN // 4, KEY_RUN // 4, KEY_S)
-    fetch_rows(ring[3].index(stage), at[2], last, VALUE_COUNT, 0, VALUE_S)
-    if VALUE_APART:
-        fetch_rows(ring[4].index(stage), at[2], last, VALUE_HIGH_RUN // 4, VALUE_RUN // 4, VALUE_S)
+    fetch_rows(ring[0].index(stage), at[0], last, KEY_COUNT, KEY_S)
+    fetch_rows(ring[2].index(stage), at[2], last, VALUE_COUNT, VALUE_S)
     if SCALES:
-        fetch_scales(ring[2].index(stage), at[1], last, T)
-        fetch_scales(ring[5].index(stage), at[3], last, T)
-
-
-@gluon.jit
-def parts_of(rows, tops, APART: gl.constexpr, RUN: gl.constexpr, HIGH_RUN: gl.constexpr, WORDS: gl.constexpr):
-    """The words of a slot's rows that lanes read first, WORDS of them, and those with top bits."""
-    words = rows.slice(0, WORDS, 2)
-    if HIGH_RUN and not APART:
-        tops = rows.slice(RUN // 4, HIGH_RUN // 4, 2)
-    return words, tops
+        fetch_scales(ring[1].index(stage), at[1], last, T)
+        fetch_scales(ring[3].index(stage), at[3], last, T)
 
 
 @gluon.jit
@@ -74,11 +54,9 @@ def keys_in(ring, stage, scales, T: gl.constexpr, SCORES: gl.constexpr, SCALES: 
     if KEY_BLOCKS:
         return read_keys(ring[0].index(stage), T, 2, KEY_ROW // 8), scales
     else:
-        rows, tops = ring[0].index(stage), ring[1].index(stage)
-        rows, tops = parts_of(rows, tops, KEY_APART, KEY_RUN, KEY_HIGH_RUN, 4 * KEY_WORDS)
-        words, high = key_words_of(rows, tops, T, KEY_HIGH_RUN, KEY_WORDS)
+        words, high = key_words_of(ring[0].index(stage), T, KEY_RUN, KEY_HIGH_RUN, KEY_WORDS)
         if SCALES:
-            scales = ring[2].index(stage).load(gl.SliceLayout(1, SCORES))
+            scales = ring[1].index(stage).load(gl.SliceLayout(1, SCORES))
         return words, high, scales
 
 
@@ -86,14 +64,12 @@ def keys_in(ring, stage, scales, T: gl.constexpr, SCORES: gl.constexpr, SCALES: 
 def values_in(ring, stage, scales, T: gl.constexpr, SCORES: gl.constexpr, SCALES: gl.constexpr):
     """The words and scalars of a tile's values."""
     if VALUE_BLOCKS:
-        return read_values(ring[3].index(stage), T, 1, VALUE_ROW // 8), scales
+        return read_values(ring[2].index(stage), T, 1, VALUE_ROW // 8), scales
     else:
-        READ: gl.constexpr = 4 if VALUE_SHARED else 8 * VALUE_WORDS
-        rows, tops = ring[3].index(stage), ring[4].index(stage)
-        rows, tops = parts_of(rows, tops, VALUE_APART, VALUE_RUN, VALUE_HIGH_RUN, READ)
-        words, high = value_words_of(rows, tops, T, VALUE_HIGH_RUN, VALUE_WORDS, VALUE_SHARED)
+        rows = ring[2].index(stage)
+        words, high = value_words_of(rows, T, VALUE_RUN, VALUE_HIGH_RUN, VALUE_WORDS, VALUE_SHARED)
         if SCALES:
-            scales = ring[5].index(stage).load(gl.SliceLayout(1, SCORES))
+            scales = ring[3].index(stage).load(gl.SliceLayout(1, SCORES))
         return words, high, scales
 
 
@@ -237,6 +213,6 @@ def attend_ringed(
 
 
 KERNELS = (
-    *(make_ring, fetch_tile, parts_of, keys_in, values_in, those_there, fetch_next),
+    *(make_ring, fetch_tile, keys_in, values_in, those_there, fetch_next),
     *(reached_in_words, scalars_of, side_scalars, attend_ringed),
 )

@@ -50,23 +50,14 @@ class Side:
         """Whether a side of values takes more registers than others: three look-ups a number, and words of padding."""
         return self.bits == 5 and self.run % 32 != 0
 
-    def ring(self, lanes: int) -> dict[str, int]:
-        """Words of a row of the ring where `lanes` hold a token, those that are copied, and of top bits apart from it.
-
-        A lane reads its words of a row: those of top bits repeat, which works out in place for powers of two alone.
-        """
-        read, words, high = 4 if self.shared else lanes * self.words, self.run // 4, self.high_run // 4
-        if high and all(count & (count - 1) == 0 for count in (words, high)):
-            return {"ROW": max(read, power_of_two(words + high)), "COUNT": words + high, "APART": 0}
-        return {"ROW": read, "COUNT": words, "APART": read if high else 0}
-
     def constants(self, name: str, lanes: int) -> str:
-        """The numbers of `fragment` for this side; `lanes` hold a token together."""
+        """The numbers of `fragment` and `ringed` for this side; `lanes` hold a token together."""
+        read, count = 4 if self.shared else lanes * self.words, self.row_bytes // 4
         values = {
             **{"RUN": self.run, "HIGH_RUN": self.high_run, "WORDS": self.words, "FIELDS": self.fields},
             **{"TERMS": self.terms, "DIMS": 8 * lanes * self.words * self.fields, "DIM": self.head_dim},
             **({"SHARED": self.shared} if name == "VALUE" else {}),
-            **{"BLOCKS": 0, **self.ring(lanes)},
+            **{"BLOCKS": 0, "COUNT": count, "ROW": max(read, power_of_two(count))},
         }
         return "\n".join(f"{name}_{key} = gl.constexpr({value})" for key, value in values.items())
 
