@@ -37,7 +37,7 @@ from tqcompile.kernels.operands import (
     weight_operand,
     word_layout,
 )  # fmt: skip
-from tqcompile.kernels.spans import reached
+from tqcompile.kernels.spans import advanced, masked_by, reached
 
 # Printed by `emit`; the names stand here so that the skeleton can be read, and checked, as ordinary Python.
 key_look_up = value_look_up = read_scores = None
@@ -72,8 +72,9 @@ def query_operand(q, row, q_h, q_t, q_d, queries, groups, LAYOUT: gl.constexpr, 
 
 
 @gluon.jit
-def rows_of(q, q_h, q_t, q_d, queries, groups, key_unit, RIGHT: gl.constexpr, SCORES: gl.constexpr, R: gl.constexpr):
+def rows_of(q, q_h, q_t, q_d, queries, groups, key_unit, MMA: gl.constexpr, SCORES: gl.constexpr, R: gl.constexpr):
     """The rows of this program as operands, and for each what one unit of its scores is."""
+    RIGHT: gl.constexpr = gl.DotOperandLayout(1, MMA, 4)
     if KEY_BLOCKS:
         return query_blocks(q, gl.program_id(1) * R, q_h, q_t, q_d, queries, groups, key_unit, RIGHT, SCORES, R)
     else:
@@ -185,6 +186,25 @@ def absorb(values, scores, state, value_table, count, T: gl.constexpr, R: gl.con
 
 
 @gluon.jit
+def nothing_absorbed(T: gl.constexpr, R: gl.constexpr, MMA: gl.constexpr):
+    """The running softmax of R rows (peak, total, mixed) before any tile."""
+    zeros, _ = gl.split(gl.reshape(gl.full([T, 2 * R], 0.0, gl.float32, MMA), [T, R, 2]))
+    mixed, _ = gl.split(gl.reshape(gl.full([VALUE_DIMS, 2 * R], 0.0, gl.float32, MMA), [VALUE_DIMS, R, 2]))
+    if VALUE_BLOCKS:
+        mixed = repeated(mixed, VALUE_BLOCKS)
+    peak = gl.full([R], float("-inf"), gl.float32, gl.SliceLayout(0, zeros.type.layout))
+    return peak, gl.sum(gl.reshape(zeros, [T // 8, 8, R]), 0), mixed
+
+
+@gluon.jit
+def tables_like(key_words, value_words, T: gl.constexpr):
+    """The look-up operands beside the words of a tile of keys, and beside those of four tokens of values."""
+    words = gl.full([T // 4, 32, VALUE_WORDS], 0, gl.int32, word_layout(T // 4, VALUE_WORDS))
+    FIRST: gl.constexpr = four_tokens(words, T, VALUE_WORDS)[0].type.layout
+    return table_like(key_words, word_layout(T // 8, KEY_WORDS)), table_like(value_words, FIRST)
+
+
+@gluon.jit
 def store_sums(out, peaks, totals, state, splits, rows, value_unit, R: gl.constexpr):
     """Store what this split leaves of its rows: sums in the order of dims, peaks and totals."""
     peak, total, mixed = state
@@ -227,12 +247,8 @@ def attend_fragments(
         # The combination may be put on the device now; it waits there for what this kernel writes.
         gdc_launch_dependents()
     MMA: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [1, 1], [16, 8])
-    RIGHT: gl.constexpr = gl.DotOperandLayout(1, MMA, 4)
-    zeros, _ = gl.split(gl.reshape(gl.full([T, 2 * R], 0.0, gl.float32, MMA), [T, R, 2]))
-    mixed, _ = gl.split(gl.reshape(gl.full([VALUE_DIMS, 2 * R], 0.0, gl.float32, MMA), [VALUE_DIMS, R, 2]))
-    SCORES: gl.constexpr = zeros.type.layout
-    if VALUE_BLOCKS:
-        mixed = repeated(mixed, VALUE_BLOCKS)
+    state = nothing_absorbed(T, R, MMA)
+    SCORES: gl.constexpr = state[0].type.layout.parent
     batch = (gl.program_id(0) // kv_heads).to(gl.int64)
     head = (gl.program_id(0) % kv_heads).to(gl.int64)
     first = gl.program_id(2) * span
@@ -241,29 +257,20 @@ def attend_fragments(
         first, count = reached(reach + batch * reach_b, splits, T)
     start = first.to(gl.int64)
     at = (
-        key_codes + batch * key_b + head * key_h + start * KEY_S,
-        key_scale + batch * key_scale_b + head * key_scale_h + start * KEY_SCALE_S,
-        value_codes + batch * value_b + head * value_h + start * VALUE_S,
-        value_scale + batch * value_scale_b + head * value_scale_h + start * VALUE_SCALE_S,
+        key_codes + batch * key_b + head * key_h, key_scale + batch * key_scale_b + head * key_scale_h,
+        value_codes + batch * value_b + head * value_h, value_scale + batch * value_scale_b + head * value_scale_h,
     )
+    at = advanced(at, start, KEY_S, KEY_SCALE_S, VALUE_S, VALUE_SCALE_S)
     # Asked for before q is, so that the first tile is on its way meanwhile; each tile is, while the last one is used.
     tile = load_tile(at, gl.maximum(count - 1, 0), T, SCORES, KEY_S, KEY_SCALE_S, VALUE_S, VALUE_SCALE_S)
 
     q += batch * q_b + head * groups * q_h
-    asked, unit = rows_of(q, q_h, q_t, q_d, queries, groups, key_unit, RIGHT, SCORES, R)
-    row = gl.program_id(1) * R + gl.arange(0, R, gl.SliceLayout(0, SCORES))
-    near = gl.minimum(row, groups * queries - 1)
-    query = near % queries - first
-    mask_row = batch * mask_b + (head * groups + near // queries) * mask_h + (near % queries).to(gl.int64) * mask_t
-    token = gl.arange(0, T, gl.SliceLayout(1, SCORES))
+    asked, unit = rows_of(q, q_h, q_t, q_d, queries, groups, key_unit, MMA, SCORES, R)
+    mask_row, query, token = masked_by(batch, head, groups, queries, mask_b, mask_h, mask_t, T, R, SCORES)
+    query -= first
     address = mask_row[None, :] + start * mask_s + token[:, None] * mask_s
-    key_table = table_like(key_words, word_layout(T // 8, KEY_WORDS))
-    words = gl.full([T // 4, 32, VALUE_WORDS], 0, gl.int32, word_layout(T // 4, VALUE_WORDS))
-    FIRST: gl.constexpr = four_tokens(words, T, VALUE_WORDS)[0].type.layout
-    value_table = table_like(value_words, FIRST)
+    key_table, value_table = tables_like(key_words, value_words, T)
 
-    peak = gl.full([R], float("-inf"), gl.float32, gl.SliceLayout(0, SCORES))
-    state = (peak, gl.sum(gl.reshape(zeros, [T // 8, 8, R]), 0), mixed)
     full = count // T
     # Where a tile's codes and the rows take most registers, none are left to ask for the next one meanwhile.
     AHEAD: gl.constexpr = max(KEY_DIM, 64 * KEY_BLOCKS) + max(VALUE_DIM, 64 * VALUE_BLOCKS) + 64 * R <= 768
@@ -271,7 +278,7 @@ def attend_fragments(
         if not AHEAD:
             tile = load_tile(at, None, T, SCORES, KEY_S, KEY_SCALE_S, VALUE_S, VALUE_SCALE_S)
         step = gl.where(i + 1 < full, T, 0)
-        at = (at[0] + step * KEY_S, at[1] + step * KEY_SCALE_S, at[2] + step * VALUE_S, at[3] + step * VALUE_SCALE_S)
+        at = advanced(at, step, KEY_S, KEY_SCALE_S, VALUE_S, VALUE_SCALE_S)
         scores = scores_of(tile[0], asked, unit, key_table, T, R, MMA)
         scores = read_scores(scores, mask, address, query[None, :], token[:, None], None)
         state = absorb(tile[1], scores, state, value_table, None, T, R, MMA)
@@ -282,7 +289,7 @@ def attend_fragments(
     count -= full * T
     if count > 0:
         step = gl.where(full > 0, T, 0)
-        at = (at[0] + step * KEY_S, at[1] + step * KEY_SCALE_S, at[2] + step * VALUE_S, at[3] + step * VALUE_SCALE_S)
+        at = advanced(at, step, KEY_S, KEY_SCALE_S, VALUE_S, VALUE_SCALE_S)
         tile = load_tile(at, count - 1, T, SCORES, KEY_S, KEY_SCALE_S, VALUE_S, VALUE_SCALE_S)
         scores = scores_of(tile[0], asked, unit, key_table, T, R, MMA)
         scores = read_scores(scores, mask, address, query[None, :], token[:, None], count - 1)

@@ -116,7 +116,8 @@ KERNELS = (
     *(operands.places, operands.shifted),
     *(operands.dim_of, operands.key_operand, operands.four_tokens, operands.eight_nibbles, operands.value_operand),
     *(operands.weight_operand, operands.table_like, fragment.query_operand, fragment.rows_of, fragment.key_product),
-    *(fragment.value_product, fragment.scores_of, fragment.mix, fragment.absorb, spans.reached, fragment.store_sums),
+    *(fragment.value_product, fragment.scores_of, fragment.mix, fragment.absorb, fragment.nothing_absorbed),
+    *(fragment.tables_like, fragment.store_sums, *spans.KERNELS),
 )
 LOADED = (
     *(operands.load_words, operands.row_of, operands.load_keys, operands.load_values),
@@ -167,16 +168,15 @@ def _in_words(plane: torch.Tensor) -> bool:
     return plane.data_ptr() % 4 == 0 and not any(stride % 4 for stride in strides)
 
 
-def in_ring(sides: Sides, scales: Sequence[torch.Tensor]) -> bool:
-    """Whether tiles come through shared memory: copies move whole sectors of codes, and scalars of two tokens at once.
+def in_ring(sides: Sides, paired: bool, device: torch.device) -> bool:
+    """Whether tiles come through shared memory: copies move whole sectors of codes, and `paired` scalars two at once.
 
     Scalars of blocks are not copied. Rings of all programs of a multiprocessor must fit into it.
     """
-    room = tune.ring_fits(scales[0].device)
-    return room and in_sectors(sides) and (in_blocks(sides) or all(map(_in_pairs, scales)))
+    return in_sectors(sides) and (paired or in_blocks(sides)) and tune.ring_fits(device)
 
 
-def _in_pairs(scale: torch.Tensor) -> bool:
+def in_pairs(scale: torch.Tensor) -> bool:
     """Whether the scalars of neighbouring tokens lie in one word, as far as Triton sees."""
     return scale.stride(2) == 1 and scale.data_ptr() % 16 == 0 and not any(s % 16 for s in scale.stride()[:2])
 
@@ -186,11 +186,11 @@ def choice_of(
 ) -> tuple[tuned.Key, tune.Setting]:
     """The name of a search for `rows` query rows on each of `heads` KV heads, and what is done where none was made; the
     kernel is that of two sides, over a ring or not."""
-    sides, ring = kernel
+    sides, through = kernel
     head_dim, breadth = (max(getattr(side, name) for side in sides) for name in ("head_dim", "breadth"))
-    row_bytes = max(side.row_bytes for side in sides) if ring else 0
+    row_bytes = max(side.row_bytes for side in sides) if through else 0
     setting = tune.integer_setting(rows, head_dim, breadth, sides[1].crowded, row_bytes)
-    return tuned.key_of(source(*sides, Reader()) + KERNEL[ring], rows, heads, length, device), setting
+    return tuned.key_of(source(*sides, Reader()) + KERNEL[through], rows, heads, length, device), setting
 
 
 def plan_of(kernel: tuple[Sides, bool], rows: int, heads: int, length: int, device: torch.device) -> tune.AttendPlan:
@@ -209,13 +209,13 @@ def launch(
     batch, query_heads, queries, _ = q.shape
     kv_heads, length = key_codes.shape[1], key_codes.shape[2]
     groups = query_heads // kv_heads
-    ring = in_ring(sides, (key_scale, value_scale))
-    plan = plan_of((sides, ring), groups * queries, batch * kv_heads, length, q.device)
+    through = in_ring(sides, in_pairs(key_scale) and in_pairs(value_scale), q.device)
+    plan = plan_of((sides, through), groups * queries, batch * kv_heads, length, q.device)
     left = parts(plan.splits)
     part, strides = mask if mask is not None else (q, (0, 0, 0, 0))
     early, built = tune.overlaps(q.device), module(*sides, reader, folder)
-    how = (STAGES, not in_blocks(sides)) if ring else ()
-    getattr(built, KERNEL[ring])[(batch * kv_heads, -(-groups * queries // plan.block_rows), plan.splits)](
+    how = (STAGES, not in_blocks(sides)) if through else ()
+    getattr(built, KERNEL[through])[(batch * kv_heads, -(-groups * queries // plan.block_rows), plan.splits)](
         *(q, key_codes, key_scale, value_codes, value_scale),
         *(table_of(codec, dim, q.device) for codec, dim in zip(codecs, head_dims)),
         *(part, q if reach is None else reach, *left),

@@ -17,8 +17,8 @@ from tqcompile import tables
 from tqcompile.codec import Codec
 from tqcompile.coding import Planes, split
 from tqcompile.kernels import blocks, emit, fragment, integer, operands, sides, tune, tuned
-from tqcompile.kernels.blocks import BlockSide, load_key_blocks, load_scales, query_blocks
-from tqcompile.kernels.fragment import query_operand, scores_of
+from tqcompile.kernels.blocks import BlockSide, load_key_blocks, load_scales
+from tqcompile.kernels.fragment import rows_of, scores_of
 from tqcompile.kernels.operands import load_keys, table_like, word_layout
 from tqcompile.kernels.sides import MOST_DIMS, Side
 
@@ -47,7 +47,6 @@ def logits_fragments(
     KEY_S: gl.constexpr, KEY_SCALE_S: gl.constexpr, T: gl.constexpr, R: gl.constexpr, num_warps: gl.constexpr = 1,
 ):
     MMA: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [1, 1], [16, 8])
-    RIGHT: gl.constexpr = gl.DotOperandLayout(1, MMA, 4)
     zeros, _ = gl.split(gl.reshape(gl.full([T, 2 * R], 0.0, gl.float32, MMA), [T, R, 2]))
     SCORES: gl.constexpr = zeros.type.layout
     batch = (gl.program_id(0) // kv_heads).to(gl.int64)
@@ -61,11 +60,7 @@ def logits_fragments(
     tile = load_key_tile(at, count - 1, T, SCORES, KEY_S, KEY_SCALE_S)
 
     q += batch * q_b + head * groups * q_h
-    if KEY_BLOCKS:
-        asked, unit = query_blocks(q, gl.program_id(1) * R, q_h, q_t, q_d, queries, groups, unit, RIGHT, SCORES, R)
-    else:
-        asked, size = query_operand(q, gl.program_id(1) * R, q_h, q_t, q_d, queries, groups, RIGHT, R)
-        unit = gl.convert_layout(size, gl.SliceLayout(0, SCORES)) * unit
+    asked, unit = rows_of(q, q_h, q_t, q_d, queries, groups, unit, MMA, SCORES, R)
     table = table_like(words, word_layout(T // 8, KEY_WORDS))
     row = gl.program_id(1) * R + gl.arange(0, R, gl.SliceLayout(0, SCORES))
     real = (row < groups * queries)[None, :]
@@ -95,7 +90,14 @@ def logits_fragments(
 KERNELS = (
     *(operands.doublings, operands.word_layout, operands.bytes_of, operands.rounded, operands.places),
     *(operands.shifted, operands.load_words, operands.row_of, operands.load_keys, operands.dim_of),
-    *(operands.key_operand, operands.table_like, fragment.query_operand, fragment.key_product, fragment.scores_of),
+    *(
+        operands.key_operand,
+        operands.table_like,
+        fragment.query_operand,
+        fragment.rows_of,
+        fragment.key_product,
+        fragment.scores_of,
+    ),
     *(load_key_tile, logits_fragments),
 )
 BLOCK_KERNELS = (

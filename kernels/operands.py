@@ -1,7 +1,7 @@
 """How packed codes become operands of int8 matrix units, inside one warp: parts of the skeleton in `fragment`.
 
-A token's codes lie in one row of bytes, as `layout` says, and lane 4 g + c loads exactly the words of it that the
-matrix unit wants of this lane (m16n8k32), so that nothing passes through shared memory:
+A token's codes lie in one row of bytes, as `layout` says, and lane 4 g + c reads exactly the words of it that the
+matrix unit wants of this lane (m16n8k32), out of memory here and out of a copy in `ring`:
 
 keys are a left operand [tokens, dims]: lane (g, c) holds tokens 8 i + g, and of each a quarter c of its words;
 values are a left operand [dims, tokens]: lane (g, c) holds tokens 32 b + 8 j + 4 h + c, and of each an eighth g of its

@@ -11,16 +11,15 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from tqcompile.kernels.blocks import load_scales, repeated
-from tqcompile.kernels.fragment import absorb, rows_of, scores_of, store_sums
-from tqcompile.kernels.operands import four_tokens, table_like, word_layout
+from tqcompile.kernels.blocks import load_scales
+from tqcompile.kernels.fragment import absorb, nothing_absorbed, rows_of, scores_of, store_sums, tables_like
 from tqcompile.kernels.ring import fetch_rows, fetch_scales, key_words_of, read_keys, read_values, slots, value_words_of
-from tqcompile.kernels.spans import reached, reached_in_words
+from tqcompile.kernels.spans import advanced, masked_by, reached, reached_in_words
 
 # Printed by `emit`; the names stand here so that the skeleton can be read, and checked, as ordinary Python.
 read_scores = None
 KEY_RUN = KEY_HIGH_RUN = KEY_WORDS = KEY_BLOCKS = gl.constexpr(0)
-VALUE_RUN = VALUE_HIGH_RUN = VALUE_WORDS = VALUE_DIMS = VALUE_BLOCKS = gl.constexpr(0)
+VALUE_RUN = VALUE_HIGH_RUN = VALUE_WORDS = VALUE_BLOCKS = gl.constexpr(0)
 VALUE_SHARED = gl.constexpr(False)
 # Words of a row in the ring, and in memory.
 KEY_ROW = KEY_COUNT = VALUE_ROW = VALUE_COUNT = gl.constexpr(0)
@@ -138,12 +137,8 @@ def attend_ringed(
         # The combination may be put on the device now; it waits there for what this kernel writes.
         gdc_launch_dependents()
     MMA: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [1, 1], [16, 8])
-    RIGHT: gl.constexpr = gl.DotOperandLayout(1, MMA, 4)
-    zeros, _ = gl.split(gl.reshape(gl.full([T, 2 * R], 0.0, gl.float32, MMA), [T, R, 2]))
-    mixed, _ = gl.split(gl.reshape(gl.full([VALUE_DIMS, 2 * R], 0.0, gl.float32, MMA), [VALUE_DIMS, R, 2]))
-    SCORES: gl.constexpr = zeros.type.layout
-    if VALUE_BLOCKS:
-        mixed = repeated(mixed, VALUE_BLOCKS)
+    state = nothing_absorbed(T, R, MMA)
+    SCORES: gl.constexpr = state[0].type.layout.parent
     batch = (gl.program_id(0) // kv_heads).to(gl.int64)
     head = (gl.program_id(0) % kv_heads).to(gl.int64)
     first = gl.program_id(2) * span
@@ -158,37 +153,28 @@ def attend_ringed(
         # It is a multiple, which Triton sees here, and needs for the scalars of two tokens in one word.
         start = (first // 16 * 16).to(gl.int64)
     at = (
-        key_codes + batch * key_b + head * key_h + start * KEY_S,
-        key_scale + batch * key_scale_b + head * key_scale_h + start * KEY_SCALE_S,
-        value_codes + batch * value_b + head * value_h + start * VALUE_S,
-        value_scale + batch * value_scale_b + head * value_scale_h + start * VALUE_SCALE_S,
+        key_codes + batch * key_b + head * key_h, key_scale + batch * key_scale_b + head * key_scale_h,
+        value_codes + batch * value_b + head * value_h, value_scale + batch * value_scale_b + head * value_scale_h,
     )
+    at = advanced(at, start, KEY_S, KEY_SCALE_S, VALUE_S, VALUE_SCALE_S)
     # Asked for before q is, so that the first tiles are on their way meanwhile.
     ring = make_ring(STAGES, T, KEY_S, VALUE_S)
     tiles = (count + T - 1) // T
     scale_at, scales = (at[1], at[3]), (at[1], at[3])
     for stage in range(STAGES):
         fetch_next(ring, stage, at, count - stage * T, T, KEY_S, VALUE_S, SCALES)
-        at = at[0] + T * KEY_S, at[1] + T * KEY_SCALE_S, at[2] + T * VALUE_S, at[3] + T * VALUE_SCALE_S
+        at = advanced(at, T, KEY_S, KEY_SCALE_S, VALUE_S, VALUE_SCALE_S)
     if not SCALES:
         last = gl.maximum(count, 1) - 1
         scales = scalars_of(scale_at, last, T, KEY_SCALE_S, VALUE_SCALE_S, SCORES)
 
     q += batch * q_b + head * groups * q_h
-    asked, unit = rows_of(q, q_h, q_t, q_d, queries, groups, key_unit, RIGHT, SCORES, R)
-    row = gl.program_id(1) * R + gl.arange(0, R, gl.SliceLayout(0, SCORES))
-    near = gl.minimum(row, groups * queries - 1)
-    query = near % queries - first
-    mask_row = batch * mask_b + (head * groups + near // queries) * mask_h + (near % queries).to(gl.int64) * mask_t
-    token = gl.arange(0, T, gl.SliceLayout(1, SCORES))
+    asked, unit = rows_of(q, q_h, q_t, q_d, queries, groups, key_unit, MMA, SCORES, R)
+    mask_row, query, token = masked_by(batch, head, groups, queries, mask_b, mask_h, mask_t, T, R, SCORES)
+    query -= first
     address = mask_row[None, :] + start * mask_s + token[:, None] * mask_s
-    key_table = table_like(key_words, word_layout(T // 8, KEY_WORDS))
-    words = gl.full([T // 4, 32, VALUE_WORDS], 0, gl.int32, word_layout(T // 4, VALUE_WORDS))
-    FIRST: gl.constexpr = four_tokens(words, T, VALUE_WORDS)[0].type.layout
-    value_table = table_like(value_words, FIRST)
+    key_table, value_table = tables_like(key_words, value_words, T)
 
-    peak = gl.full([R], float("-inf"), gl.float32, gl.SliceLayout(0, SCORES))
-    state = (peak, gl.sum(gl.reshape(zeros, [T // 8, 8, R]), 0), mixed)
     for i in range(tiles):
         async_copy.wait_group(STAGES - 1)
         left = count - i * T
@@ -203,7 +189,7 @@ def attend_ringed(
         scores, values = those_there(scores, values, skip - i * T, left, T)
         state = absorb(values, scores, state, value_table, None, T, R, MMA)
         fetch_next(ring, i % STAGES, at, left - STAGES * T, T, KEY_S, VALUE_S, SCALES)
-        at = at[0] + T * KEY_S, at[1] + T * KEY_SCALE_S, at[2] + T * VALUE_S, at[3] + T * VALUE_SCALE_S
+        at = advanced(at, T, KEY_S, KEY_SCALE_S, VALUE_S, VALUE_SCALE_S)
         if not SCALES:
             scales = later
         query -= T

@@ -1,7 +1,26 @@
-"""Which tokens a split of a cache takes where a mask hides all but some: parts of the kernels on int8 units."""
+"""Which tokens a split of a cache takes, and where they and their mask lie: parts of the kernels on int8 units."""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+
+
+@gluon.jit
+def advanced(
+    at, count, KEY_S: gl.constexpr, KEY_SCALE_S: gl.constexpr, VALUE_S: gl.constexpr, VALUE_SCALE_S: gl.constexpr,
+):  # fmt: skip
+    """Pointers to codes and scalars of keys and of values, `count` tokens further."""
+    return at[0] + count * KEY_S, at[1] + count * KEY_SCALE_S, at[2] + count * VALUE_S, at[3] + count * VALUE_SCALE_S
+
+
+@gluon.jit
+def masked_by(
+    batch, head, groups, queries, mask_b, mask_h, mask_t, T: gl.constexpr, R: gl.constexpr, SCORES: gl.constexpr
+):
+    """Where the mask of each row of this program begins, the row's query, and the tokens of a tile."""
+    row = gl.program_id(1) * R + gl.arange(0, R, gl.SliceLayout(0, SCORES))
+    near = gl.minimum(row, groups * queries - 1)
+    mask_row = batch * mask_b + (head * groups + near // queries) * mask_h + (near % queries).to(gl.int64) * mask_t
+    return mask_row, near % queries, gl.arange(0, T, gl.SliceLayout(1, SCORES))
 
 
 @gluon.jit
@@ -29,3 +48,6 @@ def reached_in_words(reach, splits, T: gl.constexpr):
     span = (length + splits * T - 1) // (splits * T) * T
     first = gl.program_id(2) * span
     return begin + first, gl.maximum(gl.minimum(span, length - first), 0), seen - begin - first
+
+
+KERNELS = (advanced, masked_by, reached, reached_in_words)

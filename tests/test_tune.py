@@ -3,11 +3,15 @@
 import pytest
 import torch
 
+from tqcompile import formats
 from tqcompile.__main__ import main
 from tqcompile.bench import compressed, tune
 from tqcompile.bench.check import WrongResult
 from tqcompile.bench.clock import Sample
+from tqcompile.coding import split
 from tqcompile.kernels import emit, integer, tuned
+from tqcompile.kernels import tune as settings
+from tqcompile.layout import layout_of
 
 SHAPE = ("--batch", "2", "--context", "3000", "--heads", "8", "--kv-heads", "2", "--head-dim", "64")
 
@@ -51,6 +55,18 @@ def test_each_context_is_searched_by_itself(timed, tmp_path):
     assert main(["tune", *SHAPE, "--context", "1024", "2048", "--codec", "turboquant:3"]) == 0
     assert {case.shape.context for case in timed} == {1024, 2048}
     assert len(list(tmp_path.glob("tuned_*.json"))) == 4
+
+
+@pytest.mark.parametrize(("context", "room"), [(3008, True), (3008, False), (3000, True)])
+def test_what_is_kept_is_what_a_launch_over_such_planes_asks_for(timed, monkeypatch, context, room):
+    monkeypatch.setattr(settings, "ring_fits", lambda device: room)
+    assert main(["tune", *SHAPE, "--context", str(context), "--codec", "turboquant:4"]) == 0
+    codec, device = formats.codec("turboquant:4"), torch.device("cpu")
+    _, scale = split(codec, layout_of(codec, 64, torch.bfloat16, "cpu").allocate((2, 2, context), device))
+    sides = integer.sides_of((codec, codec), (64, 64))
+    kernel = sides, integer.in_ring(sides, integer.in_pairs(scale), device)
+    assert kernel[1] == (context == 3008 and room)
+    assert integer.choice_of(kernel, 4, 4, context, device)[0].path.exists()
 
 
 def test_values_without_a_kernel_leave_scores_to_search(timed):

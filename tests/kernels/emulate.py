@@ -105,23 +105,8 @@ def _binary(name):
     )
 
 
-for _name in (
-    "add",
-    "sub",
-    "mul",
-    "truediv",
-    "floordiv",
-    "mod",
-    "and",
-    "or",
-    "rshift",
-    "lt",
-    "le",
-    "gt",
-    "ge",
-    "eq",
-    "ne",
-):
+ARITHMETIC = ("add", "sub", "mul", "truediv", "floordiv", "mod", "and", "or", "rshift")
+for _name in (*ARITHMETIC, "lt", "le", "gt", "ge", "eq", "ne"):
     setattr(Tile, f"__{_name}__", _binary(f"__{_name}__"))
 Tile.__radd__, Tile.__rmul__ = Tile.__add__, Tile.__mul__
 Tile.__rtruediv__ = lambda self, other: Tile(other / self.x)
@@ -183,7 +168,7 @@ class Shared:
     def index(self, place):
         return Shared(self.memory[int(plain(place))])
 
-    def slice(self, start, length, dim=0):
+    def slice(self, start, length, dim):
         return Shared(self.memory.narrow(dim, start, length))
 
     def load(self, layout):
@@ -196,12 +181,10 @@ class Copies:
     def __init__(self):
         self.groups = [[]]
 
-    def async_load(self, slot, pointer, mask=True):
-        content = load(pointer, mask).x
-        # What is not copied stays as it is: nobody may rely on it, nor read what is being written.
+    def async_load(self, slot, pointer):
+        self.groups[-1].append((slot.memory, load(pointer).x))
+        # Nobody may read what is being written.
         slot.memory.random_()
-        mask = torch.broadcast_to(torch.as_tensor(plain(mask)), content.shape)
-        self.groups[-1].append((slot.memory, torch.where(mask, content, slot.memory)))
 
     def commit_group(self):
         self.groups.append([])
@@ -283,9 +266,8 @@ class Kernel:
                 "gluon": SimpleNamespace(jit=jit, constexpr_function=jit),
                 "tl": SimpleNamespace(PropagateNan=SimpleNamespace(ALL=True)),
                 "mma_v2": mma_v2,
+                "async_copy": Copies(),
             }
-            copies = Copies()
-            names["async_copy"] = copies
             exec(self.code, names)
             given = (Pointer.of(x) if isinstance(x, torch.Tensor) else x for x in arguments)
             names[self.name](*given)

@@ -17,7 +17,6 @@ from tqcompile.bench.check import WrongResult
 from tqcompile.bench.request import whole
 from tqcompile.bench.shapes import Case
 from tqcompile.kernels import integer, logits, tune, tuned
-from tqcompile.kernels.sides import in_blocks, in_sectors
 
 # What `request.plan` reads and this command does not ask for.
 UNASKED = ("check", "dtype", "json", "layers", "mask", "model", "plot", "queries", "sinks", "softcap", "suite")
@@ -83,8 +82,8 @@ def _searches(cases: list[Case], place: torch.device) -> Iterator[tuple[Case, tu
         shape, codecs = case.shape, (formats.codec(case.keys), formats.codec(case.values))
         if case.task == "attend":
             kernel, choice = integer.sides_of(codecs, (shape.head_dim, shape.head_dim)), integer.choice_of
-            # As `in_ring` says of the planes that are timed.
-            kernel = kernel and (kernel, in_sectors(kernel) and (in_blocks(kernel) or shape.context % 16 == 0))
+            # The planes that are timed lie as they are allocated: their strides are multiples of the context.
+            kernel = kernel and (kernel, integer.in_ring(kernel, shape.context % 16 == 0, place))
         else:
             kernel, choice = logits.side_of(codecs[0], shape.head_dim), logits.choice_of
         rows = shape.heads // shape.kv_heads
