@@ -50,6 +50,7 @@ class BlockSide:
     bits: int
     head_dim: int
     crowded = False
+    high_run = 0
 
     @property
     def blocks(self) -> int:

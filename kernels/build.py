@@ -110,7 +110,7 @@ def integer_usage(
     constants |= {"REACH": reader.mask != "none"}
     constants |= {"T": plan.block_tokens, "R": plan.block_rows, "EARLY": capability >= 90, "num_warps": 1}
     if ring:
-        constants |= {"STAGES": integer.STAGES, "SCALES": not in_blocks(sides)}
+        constants |= {"STAGES": tune.STAGES, "SCALES": not in_blocks(sides)}
     types = {"key_words": "*i32", "value_words": "*i32", "key_unit": "fp32", "value_unit": "fp32"}
     types |= {"reach": "*i32"}
     how = f"{reader.mask}{' causal' * reader.causal} {rows} rows{' ring' * ring}"

@@ -12,7 +12,7 @@ import torch
 from tqcompile import scores, tables
 from tqcompile.codec import Codec
 from tqcompile.coding import Planes, split
-from tqcompile.kernels import blocks, emit, fragment, operands, ptx, ring, ringed, spans, tune, tuned
+from tqcompile.kernels import blocks, emit, fragment, operands, ptx, ring, ringed, spans, stretch, tune, tuned
 from tqcompile.kernels.blocks import BlockSide
 from tqcompile.kernels.emit import Reader
 from tqcompile.kernels.sides import Side, Sides, in_blocks, in_sectors, side_of, sides_of
@@ -31,8 +31,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 copy_async = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
 '''
 CAPABILITY = (8, 0)
-# Tiles of a ring, and the kernel over one.
-STAGES = 2
+# The kernel, by whether tiles come through shared memory.
 KERNEL = {False: "attend_fragments", True: "attend_ringed"}
 
 
@@ -110,6 +109,7 @@ CONSTANTS = (
     *((operands, name) for name in ("ROUND", "ROUND_BITS", "QUERY_LIMIT", "WEIGHT_LIMIT", "SPLIT_BYTES")),
     (fragment, "LOG2_E"),
     (blocks, "TRANSPOSE_BYTES"),
+    (stretch, "GATHERS"),
 )
 KERNELS = (
     *(operands.doublings, operands.word_layout, operands.weight_layout, operands.bytes_of, operands.rounded),
@@ -123,7 +123,7 @@ LOADED = (
     *(operands.load_words, operands.row_of, operands.load_keys, operands.load_values),
     *(fragment.load_tile, fragment.attend_fragments),
 )
-RINGED = (*ring.KERNELS, *ringed.KERNELS)
+RINGED = (*ring.KERNELS, *stretch.KERNELS, *ringed.KERNELS)
 
 
 @cache
@@ -168,17 +168,22 @@ def _in_words(plane: torch.Tensor) -> bool:
     return plane.data_ptr() % 4 == 0 and not any(stride % 4 for stride in strides)
 
 
-def in_ring(sides: Sides, paired: bool, device: torch.device) -> bool:
-    """Whether tiles come through shared memory: copies move whole sectors of codes, and `paired` scalars two at once.
+def in_ring(sides: Sides, codes: Sequence[torch.Tensor], scales: Sequence[torch.Tensor], device: torch.device) -> bool:
+    """Whether tiles of such planes come through shared memory: copies move whole sectors of codes, the rings of a
+    multiprocessor fit, and, as far as Triton sees, rows with top bits lie without a gap and scalars two in a word, save
+    those of blocks, which are not copied."""
+    rows = all(_in_line(plane, side.row_bytes) for side, plane in zip(sides, codes) if side.high_run)
+    paired = in_blocks(sides) or all(_in_line(scale, 1) for scale in scales)
+    return in_sectors(sides) and rows and paired and _ring_tokens(sides, device) > 0
 
-    Scalars of blocks are not copied. Rings of all programs of a multiprocessor must fit into it.
-    """
-    return in_sectors(sides) and (paired or in_blocks(sides)) and tune.ring_fits(device)
+
+def _ring_tokens(sides: Sides, device: torch.device) -> int:
+    return tune.ring_tokens(*(side.row_bytes for side in sides), device)
 
 
-def in_pairs(scale: torch.Tensor) -> bool:
-    """Whether the scalars of neighbouring tokens lie in one word, as far as Triton sees."""
-    return scale.stride(2) == 1 and scale.data_ptr() % 16 == 0 and not any(s % 16 for s in scale.stride()[:2])
+def _in_line(plane: torch.Tensor, width: int) -> bool:
+    """Whether the tokens of a plane, of `width` numbers each, lie one behind the other from a multiple of 16 on."""
+    return plane.stride(2) == width and plane.data_ptr() % 16 == 0 and not any(s % 16 for s in plane.stride()[:2])
 
 
 def choice_of(
@@ -188,8 +193,8 @@ def choice_of(
     kernel is that of two sides, over a ring or not."""
     sides, through = kernel
     head_dim, breadth = (max(getattr(side, name) for side in sides) for name in ("head_dim", "breadth"))
-    row_bytes = max(side.row_bytes for side in sides) if through else 0
-    setting = tune.integer_setting(rows, head_dim, breadth, sides[1].crowded, row_bytes)
+    tokens = _ring_tokens(sides, device) if through else 0
+    setting = tune.integer_setting(rows, head_dim, breadth, sides[1].crowded, tokens)
     return tuned.key_of(source(*sides, Reader()) + KERNEL[through], rows, heads, length, device), setting
 
 
@@ -209,12 +214,12 @@ def launch(
     batch, query_heads, queries, _ = q.shape
     kv_heads, length = key_codes.shape[1], key_codes.shape[2]
     groups = query_heads // kv_heads
-    through = in_ring(sides, in_pairs(key_scale) and in_pairs(value_scale), q.device)
+    through = in_ring(sides, (key_codes, value_codes), (key_scale, value_scale), q.device)
     plan = plan_of((sides, through), groups * queries, batch * kv_heads, length, q.device)
     left = parts(plan.splits)
     part, strides = mask if mask is not None else (q, (0, 0, 0, 0))
     early, built = tune.overlaps(q.device), module(*sides, reader, folder)
-    how = (STAGES, not in_blocks(sides)) if through else ()
+    how = (tune.STAGES, not in_blocks(sides)) if through else ()
     getattr(built, KERNEL[through])[(batch * kv_heads, -(-groups * queries // plan.block_rows), plan.splits)](
         *(q, key_codes, key_scale, value_codes, value_scale),
         *(table_of(codec, dim, q.device) for codec, dim in zip(codecs, head_dims)),

@@ -167,36 +167,17 @@ def each_block(words, COUNT: gl.constexpr, WORDS: gl.constexpr, BLOCKS: gl.const
 
 
 @gluon.jit
-def key_words_of(slot, T: gl.constexpr, RUN: gl.constexpr, HIGH_RUN: gl.constexpr, WORDS: gl.constexpr):
-    """Words of nibbles and of top bits [T / 8, 32, WORDS] of a slot of keys; top bits where a lane's first ones lie."""
-    words = read_keys(slot.slice(0, 4 * WORDS, 2), T, WORDS, 1)[0]
-    top = words
-    if HIGH_RUN:
-        top = read_keys(slot.slice(RUN // 4, HIGH_RUN // 4, 2), T, WORDS, 1)[0]
-        _, lane, word = places(word_layout(T // 8, WORDS), T // 8, WORDS)
-        top = shifted(top, (lane % 4 * WORDS + word) // (HIGH_RUN // 4))
-    return words, top
-
-
-@gluon.jit
-def value_words_of(
-    slot, T: gl.constexpr, RUN: gl.constexpr, HIGH_RUN: gl.constexpr, WORDS: gl.constexpr, SHARED: gl.constexpr,
-):
-    """The same [T / 4 (b, h, j), 32, WORDS] of values; a lane's field of a word that two share is shifted, too."""
+def value_words_of(slot, T: gl.constexpr, WORDS: gl.constexpr, SHARED: gl.constexpr):
+    """Words [T / 4 (b, h, j), 32, WORDS] of a slot of values; a lane's field of a word that two share is shifted."""
     words = read_values(slot.slice(0, 4 if SHARED else 8 * WORDS, 2), T, WORDS, 1)[0]
-    _, lane, word = places(word_layout(T // 4, WORDS), T // 4, WORDS)
-    top = words
-    if HIGH_RUN:
-        top = read_values(slot.slice(RUN // 4, HIGH_RUN // 4, 2), T, WORDS, 1)[0]
-        word = lane // 4 % 4 if SHARED else lane // 4 * WORDS + word
-        top = shifted(top, word // (HIGH_RUN // 4))
     if SHARED:
-        top, words = shifted(top, lane // 16 * 2), shifted(words, lane // 16 * 2)
-    return words, top
+        _, lane, _ = places(word_layout(T // 4, WORDS), T // 4, WORDS)
+        words = shifted(words, lane // 16 * 2)
+    return words
 # fmt: on
 
 
 KERNELS = (
     *(copied, rows_at_once, copy_layout, slot_layout, row_layout, key_layout, value_layout, slots, fetch_rows),
-    *(fetch_scales, read_rows, read_keys, read_values, each_block, key_words_of, value_words_of),
+    *(fetch_scales, read_rows, read_keys, read_values, each_block, value_words_of),
 )

@@ -2,8 +2,8 @@
 
 It computes what `fragment` does, of the same parts. There a tile waits in registers for the next turn of the loop, and
 the compiler asks for the first one only when the query is ready; here two are under way from the first instructions on.
-A copy moves whole sectors where rows of codes are whole halves of a cache line, or no longer than a sector; of others,
-48 bytes say, it moves a third too much, so that those are for `fragment` (`sides.in_sectors`).
+A copy moves whole sectors where rows of codes are whole halves of a cache line, or no longer than a sector, or where
+those of a tile are copied together (`stretch`). Of others it moves more: they are for `fragment` (`sides.in_sectors`).
 """
 
 from triton.experimental import gluon
@@ -13,26 +13,45 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from tqcompile.kernels.blocks import load_scales
 from tqcompile.kernels.fragment import absorb, nothing_absorbed, rows_of, scores_of, store_sums, tables_like
-from tqcompile.kernels.ring import fetch_rows, fetch_scales, key_words_of, read_keys, read_values, slots, value_words_of
+from tqcompile.kernels.ring import fetch_rows, fetch_scales, read_keys, read_values, slots, value_words_of
 from tqcompile.kernels.spans import advanced, masked_by, reached, reached_in_words
+from tqcompile.kernels.stretch import fetch_stretch, key_words_along, stretches, value_words_along
 
 # Printed by `emit`; the names stand here so that the skeleton can be read, and checked, as ordinary Python.
 read_scores = None
 KEY_RUN = KEY_HIGH_RUN = KEY_WORDS = KEY_BLOCKS = gl.constexpr(0)
 VALUE_RUN = VALUE_HIGH_RUN = VALUE_WORDS = VALUE_BLOCKS = gl.constexpr(0)
 VALUE_SHARED = gl.constexpr(False)
-# Words of a row in the ring, and in memory.
+# Words of a row in the ring, or zero where rows lie there as they do in memory, and in memory.
 KEY_ROW = KEY_COUNT = VALUE_ROW = VALUE_COUNT = gl.constexpr(0)
 
 
 # fmt: off
 @gluon.jit
+def codes_ring(STAGES: gl.constexpr, T: gl.constexpr, ROW: gl.constexpr, COUNT: gl.constexpr, STRIDE: gl.constexpr):
+    """Shared memory for the codes of `STAGES` tiles: rows of ROW words, or (zero) as they lie."""
+    return slots(STAGES, T, ROW, COUNT, STRIDE) if ROW else stretches(STAGES, T, COUNT)
+
+
+@gluon.jit
 def make_ring(STAGES: gl.constexpr, T: gl.constexpr, KEY_S: gl.constexpr, VALUE_S: gl.constexpr):
-    """Shared memory for `STAGES` tiles: rows and scalars of keys, and of values."""
+    """Shared memory for `STAGES` tiles: codes and scalars of keys, and of values."""
     FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    keys, values = slots(STAGES, T, KEY_ROW, KEY_COUNT, KEY_S), slots(STAGES, T, VALUE_ROW, VALUE_COUNT, VALUE_S)
+    keys = codes_ring(STAGES, T, KEY_ROW, KEY_COUNT, KEY_S)
+    values = codes_ring(STAGES, T, VALUE_ROW, VALUE_COUNT, VALUE_S)
     scales = gl.allocate_shared_memory(gl.float16, [STAGES, T], FLAT)
     return keys, scales, values, gl.allocate_shared_memory(gl.float16, [STAGES, T], FLAT)
+
+
+@gluon.jit
+def fetch_codes(
+    ring, stage, codes, last, T: gl.constexpr, ROW: gl.constexpr, COUNT: gl.constexpr, STRIDE: gl.constexpr,
+):
+    """Ask for the codes of a tile; tokens after `last` repeat it (None: there are none)."""
+    if ROW:
+        fetch_rows(ring.index(stage), codes, last, COUNT, STRIDE)
+    else:
+        fetch_stretch(ring.index(stage), codes, last, T, COUNT)
 
 
 @gluon.jit
@@ -40,8 +59,8 @@ def fetch_tile(
     ring, stage, at, last, T: gl.constexpr, KEY_S: gl.constexpr, VALUE_S: gl.constexpr, SCALES: gl.constexpr,
 ):
     """Ask for a tile at four pointers; tokens after `last` repeat it (None: there are none)."""
-    fetch_rows(ring[0].index(stage), at[0], last, KEY_COUNT, KEY_S)
-    fetch_rows(ring[2].index(stage), at[2], last, VALUE_COUNT, VALUE_S)
+    fetch_codes(ring[0], stage, at[0], last, T, KEY_ROW, KEY_COUNT, KEY_S)
+    fetch_codes(ring[2], stage, at[2], last, T, VALUE_ROW, VALUE_COUNT, VALUE_S)
     if SCALES:
         fetch_scales(ring[1].index(stage), at[1], last, T)
         fetch_scales(ring[3].index(stage), at[3], last, T)
@@ -53,7 +72,11 @@ def keys_in(ring, stage, scales, T: gl.constexpr, SCORES: gl.constexpr, SCALES: 
     if KEY_BLOCKS:
         return read_keys(ring[0].index(stage), T, 2, KEY_ROW // 8), scales
     else:
-        words, high = key_words_of(ring[0].index(stage), T, KEY_RUN, KEY_HIGH_RUN, KEY_WORDS)
+        if KEY_ROW:
+            words = read_keys(ring[0].index(stage).slice(0, 4 * KEY_WORDS, 2), T, KEY_WORDS, 1)[0]
+            high = words
+        else:
+            words, high = key_words_along(ring[0].index(stage), T, KEY_RUN, KEY_HIGH_RUN, KEY_WORDS)
         if SCALES:
             scales = ring[1].index(stage).load(gl.SliceLayout(1, SCORES))
         return words, high, scales
@@ -65,8 +88,13 @@ def values_in(ring, stage, scales, T: gl.constexpr, SCORES: gl.constexpr, SCALES
     if VALUE_BLOCKS:
         return read_values(ring[2].index(stage), T, 1, VALUE_ROW // 8), scales
     else:
-        rows = ring[2].index(stage)
-        words, high = value_words_of(rows, T, VALUE_RUN, VALUE_HIGH_RUN, VALUE_WORDS, VALUE_SHARED)
+        if VALUE_ROW:
+            words = value_words_of(ring[2].index(stage), T, VALUE_WORDS, VALUE_SHARED)
+            high = words
+        else:
+            words, high = value_words_along(
+                ring[2].index(stage), T, VALUE_RUN, VALUE_HIGH_RUN, VALUE_WORDS, VALUE_SHARED,
+            )
         if SCALES:
             scales = ring[3].index(stage).load(gl.SliceLayout(1, SCORES))
         return words, high, scales
@@ -199,6 +227,6 @@ def attend_ringed(
 
 
 KERNELS = (
-    *(make_ring, fetch_tile, keys_in, values_in, those_there, fetch_next),
+    *(codes_ring, make_ring, fetch_codes, fetch_tile, keys_in, values_in, those_there, fetch_next),
     *(reached_in_words, scalars_of, side_scalars, attend_ringed),
 )

@@ -57,7 +57,7 @@ class Side:
             **{"RUN": self.run, "HIGH_RUN": self.high_run, "WORDS": self.words, "FIELDS": self.fields},
             **{"TERMS": self.terms, "DIMS": 8 * lanes * self.words * self.fields, "DIM": self.head_dim},
             **({"SHARED": self.shared} if name == "VALUE" else {}),
-            **{"BLOCKS": 0, "COUNT": count, "ROW": max(read, power_of_two(count))},
+            **{"BLOCKS": 0, "COUNT": count, "ROW": 0 if self.high_run else max(read, power_of_two(count))},
         }
         return "\n".join(f"{name}_{key} = gl.constexpr({value})" for key, value in values.items())
 
@@ -98,8 +98,16 @@ def sides_of(codecs: tuple[Codec, Codec], head_dims: tuple[int, int]) -> Sides |
 
 
 def in_sectors(sides: Sides) -> bool:
-    """Whether tiles come through shared memory: where copies of all rows of codes move whole sectors and no more."""
-    return all(side.row_bytes in (64, 128) or side.row_bytes <= 32 for side in sides)
+    """Whether tiles come through shared memory: where copies of all rows of codes move whole sectors and no more.
+
+    Rows with top bits are copied together, and each run is read as a power of two of words.
+    """
+    return all(
+        all(run == power_of_two(run) for run in (side.run, side.high_run))
+        if side.high_run
+        else side.row_bytes in (64, 128) or side.row_bytes <= 32
+        for side in sides
+    )
 
 
 def in_blocks(sides: Sides) -> bool:

@@ -21,8 +21,11 @@ ATTEND = {
 LATENT = {16: (16, 32, 4, 255), 64: (32, 64, 8, 255)}
 LATENT_DIMS = 512
 APPEND_REGISTERS = 128
-# Shared memory of eight rings of two tiles: an A100 has it, and what came to desks and laptops after it has not.
-RING_BYTES = 150_000
+# Tiles of a ring; the programs whose rings a multiprocessor must hold, and what it keeps of each for itself: an H100
+# has room for all, an A100 for small tiles of long rows, and what came to desks and laptops after it for few.
+STAGES = 2
+RING_PROGRAMS = 8
+RESERVED_BYTES = 1024
 # Programs that a multiprocessor holds at once; dims, and numbers, that one step of the combination reads.
 PROGRAMS_PER_PROCESSOR = 2
 COMBINE_DIMS = 32
@@ -40,8 +43,9 @@ MOST_ROWS = 128
 MOST_ROWS_WIDE = 16
 FUSED_DIMS = 256
 DECODED_NUMBERS = 4096
-# What the interpreter plans for, where there is no device to ask.
+# What is planned for where there is no device to ask: by the interpreter, and for kernels that are only compiled.
 DEFAULT_PROCESSORS = 4
+DEFAULT_SHARED_BYTES = 228 * 1024
 
 
 @dataclass(frozen=True)
@@ -126,15 +130,15 @@ def attend_plan(
     return AttendPlan(block_rows, block_tokens, -(-length // span), span, warps, registers)
 
 
-def integer_setting(rows: int, head_dim: int, breadth: int, crowded: bool, row_bytes: int = 0) -> Setting:
+def integer_setting(rows: int, head_dim: int, breadth: int, crowded: bool, ring_tokens: int = 0) -> Setting:
     """What attention on int8 units does unless a search found better: registers for two tiles of codes at once.
 
     `breadth` is head_dim, or twice that where codes are bytes; `crowded` codes need more registers than others of
-    their head_dim, and get smaller tiles. Codes of `row_bytes` a token come through shared memory.
+    their head_dim, and get smaller tiles. Where tiles come through shared memory, they have `ring_tokens`.
     """
     block_rows = 4 if rows <= 4 or head_dim > 128 or crowded else 8
-    if row_bytes:
-        return Setting(block_rows, 128 if row_bytes <= 16 else 64 if row_bytes <= 64 else 32, 8, 255)
+    if ring_tokens:
+        return Setting(block_rows, ring_tokens, RING_PROGRAMS, 255)
     return Setting(block_rows, 64 if block_rows * breadth <= 512 and not crowded else 32, 8, 255)
 
 
@@ -187,11 +191,23 @@ def processors_of(device: torch.device) -> int:
 
 
 @cache
-def ring_fits(device: torch.device) -> bool:
-    """Whether a multiprocessor has the shared memory for the rings of as many programs as it is given."""
+def ring_tokens(key_bytes: int, value_bytes: int, device: torch.device) -> int:
+    """Tokens of a tile that comes through shared memory, of so many bytes of codes each; 0 where it has no room."""
+    most = max(key_bytes, value_bytes)
+    tokens = 128 if most <= 16 else 64 if most <= 80 else 32
+    # Rows lie at powers of two, or share what they leave of one; each has two scalars.
+    row = power_of_two(key_bytes) + power_of_two(value_bytes) + 4
+    while STAGES * tokens * row > shared_bytes_of(device) // RING_PROGRAMS - RESERVED_BYTES:
+        tokens //= 2
+    return tokens if tokens >= 32 else 0
+
+
+@cache
+def shared_bytes_of(device: torch.device) -> int:
+    """Shared memory of a multiprocessor."""
     if device.type != "cuda":
-        return True
-    return torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor >= RING_BYTES
+        return DEFAULT_SHARED_BYTES
+    return torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor
 
 
 @cache

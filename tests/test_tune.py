@@ -59,12 +59,12 @@ def test_each_context_is_searched_by_itself(timed, tmp_path):
 
 @pytest.mark.parametrize(("context", "room"), [(3008, True), (3008, False), (3000, True)])
 def test_what_is_kept_is_what_a_launch_over_such_planes_asks_for(timed, monkeypatch, context, room):
-    monkeypatch.setattr(settings, "ring_fits", lambda device: room)
+    monkeypatch.setattr(settings, "ring_tokens", lambda *a: 64 if room else 0)
     assert main(["tune", *SHAPE, "--context", str(context), "--codec", "turboquant:4"]) == 0
     codec, device = formats.codec("turboquant:4"), torch.device("cpu")
-    _, scale = split(codec, layout_of(codec, 64, torch.bfloat16, "cpu").allocate((2, 2, context), device))
+    codes, scale = split(codec, layout_of(codec, 64, torch.bfloat16, "cpu").allocate((2, 2, context), device))
     sides = integer.sides_of((codec, codec), (64, 64))
-    kernel = sides, integer.in_ring(sides, integer.in_pairs(scale), device)
+    kernel = sides, integer.in_ring(sides, (codes,) * 2, (scale,) * 2, device)
     assert kernel[1] == (context == 3008 and room)
     assert integer.choice_of(kernel, 4, 4, context, device)[0].path.exists()
 

@@ -68,7 +68,10 @@ def plain(x):
 
 
 class Layout:
-    """Any layout, and its parent."""
+    """Any layout, and its parent; the last that it is made of is its shape, where it has one."""
+
+    def __init__(self, *made_of):
+        self.shape = made_of[-1] if made_of else None
 
     parent = property(lambda self: self)
 
@@ -171,6 +174,15 @@ class Shared:
     def slice(self, start, length, dim):
         return Shared(self.memory.narrow(dim, start, length))
 
+    def gather(self, indices, axis):
+        assert axis == 0 and self.memory.dim() == 1
+        return Tile(self.memory[indices.x])
+
+    def _reinterpret(self, dtype, shape, padded):
+        """The memory from its first place on as one piece of rows, each `padded` places behind the last."""
+        assert dtype == self.memory.dtype and shape[0] == 1
+        return Shared(self.memory.as_strided(shape, [1, padded, 1]))
+
     def load(self, layout):
         return Tile(self.memory.clone())
 
@@ -210,12 +222,21 @@ def jit(function=None, **options):
     return function or (lambda found: found)
 
 
+def padded(intervals, shape, order):
+    """Places from row to row of a padded layout of rows."""
+    ((row, padding),) = intervals
+    assert row == shape[-1] and order == [2, 1, 0]
+    return row + padding
+
+
 def language(place):
     """The module `gl` for one program."""
     return SimpleNamespace(
         **{name: getattr(torch, name) for name in ("int8", "int32", "int64", "float16", "float32")},
-        **{name: lambda *a: Layout() for name in ("SliceLayout", "DotOperandLayout", "DistributedLinearLayout")},
-        **{name: lambda *a: Layout() for name in ("BlockedLayout", "SwizzledSharedLayout")},
+        **dict.fromkeys(("SliceLayout", "DotOperandLayout", "DistributedLinearLayout", "BlockedLayout"), Layout),
+        SwizzledSharedLayout=lambda *a: None,
+        PaddedSharedLayout=SimpleNamespace(with_identity_for=padded),
+        shared_memory_descriptor=Shared,
         allocate_shared_memory=lambda dtype, shape, layout: Shared(torch.empty(shape, dtype=dtype)),
         NVMMADistributedLayout=lambda *a: Layout(),
         uint32=UINT32,

@@ -7,9 +7,11 @@ import pytest
 import torch
 from cases import TOLERANCE, close, compressed
 from reaching import SPANS, hidden_case
+from triton.experimental.gluon import language as gl
 
 from tqcompile import formats, reference
-from tqcompile.kernels import attend, integer, tune
+from tqcompile.coding import split
+from tqcompile.kernels import attend, integer, stretch, tune
 
 NAMES = ["q8_0", *(f"turboquant:{bits}" for bits in (2, 3, 4, 5))]
 PAIRS = [(name, name) for name in NAMES] + [("q8_0", "turboquant:3"), ("turboquant:5", "q8_0")]
@@ -45,6 +47,22 @@ def test_a_ragged_cache_attends_like_the_reference(names, dims, rows, length):
     q = torch.randn(1, 2 * rows, 1, dims[0])
     planes = [compressed(formats.codec(name), torch.randn(1, 2, length, dim)) for name, dim in zip(names, dims)]
     attends_like_the_reference(q, *planes, None, False, names, dims)
+
+
+@pytest.mark.parametrize("gathers", [False, True])
+@pytest.mark.parametrize(("names", "dims"), [((3, 5), (128, 64)), ((5, 3), (32, 32)), ((3, 3), (256, 128))], ids=str)
+@pytest.mark.parametrize("length", [16, 208])
+def test_rows_of_two_runs_are_read_where_they_lie_in_a_stretch(gathers, names, dims, length, monkeypatch):
+    """By either way of reading them, of which each release of Triton has one."""
+    torch.manual_seed(8)
+    monkeypatch.setattr(stretch, "GATHERS", gl.constexpr(gathers))
+    monkeypatch.setattr(integer, "source", integer.source.__wrapped__)
+    names = [f"turboquant:{bits}" for bits in names]
+    planes = [compressed(formats.codec(name), torch.randn(2, 2, length, dim)) for name, dim in zip(names, dims)]
+    codes, scales = zip(*(split(formats.codec(name), plane) for name, plane in zip(names, planes)))
+    sides = integer.sides_of(tuple(map(formats.codec, names)), dims)
+    assert integer.in_ring(sides, codes, scales, torch.device("cpu"))
+    attends_like_the_reference(torch.randn(2, 8, 1, dims[0]), *planes, None, False, names, dims)
 
 
 @pytest.mark.parametrize("tile", sorted({(s.block_rows, s.block_tokens) for s in tune.SETTINGS["attend"]}))

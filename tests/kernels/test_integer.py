@@ -63,7 +63,8 @@ def test_any_shape_attends_like_the_reference(device, data):
 @pytest.mark.parametrize("kind", ["none", "bool", "additive"])
 @pytest.mark.parametrize(
     ("name", "dim"),
-    [(f"turboquant:{bits}", dim) for bits, dim in ((2, 64), (2, 128), (3, 64), (4, 64), (4, 128), (4, 256))]
+    [(f"turboquant:{bits}", dim) for bits, dim in ((2, 64), (2, 128), (4, 64), (4, 128), (4, 256))]
+    + [(f"turboquant:{bits}", dim) for bits, dim in ((3, 32), (3, 64), (3, 128), (3, 256), (5, 64), (5, 128))]
     + [("q8_0", 128)],
 )
 def test_whole_sectors_come_through_shared_memory(device, name, dim, kind):
@@ -71,8 +72,8 @@ def test_whole_sectors_come_through_shared_memory(device, name, dim, kind):
     codec = formats.codec(name)
     for length in (16, 64, 144) if device == "cpu" else (16, 48, 64, 128, 144, 272, 4096, 4112):
         keys, values = (compressed(codec, torch.randn(2, 2, length, dim, device=device)) for _ in range(2))
-        paired = all(integer.in_pairs(split(codec, planes)[1]) for planes in (keys, values))
-        assert integer.in_ring(integer.sides_of((codec, codec), (dim, dim)), paired, torch.device(device))
+        codes, scales = zip(*(split(codec, planes) for planes in (keys, values)))
+        assert integer.in_ring(integer.sides_of((codec, codec), (dim, dim)), codes, scales, torch.device(device))
         keep = torch.rand(2, 1, 1, length, device=device) < 0.8
         mask = {"none": None, "bool": keep, "additive": torch.where(keep, 0.0, -1e4)}[kind]
         q = torch.randn(2, 8, 1, dim, device=device)

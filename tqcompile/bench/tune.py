@@ -15,8 +15,12 @@ from tqcompile import formats
 from tqcompile.bench import clock, compressed, request
 from tqcompile.bench.check import WrongResult
 from tqcompile.bench.request import whole
-from tqcompile.bench.shapes import Case
+from tqcompile.bench.shapes import Case, Shape
+from tqcompile.codec import Codec
+from tqcompile.coding import split
 from tqcompile.kernels import integer, logits, tune, tuned
+from tqcompile.kernels.address import DEVICE_TYPE
+from tqcompile.layout import layout_of
 
 # What `request.plan` reads and this command does not ask for.
 UNASKED = ("check", "dtype", "json", "layers", "mask", "model", "plot", "queries", "sinks", "softcap", "suite")
@@ -82,8 +86,7 @@ def _searches(cases: list[Case], place: torch.device) -> Iterator[tuple[Case, tu
         shape, codecs = case.shape, (formats.codec(case.keys), formats.codec(case.values))
         if case.task == "attend":
             kernel, choice = integer.sides_of(codecs, (shape.head_dim, shape.head_dim)), integer.choice_of
-            # The planes that are timed lie as they are allocated: their strides are multiples of the context.
-            kernel = kernel and (kernel, integer.in_ring(kernel, shape.context % 16 == 0, place))
+            kernel = kernel and (kernel, integer.in_ring(kernel, *_planes(shape, codecs), place))
         else:
             kernel, choice = logits.side_of(codecs[0], shape.head_dim), logits.choice_of
         rows = shape.heads // shape.kv_heads
@@ -92,6 +95,13 @@ def _searches(cases: list[Case], place: torch.device) -> Iterator[tuple[Case, tu
             # Rows of a tile that no query has are work for nothing.
             table = [s for s in tune.SETTINGS[case.task] if s.block_rows == 4 or rows > 4]
             yield case, key, list(dict.fromkeys((default, *table)))
+
+
+def _planes(shape: Shape, codecs: tuple[Codec, Codec]) -> Iterator[tuple[torch.Tensor, ...]]:
+    """Codes, and scalars, of keys and values as those lie that are timed; no memory is behind them."""
+    sizes = shape.batch, shape.kv_heads, shape.context
+    layouts = (layout_of(codec, shape.head_dim, torch.bfloat16, DEVICE_TYPE) for codec in codecs)
+    return zip(*(split(codec, layout.allocate(sizes, torch.device("meta"))) for codec, layout in zip(codecs, layouts)))
 
 
 def _milliseconds(case: Case, place: torch.device) -> float:

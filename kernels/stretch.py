@@ -1,0 +1,150 @@
+"""Rows of codes in two runs on their way through shared memory: parts of the skeleton in `ringed`.
+
+A row of nibbles and of top bits behind them, 48 bytes say, is no whole sectors, but the rows of a tile are, where they
+lie without a gap. They are copied as one stretch of memory, and read where they lie in it, a row every COUNT words.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+
+from tqcompile.kernels.operands import doublings, places, shifted, word_layout
+from tqcompile.kernels.ring import key_layout, read_rows, row_layout
+
+# Its name since Triton 3.9, and the one before.
+copy_async = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
+# Shared memory can be gathered from since Triton 3.7, and could be looked at as rows with gaps up to 3.8.
+GATHERS = gl.constexpr(hasattr(gl.shared_memory_descriptor, "gather"))
+
+
+@gluon.constexpr_function
+def parts_of(count):
+    """Equal parts, each a power of two of words, of any power of two of rows of `count` words."""
+    return count // (count & -count)
+
+
+@gluon.constexpr_function
+def room_for(count):
+    """The power of two of words that has room for `count`."""
+    return 1 << (count - 1).bit_length()
+
+
+@gluon.constexpr_function
+def four_layout(words, kept):
+    """Lane 4 g + c has an eighth g of the words of token c; see `ring.row_layout`."""
+    lanes = [("token", 1), ("token", 2), ("word", words), ("word", 2 * words), ("word", 4 * words)]
+    return row_layout(doublings(1, words), [], lanes, [1, 4, 8 * words // kept, kept])
+
+
+@gluon.constexpr_function
+def fourth(i):
+    """The first of the four rows of values that are read as the `i`th (b, h, j): 32 b + 8 j + 4 h."""
+    return 32 * (i // 8) + 8 * (i % 4) + 4 * (i // 4 % 2)
+
+
+# fmt: off
+@gluon.jit
+def stretches(STAGES: gl.constexpr, T: gl.constexpr, COUNT: gl.constexpr):
+    """Shared memory [STAGES, words] for what `fetch_stretch` copies of tiles."""
+    FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    return gl.allocate_shared_memory(gl.int32, [STAGES, room_for(T * COUNT)], FLAT)
+
+
+@gluon.jit
+def fetch_stretch(slot, codes, last, T: gl.constexpr, COUNT: gl.constexpr):
+    """Ask for the COUNT words of each row of a tile; after row `last` its end is repeated (None: there is nothing)."""
+    PARTS: gl.constexpr = parts_of(COUNT)
+    WORDS: gl.constexpr = T * COUNT // PARTS
+    AT_ONCE: gl.constexpr = min(4, WORDS // 32)
+    word = gl.arange(0, WORDS, gl.BlockedLayout([AT_ONCE], [32], [1], [0]))
+    codes = codes.to(gl.pointer_type(gl.int32), bitcast=True)
+    for part in gl.static_range(PARTS):
+        at = word + part * WORDS
+        if last is not None:
+            at = gl.minimum(at // AT_ONCE, (last * COUNT + COUNT - 1) // AT_ONCE) * AT_ONCE + at % AT_ONCE
+        copy_async(slot.slice(part * WORDS, WORDS, 0), codes + at)
+
+
+@gluon.jit
+def words_along(slot, START: gl.constexpr, COUNT: gl.constexpr, LAYOUT: gl.constexpr):
+    """The words of rows, [rows, words with repeats] of LAYOUT: the first at START, the next row COUNT further."""
+    ROWS: gl.constexpr = LAYOUT.shape[1]
+    REPEATS: gl.constexpr = LAYOUT.shape[2]
+    KEPT: gl.constexpr = LAYOUT.shape[3]
+    if GATHERS:
+        row = gl.arange(0, ROWS, gl.SliceLayout(0, gl.SliceLayout(2, gl.SliceLayout(3, LAYOUT))))
+        word = gl.arange(0, KEPT, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, LAYOUT))))
+        at = START + row[None, :, None, None] * COUNT + word[None, None, None, :]
+        at += gl.full([1, ROWS, REPEATS, KEPT], 0, gl.int32, LAYOUT)
+        return gl.reshape(slot.gather(gl.reshape(at, [ROWS * REPEATS * KEPT]), 0), [ROWS, REPEATS * KEPT])
+    else:
+        APART: gl.constexpr = gl.PaddedSharedLayout.with_identity_for(
+            [[KEPT, COUNT - KEPT]], [1, ROWS, KEPT], [2, 1, 0]
+        )
+        return read_rows(slot.slice(START, 1, 0)._reinterpret(gl.int32, [1, ROWS, KEPT], APART), LAYOUT, REPEATS)
+
+
+@gluon.jit
+def eight_keys(slot, START: gl.constexpr, KEPT: gl.constexpr, COUNT: gl.constexpr, WORDS: gl.constexpr):
+    """Words [1, 32, WORDS] of eight rows of keys, of which KEPT words from START on are read."""
+    x = words_along(slot, START, COUNT, key_layout([1, 8], WORDS, 1, KEPT))
+    return gl.convert_layout(gl.reshape(x, [1, 32, WORDS]), word_layout(1, WORDS))
+
+
+@gluon.jit
+def four_values(slot, START: gl.constexpr, KEPT: gl.constexpr, COUNT: gl.constexpr, WORDS: gl.constexpr):
+    """The same of four rows of values."""
+    x = words_along(slot, START, COUNT, four_layout(WORDS, KEPT))
+    x = gl.reshape(gl.permute(gl.reshape(x, [4, 8, WORDS]), [1, 0, 2]), [1, 32, WORDS])
+    return gl.convert_layout(x, word_layout(1, WORDS))
+
+
+@gluon.jit
+def in_order(parts, COUNT: gl.constexpr, WORDS: gl.constexpr):
+    """COUNT tensors of words [1, 32, WORDS] -> [COUNT, 32, WORDS], a power of two of them."""
+    for step in gl.static_range(COUNT.bit_length() - 1):
+        found = ()
+        for part in gl.static_range(COUNT >> step + 1):
+            found = found + (gl.join(parts[part], parts[part + (COUNT >> step + 1)]),)
+        parts = found
+    x = gl.permute(gl.reshape(parts[0], [32, WORDS, COUNT]), [2, 0, 1])
+    return gl.convert_layout(x, word_layout(COUNT, WORDS))
+
+
+@gluon.jit
+def key_words_along(slot, T: gl.constexpr, RUN: gl.constexpr, HIGH_RUN: gl.constexpr, WORDS: gl.constexpr):
+    """Words of nibbles and of top bits [T / 8, 32, WORDS] of a tile of keys; top bits where a lane's first ones lie."""
+    COUNT: gl.constexpr = (RUN + HIGH_RUN) // 4
+    words, high = (), ()
+    for i in gl.static_range(T // 8):
+        words = words + (eight_keys(slot, 8 * i * COUNT, RUN // 4, COUNT, WORDS),)
+        high = high + (eight_keys(slot, 8 * i * COUNT + RUN // 4, HIGH_RUN // 4, COUNT, WORDS),)
+    words, high = in_order(words, T // 8, WORDS), in_order(high, T // 8, WORDS)
+    _, lane, word = places(word_layout(T // 8, WORDS), T // 8, WORDS)
+    return words, shifted(high, (lane % 4 * WORDS + word) // (HIGH_RUN // 4))
+
+
+@gluon.jit
+def value_words_along(
+    slot, T: gl.constexpr, RUN: gl.constexpr, HIGH_RUN: gl.constexpr, WORDS: gl.constexpr, SHARED: gl.constexpr,
+):
+    """The same [T / 4 (b, h, j), 32, WORDS] of values; a lane's field of a word that two share is shifted, too."""
+    COUNT: gl.constexpr = (RUN + HIGH_RUN) // 4
+    words, high = (), ()
+    for i in gl.static_range(T // 4):
+        words = words + (four_values(slot, fourth(i) * COUNT, RUN // 4, COUNT, WORDS),)
+        high = high + (four_values(slot, fourth(i) * COUNT + RUN // 4, HIGH_RUN // 4, COUNT, WORDS),)
+    words, high = in_order(words, T // 4, WORDS), in_order(high, T // 4, WORDS)
+    _, lane, word = places(word_layout(T // 4, WORDS), T // 4, WORDS)
+    word = lane // 4 % 4 if SHARED else lane // 4 * WORDS + word
+    high = shifted(high, word // (HIGH_RUN // 4))
+    if SHARED:
+        high, words = shifted(high, lane // 16 * 2), shifted(words, lane // 16 * 2)
+    return words, high
+# fmt: on
+
+
+KERNELS = (
+    *(parts_of, room_for, four_layout, fourth, stretches, fetch_stretch, words_along, eight_keys, four_values),
+    *(in_order, key_words_along, value_words_along),
+)
