@@ -19,13 +19,14 @@ from tqcompile.codec import Codec
 from tqcompile.kernels.address import power_of_two
 from tqcompile.kernels.operands import (
     QUERY_LIMIT,
+    ROUND,
     WEIGHT_LIMIT,
     bytes_of,
     doublings,
     four_tokens,
     places,
-    rounded,
     row_of,
+    size_of,
     value_operand,
     weight_operand,
     word_layout,
@@ -165,12 +166,10 @@ def query_blocks(
     for block in gl.static_range(KEY_BLOCKS):
         inside = (near < 32)[:, None] & (place < groups * queries)[None, :]
         x = gl.load(address + 32 * block * q_d, mask=inside, other=0.0).to(gl.float32)
-        # A product with zero keeps what is no number, which a maximum may drop.
-        size = gl.max(gl.abs(x), 0) + gl.sum(x * 0.0, 0)
-        size = gl.where(size == 0.0, 1.0, size)
-        number = rounded(x * (QUERY_LIMIT / size)[None, :])
-        high = (number + 64) >> 7
-        operands = operands + (gl.where((column % 2 == 0)[None, :], high, number - high * 128).to(gl.int8),)
+        size = size_of(gl.max(gl.abs(x).to(gl.int32, bitcast=True), 0))
+        number = (x * (QUERY_LIMIT / size)[None, :] + (ROUND + 128.0)).to(gl.int32, bitcast=True)
+        part = gl.where((column % 2 == 0)[None, :], number >> 8, number ^ 128)
+        operands = operands + (part.to(gl.int8),)
         unit = gl.max(gl.reshape(size, [R, 2]), 1) * (scale / QUERY_LIMIT)
         units = units + (gl.convert_layout(unit, gl.SliceLayout(0, SCORES)),)
     return operands, units
@@ -187,7 +186,7 @@ def block_scores(blocks, scales, asked, units, T: gl.constexpr, R: gl.constexpr,
         keys = gl.convert_layout(gl.reshape(gl.permute(x, [0, 1, 3, 2, 4]), [T, 32]), gl.DotOperandLayout(0, MMA, 4))
         product = mma_v2(keys, asked[block], gl.full([T, 2 * R], 0, gl.int32, MMA))
         coarse, fine = gl.split(gl.reshape(product, [T, R, 2]))
-        part = (coarse * 128 + fine).to(gl.float32) * (scales[block][:, None] * units[block][None, :])
+        part = (coarse * 256 + fine).to(gl.float32) * (scales[block][:, None] * units[block][None, :])
         scores += part
     return scores
 

@@ -18,12 +18,10 @@ from tqcompile.kernels.blocks import (
     load_scales,
     load_value_blocks,
     mix_blocks,
-    query_blocks,
     repeated,
     store_blocks,
 )
 from tqcompile.kernels.operands import (
-    QUERY_LIMIT,
     WEIGHT_LIMIT,
     dim_of,
     eight_nibbles,
@@ -31,12 +29,12 @@ from tqcompile.kernels.operands import (
     key_operand,
     load_keys,
     load_values,
-    rounded,
     table_like,
     value_operand,
     weight_operand,
     word_layout,
 )  # fmt: skip
+from tqcompile.kernels.query import load_query, rows_of
 from tqcompile.kernels.spans import advanced, masked_by, reached
 
 # Printed by `emit`; the names stand here so that the skeleton can be read, and checked, as ordinary Python.
@@ -48,38 +46,6 @@ VALUE_SHARED = gl.constexpr(False)
 KEY_BLOCKS = VALUE_BLOCKS = gl.constexpr(0)
 
 LOG2_E = gl.constexpr(1.4426950408889634)
-
-
-@gluon.jit
-def query_operand(q, row, q_h, q_t, q_d, queries, groups, LAYOUT: gl.constexpr, R: gl.constexpr):
-    """Rows of q as the right operand [KEY_DIMS, 2 R] in the keys' order of dims, and the size of one unit of a row."""
-    k = gl.arange(0, KEY_DIMS, gl.SliceLayout(1, LAYOUT))
-    column = gl.arange(0, 2 * R, gl.SliceLayout(0, LAYOUT))
-    group, nibble = k // 32, k // 16 % 2 * 4 + k % 4
-    word = k // 4 % 4 * KEY_WORDS + group // KEY_FIELDS
-    dim = dim_of(word, nibble, group % KEY_FIELDS, KEY_RUN, KEY_FIELDS)
-    place = (row + column // 2).to(gl.int64)
-    address = place // queries * q_h + place % queries * q_t
-    inside = (dim < KEY_DIM)[:, None] & (place < groups * queries)[None, :]
-    x = gl.load(q + address[None, :] + dim[:, None] * q_d, mask=inside, other=0.0).to(gl.float32)
-    # A product with zero keeps what is no number, which a maximum may drop.
-    size = gl.max(gl.abs(x), 0) + gl.sum(x * 0.0, 0)
-    size = gl.where(size == 0.0, 1.0, size)
-    number = rounded(x * (QUERY_LIMIT / size)[None, :])
-    high = (number + 64) >> 7
-    operand = gl.where((column % 2 == 0)[None, :], high, number - high * 128).to(gl.int8)
-    return operand, gl.max(gl.reshape(size, [R, 2]), 1) / QUERY_LIMIT
-
-
-@gluon.jit
-def rows_of(q, q_h, q_t, q_d, queries, groups, key_unit, MMA: gl.constexpr, SCORES: gl.constexpr, R: gl.constexpr):
-    """The rows of this program as operands, and for each what one unit of its scores is."""
-    RIGHT: gl.constexpr = gl.DotOperandLayout(1, MMA, 4)
-    if KEY_BLOCKS:
-        return query_blocks(q, gl.program_id(1) * R, q_h, q_t, q_d, queries, groups, key_unit, RIGHT, SCORES, R)
-    else:
-        asked, unit = query_operand(q, gl.program_id(1) * R, q_h, q_t, q_d, queries, groups, RIGHT, R)
-        return asked, gl.convert_layout(unit, gl.SliceLayout(0, SCORES)) * key_unit
 
 
 @gluon.jit
@@ -146,7 +112,7 @@ def scores_of(keys, asked, unit, key_table, T: gl.constexpr, R: gl.constexpr, MM
         coarse, fine = gl.split(key_product(keys[0], keys[1], key_table, asked, T, MMA, R))
         # The product with zero makes a key whose scalar is infinite no number, as its decoded dims would.
         scalars = keys[2].to(gl.float32)
-        return (coarse * 128 + fine).to(gl.float32) * ((scalars + scalars * 0.0)[:, None] * unit[None, :])
+        return (coarse * 256 + fine).to(gl.float32) * ((scalars + scalars * 0.0)[:, None] * unit[None, :])
 
 
 @gluon.jit
@@ -230,7 +196,7 @@ def store_sums(out, peaks, totals, state, splits, rows, value_unit, R: gl.conste
 
 
 @gluon.jit(do_not_specialize=[
-    "key_unit", "value_unit", "groups", "queries", "length", "span", "splits", "mask_b", "mask_h", "mask_t",
+    "key_unit", "value_unit", "groups", "length", "span", "splits", "mask_b", "mask_h", "mask_t",
     "reach_b",
 ])
 def attend_fragments(
@@ -241,11 +207,6 @@ def attend_fragments(
     KEY_S: gl.constexpr, KEY_SCALE_S: gl.constexpr, VALUE_S: gl.constexpr, VALUE_SCALE_S: gl.constexpr,
     REACH: gl.constexpr, T: gl.constexpr, R: gl.constexpr, EARLY: gl.constexpr, num_warps: gl.constexpr = 1,
 ):
-    if EARLY:
-        # Launched while what wrote the codes may still run: until here nothing of it is read.
-        gdc_wait()
-        # The combination may be put on the device now; it waits there for what this kernel writes.
-        gdc_launch_dependents()
     MMA: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [1, 1], [16, 8])
     state = nothing_absorbed(T, R, MMA)
     SCORES: gl.constexpr = state[0].type.layout.parent
@@ -253,6 +214,11 @@ def attend_fragments(
     head = (gl.program_id(0) % kv_heads).to(gl.int64)
     first = gl.program_id(2) * span
     count = gl.minimum(span, length - first)
+    if EARLY:
+        # Launched while what wrote the codes may still run: until here nothing of it is read.
+        gdc_wait()
+        # The combination may be put on the device now; it waits there for what this kernel writes.
+        gdc_launch_dependents()
     if REACH:
         first, count = reached(reach + batch * reach_b, splits, T)
     start = first.to(gl.int64)
@@ -261,11 +227,12 @@ def attend_fragments(
         value_codes + batch * value_b + head * value_h, value_scale + batch * value_scale_b + head * value_scale_h,
     )
     at = advanced(at, start, KEY_S, KEY_SCALE_S, VALUE_S, VALUE_SCALE_S)
-    # Asked for before q is, so that the first tile is on its way meanwhile; each tile is, while the last one is used.
+    q += batch * q_b + head * groups * q_h
+    x = load_query(q, q_h, q_t, q_d, queries, groups, R)
+    # The first tile is on its way while the rows are prepared; each tile is, while the last one is used.
     tile = load_tile(at, gl.maximum(count - 1, 0), T, SCORES, KEY_S, KEY_SCALE_S, VALUE_S, VALUE_SCALE_S)
 
-    q += batch * q_b + head * groups * q_h
-    asked, unit = rows_of(q, q_h, q_t, q_d, queries, groups, key_unit, MMA, SCORES, R)
+    asked, unit = rows_of(x, q, q_h, q_t, q_d, queries, groups, key_unit, MMA, SCORES, R)
     mask_row, query, token = masked_by(batch, head, groups, queries, mask_b, mask_h, mask_t, T, R, SCORES)
     query -= first
     address = mask_row[None, :] + start * mask_s + token[:, None] * mask_s

@@ -12,7 +12,7 @@ import torch
 from tqcompile import scores, tables
 from tqcompile.codec import Codec
 from tqcompile.coding import Planes, split
-from tqcompile.kernels import blocks, emit, fragment, operands, ptx, ring, ringed, spans, stretch, tune, tuned
+from tqcompile.kernels import blocks, emit, fragment, operands, ptx, query, ring, ringed, spans, stretch, tune, tuned
 from tqcompile.kernels.blocks import BlockSide
 from tqcompile.kernels.emit import Reader
 from tqcompile.kernels.sides import Side, Sides, in_blocks, in_sectors, side_of, sides_of
@@ -106,16 +106,16 @@ def source(keys: Side | BlockSide, values: Side | BlockSide, reader: Reader) -> 
 
 
 CONSTANTS = (
-    *((operands, name) for name in ("ROUND", "ROUND_BITS", "QUERY_LIMIT", "WEIGHT_LIMIT", "SPLIT_BYTES")),
+    *((operands, name) for name in ("ROUND", "QUERY_LIMIT", "WEIGHT_LIMIT", "SPLIT_BYTES", "PICK_BYTES")),
     (fragment, "LOG2_E"),
     (blocks, "TRANSPOSE_BYTES"),
     (stretch, "GATHERS"),
 )
 KERNELS = (
-    *(operands.doublings, operands.word_layout, operands.weight_layout, operands.bytes_of, operands.rounded),
+    *(operands.doublings, operands.word_layout, operands.weight_layout, operands.bytes_of),
     *(operands.places, operands.shifted),
     *(operands.dim_of, operands.key_operand, operands.four_tokens, operands.eight_nibbles, operands.value_operand),
-    *(operands.weight_operand, operands.table_like, fragment.query_operand, fragment.rows_of, fragment.key_product),
+    *(operands.weight_operand, operands.table_like, *query.KERNELS, fragment.key_product),
     *(fragment.value_product, fragment.scores_of, fragment.mix, fragment.absorb, fragment.nothing_absorbed),
     *(fragment.tables_like, fragment.store_sums, *spans.KERNELS),
 )

@@ -16,10 +16,11 @@ from triton.experimental.gluon import language as gl
 from tqcompile import tables
 from tqcompile.codec import Codec
 from tqcompile.coding import Planes, split
-from tqcompile.kernels import blocks, emit, fragment, integer, operands, sides, tune, tuned
+from tqcompile.kernels import blocks, emit, fragment, integer, operands, query, sides, tune, tuned
 from tqcompile.kernels.blocks import BlockSide, load_key_blocks, load_scales
-from tqcompile.kernels.fragment import rows_of, scores_of
+from tqcompile.kernels.fragment import scores_of
 from tqcompile.kernels.operands import load_keys, table_like, word_layout
+from tqcompile.kernels.query import load_query, rows_of
 from tqcompile.kernels.sides import MOST_DIMS, Side
 
 # Printed by `integer`; the names stand here so that the skeleton can be read, and checked, as ordinary Python.
@@ -40,7 +41,7 @@ def load_key_tile(at, last, T: gl.constexpr, SCORES: gl.constexpr, KEY_S: gl.con
 
 
 # fmt: off
-@gluon.jit(do_not_specialize=["unit", "groups", "queries", "length", "span"])
+@gluon.jit(do_not_specialize=["unit", "groups", "length", "span"])
 def logits_fragments(
     q, codes, scale, words, out, unit, kv_heads, groups, queries, length, span,
     q_b, q_h, q_t, q_d, codes_b, codes_h, scale_b, scale_h,
@@ -56,11 +57,12 @@ def logits_fragments(
     start = first.to(gl.int64)
     at = codes + batch * codes_b + head * codes_h + start * KEY_S, scale + batch * scale_b + head * scale_h
     at = at[0], at[1] + start * KEY_SCALE_S
-    # Asked for before q is, so that the first tile is on its way meanwhile.
+    q += batch * q_b + head * groups * q_h
+    x = load_query(q, q_h, q_t, q_d, queries, groups, R)
+    # The first tile is on its way while the rows are prepared.
     tile = load_key_tile(at, count - 1, T, SCORES, KEY_S, KEY_SCALE_S)
 
-    q += batch * q_b + head * groups * q_h
-    asked, unit = rows_of(q, q_h, q_t, q_d, queries, groups, unit, MMA, SCORES, R)
+    asked, unit = rows_of(x, q, q_h, q_t, q_d, queries, groups, unit, MMA, SCORES, R)
     table = table_like(words, word_layout(T // 8, KEY_WORDS))
     row = gl.program_id(1) * R + gl.arange(0, R, gl.SliceLayout(0, SCORES))
     real = (row < groups * queries)[None, :]
@@ -88,23 +90,16 @@ def logits_fragments(
 
 
 KERNELS = (
-    *(operands.doublings, operands.word_layout, operands.bytes_of, operands.rounded, operands.places),
+    *(operands.doublings, operands.word_layout, operands.bytes_of, operands.places),
     *(operands.shifted, operands.load_words, operands.row_of, operands.load_keys, operands.dim_of),
-    *(
-        operands.key_operand,
-        operands.table_like,
-        fragment.query_operand,
-        fragment.rows_of,
-        fragment.key_product,
-        fragment.scores_of,
-    ),
+    *(operands.key_operand, operands.table_like, *query.KERNELS, fragment.key_product, fragment.scores_of),
     *(load_key_tile, logits_fragments),
 )
 BLOCK_KERNELS = (
     *(blocks.load_key_blocks, blocks.scale_width, blocks.scale_layout, blocks.load_scales, blocks.each_scale),
     *(blocks.query_blocks, blocks.block_scores),
 )
-CONSTANTS = ("ROUND", "ROUND_BITS", "QUERY_LIMIT")
+CONSTANTS = ("ROUND", "QUERY_LIMIT", "PICK_BYTES")
 
 
 def side_of(codec: Codec, head_dim: int) -> Side | BlockSide | None:

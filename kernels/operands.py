@@ -16,15 +16,18 @@ from triton.experimental.gluon import language as gl
 
 # 1.5 * 2**23: a float32 near it holds an integer in its low bits.
 ROUND = gl.constexpr(12582912.0)
-ROUND_BITS = gl.constexpr(0x4B400000)
-# The largest |128 high + low| that two int8 parts of q hold, with room for rounding.
-QUERY_LIMIT = gl.constexpr(16256.0)
+# The largest |256 high + low| of two int8 parts of q, so that sums of products with 256 dims of codes are integers.
+QUERY_LIMIT = gl.constexpr(16382.0)
 # The largest |256 high + low| that two int8 parts hold, with room for rounding.
 WEIGHT_LIMIT = gl.constexpr(32256.0)
 # Four rounded floats, each ROUND + 128 + 256 high + low - 128 -> the four high bytes, and the four low ones.
 SPLIT_BYTES = gl.constexpr(
     "{ .reg .b32 a, b; prmt.b32 a, $2, $3, 0x5410; prmt.b32 b, $4, $5, 0x5410;"
     " prmt.b32 $0, a, b, 0x7531; prmt.b32 a, a, b, 0x6420; xor.b32 $1, a, 0x80808080; }"
+)
+# Four rounded floats as above, 0x51 and zero, or 0x40 and 0x80808080 -> the four high bytes, or the four low ones.
+PICK_BYTES = gl.constexpr(
+    "{ .reg .b32 a, b; prmt.b32 a, $1, $2, $5; prmt.b32 b, $3, $4, $5; prmt.b32 a, a, b, 0x5410; xor.b32 $0, a, $6; }"
 )
 
 
@@ -64,9 +67,11 @@ def bytes_of(x):
 
 
 @gluon.jit
-def rounded(x):
-    """float32 -> the nearest int32, within +-2**22."""
-    return (x + ROUND).to(gl.int32, bitcast=True) - ROUND_BITS
+def size_of(most):
+    """float32 of the largest bits of numbers without their sign, or no number where one is none, or infinite; of zeros
+    alone, 1. (A maximum of floats may drop what is no number.)"""
+    size = gl.where(most < 0x7F800000, most.to(gl.float32, bitcast=True), float("nan"))
+    return gl.where(most == 0, 1.0, size)
 
 
 @gluon.jit

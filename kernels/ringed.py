@@ -12,7 +12,8 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from tqcompile.kernels.blocks import load_scales
-from tqcompile.kernels.fragment import absorb, nothing_absorbed, rows_of, scores_of, store_sums, tables_like
+from tqcompile.kernels.fragment import absorb, nothing_absorbed, scores_of, store_sums, tables_like
+from tqcompile.kernels.query import load_query, rows_of
 from tqcompile.kernels.ring import fetch_rows, fetch_scales, read_keys, read_values, slots, value_words_of
 from tqcompile.kernels.spans import advanced, masked_by, reached, reached_in_words
 from tqcompile.kernels.stretch import fetch_stretch, key_words_along, stretches, value_words_along
@@ -147,7 +148,7 @@ def side_scalars(at, last, T: gl.constexpr, STRIDE: gl.constexpr, BLOCKS: gl.con
 
 
 @gluon.jit(do_not_specialize=[
-    "key_unit", "value_unit", "groups", "queries", "length", "span", "splits", "mask_b", "mask_h", "mask_t",
+    "key_unit", "value_unit", "groups", "length", "span", "splits", "mask_b", "mask_h", "mask_t",
     "reach_b",
 ])
 def attend_ringed(
@@ -159,11 +160,6 @@ def attend_ringed(
     REACH: gl.constexpr, T: gl.constexpr, R: gl.constexpr, EARLY: gl.constexpr, STAGES: gl.constexpr,
     SCALES: gl.constexpr, num_warps: gl.constexpr = 1,
 ):
-    if EARLY:
-        # Launched while what wrote the codes may still run: until here nothing of it is read.
-        gdc_wait()
-        # The combination may be put on the device now; it waits there for what this kernel writes.
-        gdc_launch_dependents()
     MMA: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [1, 1], [16, 8])
     state = nothing_absorbed(T, R, MMA)
     SCORES: gl.constexpr = state[0].type.layout.parent
@@ -171,6 +167,11 @@ def attend_ringed(
     head = (gl.program_id(0) % kv_heads).to(gl.int64)
     first = gl.program_id(2) * span
     count = gl.minimum(span, length - first)
+    if EARLY:
+        # Launched while what wrote the codes may still run: until here nothing of it is read.
+        gdc_wait()
+        # The combination may be put on the device now; it waits there for what this kernel writes.
+        gdc_launch_dependents()
     skip = first * 0
     if REACH and SCALES:
         first, count, skip = reached_in_words(reach + batch * reach_b, splits, T)
@@ -185,7 +186,9 @@ def attend_ringed(
         value_codes + batch * value_b + head * value_h, value_scale + batch * value_scale_b + head * value_scale_h,
     )
     at = advanced(at, start, KEY_S, KEY_SCALE_S, VALUE_S, VALUE_SCALE_S)
-    # Asked for before q is, so that the first tiles are on their way meanwhile.
+    q += batch * q_b + head * groups * q_h
+    x = load_query(q, q_h, q_t, q_d, queries, groups, R)
+    # The first tiles are on their way while the rows are prepared.
     ring = make_ring(STAGES, T, KEY_S, VALUE_S)
     tiles = (count + T - 1) // T
     scale_at, scales = (at[1], at[3]), (at[1], at[3])
@@ -196,8 +199,7 @@ def attend_ringed(
         last = gl.maximum(count, 1) - 1
         scales = scalars_of(scale_at, last, T, KEY_SCALE_S, VALUE_SCALE_S, SCORES)
 
-    q += batch * q_b + head * groups * q_h
-    asked, unit = rows_of(q, q_h, q_t, q_d, queries, groups, key_unit, MMA, SCORES, R)
+    asked, unit = rows_of(x, q, q_h, q_t, q_d, queries, groups, key_unit, MMA, SCORES, R)
     mask_row, query, token = masked_by(batch, head, groups, queries, mask_b, mask_h, mask_t, T, R, SCORES)
     query -= first
     address = mask_row[None, :] + start * mask_s + token[:, None] * mask_s

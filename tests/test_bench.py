@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 
-from tqcompile import formats, ops
+from tqcompile import cpu, formats, ops
 from tqcompile.__main__ import main
 from tqcompile.bench import check, clock, compressed, request
 from tqcompile.bench.rows import read
@@ -190,6 +190,16 @@ def test_the_suite_measures_every_codec_and_no_row_twice():
     assert [case.keys for case in scores] == ["turboquant:4", "turboquant:3"]
     assert {(case.shape, case.dtype) for case in scores} == {(Shape(1, 131072), "float32")}
     assert {case.keys for case in plan if case.shape == LONG} == set(formats.REGISTRY)
+
+
+@pytest.mark.parametrize("pair", [(case.keys, case.values) for case in suite() if case.shape == LONG], ids="/".join)
+def test_any_pair_of_the_suite_can_be_measured(pair, monkeypatch):
+    monkeypatch.setattr(cpu, "_compile_rows", None)
+    for task in ("attend", "append"):
+        _, size, _ = getattr(compressed, task)(
+            Case(task, Shape(2, 20, 4, 2, 64), *pair, "float32"), torch.float32, torch.device("cpu")
+        )
+        assert size > 0
 
 
 WRONG = {

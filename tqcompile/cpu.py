@@ -9,7 +9,7 @@ from functools import cache, partial, reduce
 
 import torch
 
-from tqcompile import coding, reference
+from tqcompile import coding, reference, tables
 from tqcompile.codec import Codec
 from tqcompile.layout import PlaneLayout, Section
 
@@ -90,14 +90,14 @@ def decode_rows(codec: Codec, planes: Tensors, head_dim: int) -> torch.Tensor:
 
 
 def encode_rows(codec: Codec, y: torch.Tensor) -> Tensors:
-    """`coding.encode` of y [..., head_dim], folded into rows and compiled once a codec, head_dim and dtype.
+    """`coding.encode` of y [..., coordinates], folded into rows and compiled once a codec, head_dim and dtype.
 
     What is sequential runs as it is.
     """
     if _compile_rows is None or codec.is_exact or codec.is_sequential or y.shape[:-1].numel() < 2:
         return coding.encode(codec, y)
     rows = y.reshape(-1, y.shape[-1]).contiguous()
-    encode = _compiled(_encode_rows, codec, y.shape[-1], [rows], (ROWS,))
+    encode = _compiled(_encode_rows, codec, codec.head_dim(y.shape[-1]), [rows], (ROWS,))
     return [plane.view(*y.shape[:-1], plane.shape[-1]) for plane in encode(rows)]
 
 
@@ -150,6 +150,7 @@ def _compiled(function: Callable, codec: Codec, head_dim: int, tensors: Tensors,
         *((tensor.shape[-1], tensor.dtype) for tensor in tensors),
     )
     if key not in _functions:
+        tables.prepare(codec, head_dim)
         examples = [_example(each, sizes[: each.dim() - 1], place + 1) for place, each in enumerate(tensors)]
         _functions[key] = _compile_rows(partial(function, codec, head_dim), examples)
     return _functions[key]

@@ -91,6 +91,8 @@ class Tile:
             return Tile(signed(self.x))
         return Tile(self.x.view(dtype) if bitcast else self.x.to(dtype))
 
+    shape = property(lambda self: list(self.x.shape))
+
     def __getitem__(self, place):
         return Tile(self.x[place])
 
@@ -108,7 +110,7 @@ def _binary(name):
     )
 
 
-ARITHMETIC = ("add", "sub", "mul", "truediv", "floordiv", "mod", "and", "or", "rshift")
+ARITHMETIC = ("add", "sub", "mul", "truediv", "floordiv", "mod", "and", "or", "xor", "rshift")
 for _name in (*ARITHMETIC, "lt", "le", "gt", "ge", "eq", "ne"):
     setattr(Tile, f"__{_name}__", _binary(f"__{_name}__"))
 Tile.__radd__, Tile.__rmul__ = Tile.__add__, Tile.__mul__
@@ -159,7 +161,9 @@ def inline_asm_elementwise(text, constraints, inputs, dtype, is_pure, pack):
     if pack == 4:
         (word,) = assembled(text, [bits[0][..., 0, 0]], 1)
         return Tile(signed(word).unsqueeze(-1).contiguous().view(torch.int8).unflatten(-1, (2, 2)))
-    return tuple(Tile(signed(word)) for word in assembled(text, torch.broadcast_tensors(*bits), len(dtype)))
+    types = dtype if isinstance(dtype, tuple) else (dtype,)
+    found = tuple(Tile(signed(word)) for word in assembled(text, torch.broadcast_tensors(*bits), len(types)))
+    return found if isinstance(dtype, tuple) else found[0]
 
 
 class Shared:

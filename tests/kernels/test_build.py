@@ -1,7 +1,10 @@
 import itertools
+import json
+import re
 
 import pytest
 import torch
+import triton
 
 from tqcompile import formats
 from tqcompile.kernels import assembled, build, combine
@@ -37,11 +40,43 @@ INTEGER = [
 ]
 
 
+@pytest.fixture
+def texts(monkeypatch):
+    """The text of each kernel that is compiled, before it becomes one for a thread."""
+    found, compile = [], triton.compile
+
+    def compiled(*arguments, **options):
+        binary = compile(*arguments, **options)
+        found.append(binary.asm["ttgir"])
+        return binary
+
+    monkeypatch.setattr(triton, "compile", compiled)
+    return found
+
+
+def bytes_of_a_word_are_neighbours(text):
+    """An instruction that makes four bytes writes four registers, which must be those of its last two dimensions."""
+    layouts = dict(re.findall(r"^(#\w+) = #ttg\.linear<\{register = (\[\[.*?\]\])", text, re.M))
+    packs = re.findall(r"packed_element = 4 .*-> tensor<[^,]*, (#\w+)>", text)
+    for name in packs:
+        first, second = json.loads(layouts[name])[:2]
+        assert first == [0] * (len(first) - 1) + [1] and second == [*first[1:], 0]
+    return bool(packs)
+
+
 @pytest.mark.parametrize("case", INTEGER, ids=str)
-def test_attend_on_int8_units_needs_no_shared_memory_and_spills_nothing(case):
+def test_attend_on_int8_units_needs_no_shared_memory_and_spills_nothing(case, texts):
     names, *rest = case
     usage = build.integer_usage(tuple(map(formats.codec, names)), *rest)
     assert usage.shared == 0 and usage.spills == 0
+    assert bytes_of_a_word_are_neighbours(*texts)
+
+
+@pytest.mark.parametrize("names", [("turboquant:4", "turboquant:3"), ("turboquant:5", "turboquant:2")], ids=str)
+def test_attend_through_shared_memory_spills_nothing(names, texts):
+    usage = build.integer_usage(tuple(map(formats.codec, names)), 128, Reader("bool"), 4, 90, True)
+    assert usage.shared > 0 and usage.spills == 0
+    assert bytes_of_a_word_are_neighbours(*texts)
 
 
 LOGITS = [
@@ -54,9 +89,10 @@ LOGITS = [
 
 
 @pytest.mark.parametrize("case", LOGITS, ids=str)
-def test_logits_on_int8_units_need_no_shared_memory_and_spill_nothing(case):
+def test_logits_on_int8_units_need_no_shared_memory_and_spill_nothing(case, texts):
     usage = build.logits_usage(formats.codec(case[0]), *case[1:])
     assert usage.shared == 0 and usage.spills == 0
+    assert bytes_of_a_word_are_neighbours(*texts) or case[0] == "q8_0"
 
 
 def test_scores_take_few_instructions_a_number_of_a_key():

@@ -17,7 +17,7 @@ def attend(case: Case, dtype: torch.dtype, device: torch.device) -> tuple[Sample
     """Attention of rotated queries: its time, the bytes of its caches, the bytes it must move."""
     shape, names = case.shape, (case.keys, case.values)
     caches, size = _filled(shape, names, dtype, device)
-    q = torch.randn(shape.batch, shape.heads, shape.queries, shape.head_dim, device=device, dtype=dtype)
+    q = _query(case.keys, shape, dtype, device)
     mask, scale = mask_of(shape, dtype, device), shape.head_dim**-0.5
 
     reach = None if mask is None else rewrite.reach(mask)
@@ -36,7 +36,7 @@ def logits(case: Case, dtype: torch.dtype, device: torch.device) -> tuple[Sample
     """Scores of rotated queries: the same three, of keys alone; scores are moved too."""
     shape, name = case.shape, case.keys
     caches, size = _filled(shape, (name,), dtype, device)
-    q = torch.randn(shape.batch, shape.heads, shape.queries, shape.head_dim, device=device, dtype=dtype)
+    q = _query(name, shape, dtype, device)
 
     def step(i: int) -> torch.Tensor:
         return ops.logits(q, *caches[i], name, shape.head_dim)
@@ -59,8 +59,7 @@ def prefill(case: Case, dtype: torch.dtype, device: torch.device) -> tuple[Sampl
 def _encoding(case: Case, tokens: int, place: torch.Tensor | None, dtype: torch.dtype, device: torch.device):
     shape, names = case.shape, (case.keys, case.values)
     codecs = [formats.codec(name) for name in names]
-    half = device.type == "cuda" and dtype != torch.float32
-    bases = [tables.basis_matrix(c, shape.head_dim, device, dtype if half else torch.float32) for c in codecs]
+    bases = [_basis(name, shape, dtype, device) for name in names]
     q = torch.randn(shape.batch, shape.heads, 1, shape.head_dim, device=device, dtype=dtype)
     heads = shape.batch, shape.kv_heads, tokens, shape.head_dim
     caches, size = _allocated(shape, names, dtype, device)
@@ -95,12 +94,25 @@ def _allocated(shape: Shape, names, dtype: torch.dtype, device: torch.device) ->
 def _filled(shape: Shape, names, dtype: torch.dtype, device: torch.device) -> tuple[list[tuple[Planes, ...]], int]:
     """The same, with random tokens in them."""
     caches, size = _allocated(shape, names, dtype, device)
+    bases = [_basis(name, shape, dtype, device) for name in names]
     for row in range(shape.batch):
         x = torch.randn(1, shape.kv_heads, shape.context, shape.head_dim, device=device, dtype=dtype)
         for cache in caches:
-            for name, planes in zip(names, cache):
-                ops.append([plane[row : row + 1] for plane in planes], x, None, None, name)
+            for name, basis, planes in zip(names, bases, cache):
+                ops.append([plane[row : row + 1] for plane in planes], x, None, basis, name)
     return caches, size
+
+
+def _query(name: str, shape: Shape, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Random queries in the basis of the codec of the keys."""
+    q = torch.randn(shape.batch, shape.heads, shape.queries, shape.head_dim, device=device, dtype=dtype)
+    return reference.rotate(q, _basis(name, shape, dtype, device)).to(dtype)
+
+
+def _basis(name: str, shape: Shape, dtype: torch.dtype, device: torch.device) -> torch.Tensor | None:
+    """The basis of a codec, in the dtype that a step multiplies by."""
+    half = device.type == "cuda" and dtype != torch.float32
+    return tables.basis_matrix(formats.codec(name), shape.head_dim, device, dtype if half else torch.float32)
 
 
 def mask_of(shape: Shape, dtype: torch.dtype, device: torch.device) -> torch.Tensor | None:

@@ -1,0 +1,99 @@
+"""Rows of queries as operands of an int8 matrix unit: parts of the skeletons in `fragment`, `ringed` and `logits`.
+
+A row is 15 bits of the largest number in it, in two columns of bytes: a number is 256 times the first and the second.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from tqcompile.kernels.blocks import query_blocks
+from tqcompile.kernels.operands import PICK_BYTES, QUERY_LIMIT, ROUND, bytes_of, doublings, size_of
+
+# Printed by `emit`; the names stand here so that the skeleton can be read, and checked, as ordinary Python.
+KEY_RUN = KEY_WORDS = KEY_FIELDS = KEY_DIMS = KEY_DIM = KEY_BLOCKS = gl.constexpr(0)
+
+
+@gluon.constexpr_function
+def query_layout(folds, words, columns):
+    """[folds, dims of a fold, columns]: lane 4 g + c has a quarter c of the dims, and column g of every eight."""
+    registers = [[0, at, 0] for at in doublings(1, 4 * words)] + [[at, 0, 0] for at in doublings(1, folds)]
+    registers += [[0, 0, at] for at in doublings(8, columns)]
+    lanes = [[0, 4 * words, 0], [0, 8 * words, 0], [0, 0, 1], [0, 0, 2], [0, 0, 4]]
+    return gl.DistributedLinearLayout(registers, lanes, [], [], [folds, 16 * words, columns])
+
+
+@gluon.constexpr_function
+def picked_layout(words, fields, columns):
+    """[words, fields, 2, 4 lanes, columns]: the same for words of four bytes of an operand."""
+    registers = [[0, 0, 1, 0, 0]] + [[0, at, 0, 0, 0] for at in doublings(1, fields)]
+    registers += [[at, 0, 0, 0, 0] for at in doublings(1, words)] + [[0, 0, 0, 0, at] for at in doublings(8, columns)]
+    lanes = [[0, 0, 0, 1, 0], [0, 0, 0, 2, 0], [0, 0, 0, 0, 1], [0, 0, 0, 0, 2], [0, 0, 0, 0, 4]]
+    return gl.DistributedLinearLayout(registers, lanes, [], [], [words, fields, 2, 4, columns])
+
+
+@gluon.jit
+def load_query(q, q_h, q_t, q_d, queries, groups, R: gl.constexpr):
+    """Rows of q, each twice, [folds, dims of a fold, 2 R]: the dims of the codes that nibbles and fields of one place
+    hold are a fold. Rows past the last repeat it. (For keys in blocks: nothing.)"""
+    if KEY_BLOCKS:
+        return q
+    else:
+        FOLDS: gl.constexpr = 2 * KEY_FIELDS
+        LAYOUT: gl.constexpr = query_layout(FOLDS, KEY_WORDS, 2 * R)
+        fold = gl.arange(0, FOLDS, gl.SliceLayout(1, gl.SliceLayout(2, LAYOUT)))[:, None, None]
+        place = gl.arange(0, 16 * KEY_WORDS, gl.SliceLayout(0, gl.SliceLayout(2, LAYOUT)))[None, :, None]
+        column = gl.arange(0, 2 * R, gl.SliceLayout(0, gl.SliceLayout(1, LAYOUT)))[None, None, :]
+        row = gl.minimum(gl.program_id(1) * R + column // 2, groups * queries - 1).to(gl.int64)
+        address = q + (row // queries * q_h + row % queries * q_t) + (fold * KEY_RUN + place) * q_d
+        if KEY_DIM == KEY_DIMS:
+            return gl.load(address)
+        else:
+            inside = (place < KEY_RUN) & (fold * KEY_RUN + place < KEY_DIM) & (column >= 0)
+            return gl.load(address, mask=inside, other=0.0)
+
+
+@gluon.jit
+def four_dims(x, R: gl.constexpr):
+    """What `load_query` reads -> the four numbers of four bytes of keys, each [.., 2 R] in the keys' order of dims."""
+    x = gl.reshape(x, [2, KEY_FIELDS, 4, KEY_WORDS, 2, 2, 2 * R])
+    low, high = gl.split(gl.permute(x, [3, 1, 4, 2, 6, 5, 0]))
+    first, third = gl.split(low)
+    second, fourth = gl.split(high)
+    return first, second, third, fourth
+
+
+@gluon.jit
+def query_operand(x, LAYOUT: gl.constexpr, R: gl.constexpr):
+    """What `load_query` read as the right operand [KEY_DIMS, 2 R] in the keys' order of dims, and the size of one unit
+    of a row."""
+    x = x.to(gl.float32)
+    column = gl.arange(0, 2 * R, gl.SliceLayout(0, gl.SliceLayout(1, x.type.layout)))
+    size = size_of(gl.max(gl.max(gl.abs(x).to(gl.int32, bitcast=True), 1), 0))
+    column = (column % 2)[None, None, :] + gl.full(x.shape, 0, gl.int32, x.type.layout)
+    first, second, third, fourth = four_dims(x * (QUERY_LIMIT / size)[None, None, :] + (ROUND + 128.0), R)
+    column, _, _, _ = four_dims(column, R)
+    selector, mask = gl.where(column == 0, 0x51, 0x40), gl.where(column == 0, 0, -0x7F7F7F80)
+    numbers = [first, second, third, fourth, selector, mask]
+    x = gl.inline_asm_elementwise(PICK_BYTES, "=r,r,r,r,r,r,r", numbers, dtype=gl.int32, is_pure=True, pack=1)
+    x = bytes_of(gl.convert_layout(x, picked_layout(KEY_WORDS, KEY_FIELDS, 2 * R)))
+    x = gl.permute(x, [0, 1, 2, 3, 5, 6, 4])
+    operand = gl.convert_layout(gl.reshape(x, [KEY_DIMS, 2 * R]), LAYOUT)
+    return operand, gl.max(gl.reshape(size, [R, 2]), 1) / QUERY_LIMIT
+
+
+# fmt: off
+@gluon.jit
+def rows_of(
+    x, q, q_h, q_t, q_d, queries, groups, key_unit, MMA: gl.constexpr, SCORES: gl.constexpr, R: gl.constexpr,
+):
+    """The rows of this program, x of `load_query`, as operands, and for each what a unit of its scores is."""
+    RIGHT: gl.constexpr = gl.DotOperandLayout(1, MMA, 4)
+    if KEY_BLOCKS:
+        return query_blocks(q, gl.program_id(1) * R, q_h, q_t, q_d, queries, groups, key_unit, RIGHT, SCORES, R)
+    else:
+        asked, unit = query_operand(x, RIGHT, R)
+        return asked, gl.convert_layout(unit, gl.SliceLayout(0, SCORES)) * key_unit
+# fmt: on
+
+
+KERNELS = (size_of, query_layout, picked_layout, load_query, four_dims, query_operand, rows_of)
