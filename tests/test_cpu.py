@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from tqcompile import backend, coding, cpu, formats, ops, reference
+from tqcompile import backend, coding, cpu, formats, ops, reference, tables
 from tqcompile.layout import layout_of
 from tqcompile.passes import rewrite
 
@@ -125,6 +125,13 @@ def test_compiled_rows_decode_as_the_reference_does(name):
 def test_compiled_codes_round_as_the_reference_does():
     # No sum is taken for these codes, so that no order of summing moves one: a scale rounds to float16 or it does not.
     codec, y = formats.codec("q8_0"), torch.randn(2, 3, 65, 64)
+    assert all(map(torch.equal, cpu.encode_rows(codec, y), coding.encode(codec, y)))
+
+
+def test_what_an_encoder_takes_for_constants_is_made_before_it_is_traced(monkeypatch):
+    monkeypatch.setattr(cpu, "_functions", {})
+    tables.overlap.cache_clear()
+    codec, y = formats.codec("turboquant_prod:3"), torch.randn(2, 2, 3, 64)
     assert all(map(torch.equal, cpu.encode_rows(codec, y), coding.encode(codec, y)))
 
 
