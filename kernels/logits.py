@@ -91,7 +91,7 @@ def logits_fragments(
 
 KERNELS = (
     *(operands.doublings, operands.word_layout, operands.bytes_of, operands.places),
-    *(operands.shifted, operands.load_words, operands.row_of, operands.load_keys, operands.dim_of),
+    *(operands.shifted, operands.load_words, operands.row_of, operands.load_keys),
     *(operands.key_operand, operands.table_like, *query.KERNELS, fragment.key_product, fragment.scores_of),
     *(load_key_tile, logits_fragments),
 )

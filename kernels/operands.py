@@ -8,7 +8,8 @@ values are a left operand [dims, tokens]: lane (g, c) holds tokens 32 b + 8 j + 
 words; the four j are transposed, nibble by nibble, on the way;
 weights are a right operand [tokens, 2 rows]: two int8 parts of each, 256 high + low, which is 15 bits of it.
 
-Which dim a nibble belongs to matters to nothing here: q is loaded, and the result stored, in that order (`dim_of`).
+Which dim a nibble belongs to matters to nothing here: q is loaded (`query`), and the result stored, in that order
+(`dim_of`).
 """
 
 from triton.experimental import gluon

@@ -48,7 +48,7 @@ def load_query(q, q_h, q_t, q_d, queries, groups, R: gl.constexpr):
         if KEY_DIM == KEY_DIMS:
             return gl.load(address)
         else:
-            inside = (place < KEY_RUN) & (fold * KEY_RUN + place < KEY_DIM) & (column >= 0)
+            inside = (place < KEY_RUN) & (fold * KEY_RUN + place < KEY_DIM)
             return gl.load(address, mask=inside, other=0.0)
 
 
@@ -67,12 +67,11 @@ def query_operand(x, LAYOUT: gl.constexpr, R: gl.constexpr):
     """What `load_query` read as the right operand [KEY_DIMS, 2 R] in the keys' order of dims, and the size of one unit
     of a row."""
     x = x.to(gl.float32)
-    column = gl.arange(0, 2 * R, gl.SliceLayout(0, gl.SliceLayout(1, x.type.layout)))
     size = size_of(gl.max(gl.max(gl.abs(x).to(gl.int32, bitcast=True), 1), 0))
-    column = (column % 2)[None, None, :] + gl.full(x.shape, 0, gl.int32, x.type.layout)
     first, second, third, fourth = four_dims(x * (QUERY_LIMIT / size)[None, None, :] + (ROUND + 128.0), R)
-    column, _, _, _ = four_dims(column, R)
-    selector, mask = gl.where(column == 0, 0x51, 0x40), gl.where(column == 0, 0, -0x7F7F7F80)
+    COLUMNS: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, first.type.layout)))
+    column = gl.arange(0, 2 * R, gl.SliceLayout(0, COLUMNS))[None, None, None, None, :]
+    selector, mask = gl.where(column % 2 == 0, 0x51, 0x40), gl.where(column % 2 == 0, 0, -0x7F7F7F80)
     numbers = [first, second, third, fourth, selector, mask]
     x = gl.inline_asm_elementwise(PICK_BYTES, "=r,r,r,r,r,r,r", numbers, dtype=gl.int32, is_pure=True, pack=1)
     x = bytes_of(gl.convert_layout(x, picked_layout(KEY_WORDS, KEY_FIELDS, 2 * R)))

@@ -70,14 +70,15 @@ def fetch_tile(
 @gluon.jit
 def keys_in(ring, stage, scales, T: gl.constexpr, SCORES: gl.constexpr, SCALES: gl.constexpr):
     """The words and scalars of a tile's keys."""
+    rows = ring[0].index(stage)
     if KEY_BLOCKS:
-        return read_keys(ring[0].index(stage), T, 2, KEY_ROW // 8), scales
+        return read_keys(rows, T, 2, KEY_ROW // 8), scales
     else:
         if KEY_ROW:
-            words = read_keys(ring[0].index(stage).slice(0, 4 * KEY_WORDS, 2), T, KEY_WORDS, 1)[0]
+            words = read_keys(rows.slice(0, 4 * KEY_WORDS, 2), T, KEY_WORDS, 1)[0]
             high = words
         else:
-            words, high = key_words_along(ring[0].index(stage), T, KEY_RUN, KEY_HIGH_RUN, KEY_WORDS)
+            words, high = key_words_along(rows, T, KEY_RUN, KEY_HIGH_RUN, KEY_WORDS)
         if SCALES:
             scales = ring[1].index(stage).load(gl.SliceLayout(1, SCORES))
         return words, high, scales
@@ -86,16 +87,15 @@ def keys_in(ring, stage, scales, T: gl.constexpr, SCORES: gl.constexpr, SCALES: 
 @gluon.jit
 def values_in(ring, stage, scales, T: gl.constexpr, SCORES: gl.constexpr, SCALES: gl.constexpr):
     """The words and scalars of a tile's values."""
+    rows = ring[2].index(stage)
     if VALUE_BLOCKS:
-        return read_values(ring[2].index(stage), T, 1, VALUE_ROW // 8), scales
+        return read_values(rows, T, 1, VALUE_ROW // 8), scales
     else:
         if VALUE_ROW:
-            words = value_words_of(ring[2].index(stage), T, VALUE_WORDS, VALUE_SHARED)
+            words = value_words_of(rows, T, VALUE_WORDS, VALUE_SHARED)
             high = words
         else:
-            words, high = value_words_along(
-                ring[2].index(stage), T, VALUE_RUN, VALUE_HIGH_RUN, VALUE_WORDS, VALUE_SHARED,
-            )
+            words, high = value_words_along(rows, T, VALUE_RUN, VALUE_HIGH_RUN, VALUE_WORDS, VALUE_SHARED)
         if SCALES:
             scales = ring[3].index(stage).load(gl.SliceLayout(1, SCORES))
         return words, high, scales

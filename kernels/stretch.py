@@ -13,7 +13,7 @@ from tqcompile.kernels.ring import key_layout, read_rows, row_layout
 
 # Its name since Triton 3.9, and the one before.
 copy_async = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
-# Shared memory can be gathered from since Triton 3.7, and could be looked at as rows with gaps up to 3.8.
+# Shared memory can be gathered from since Triton 3.7; in 3.6 it can be looked at as rows with gaps.
 GATHERS = gl.constexpr(hasattr(gl.shared_memory_descriptor, "gather"))
 
 

@@ -240,7 +240,6 @@ def language(place):
         **dict.fromkeys(("SliceLayout", "DotOperandLayout", "DistributedLinearLayout", "BlockedLayout"), Layout),
         SwizzledSharedLayout=lambda *a: None,
         PaddedSharedLayout=SimpleNamespace(with_identity_for=padded),
-        shared_memory_descriptor=Shared,
         allocate_shared_memory=lambda dtype, shape, layout: Shared(torch.empty(shape, dtype=dtype)),
         NVMMADistributedLayout=lambda *a: Layout(),
         uint32=UINT32,
