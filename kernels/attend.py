@@ -83,7 +83,7 @@ def attend(
         if known:
             return decoded.attend(asked, keys, values, *how, known).to(dtype)
         return rotate_back(decoded.attend(q, keys, values, *how), basis, dtype)
-    spread, others = partial(_spread, sizes=(batch, query_heads, queries, length)), None
+    spread, others, order = partial(_spread, sizes=(batch, query_heads, queries, length)), None, None
     if known:
         beside = exact.attend(asked, known, spread(mask), scale, kv_heads, length, reader, folder)
         others = (beside[1], beside[2], torch.empty_like(beside[1]))
@@ -92,7 +92,7 @@ def attend(
     mask = spread(mask)
     reach = None if reach is None else reach.expand(batch, 2)
     if second is None and integer.takes(q, keys, values, codecs, head_dims):
-        allocate = partial(parts, q, *place)
+        allocate, order = partial(parts, q, *place[:2]), integer.order_of(codecs[1], head_dims[1], q.device)
         left = integer.launch(q, keys, values, mask, reach, scale, codecs, head_dims, reader, folder, allocate)
     else:
         more = None if second is None else (second.codec, second.head_dim)
@@ -102,10 +102,10 @@ def attend(
     sinks = None if sinks is None else sinks.float().expand(batch, query_heads, queries, 1).contiguous()
     final = torch.float32 if known else dtype
     if basis is None or value_codec.is_plain:
-        out = combine(left, place, folder, basis, final, sinks, others)
+        out = combine(left, place, folder, basis, final, sinks, others, order)
     else:
         # The last kernel rotates by square matrices.
-        out = rotate_back(combine(left, place, folder, sinks=sinks, others=others), basis, final)
+        out = rotate_back(combine(left, place, folder, sinks=sinks, others=others, order=order), basis, final)
     if known:
         out = torch.addcmul(out, beside[0].squeeze(1), others[2].view(*place[:2], 1)).to(dtype)
     return out.view(shape)

@@ -34,7 +34,7 @@ from tqcompile.kernels.operands import (
 
 BLOCK = 32
 # Printed by `emit`; the names stand here so that the skeleton can be read, and checked, as ordinary Python.
-KEY_DIM = VALUE_DIM = KEY_BLOCKS = VALUE_BLOCKS = gl.constexpr(0)
+KEY_DIM = KEY_BLOCKS = VALUE_BLOCKS = gl.constexpr(0)
 
 # Words of four tokens -> for each of their four bytes, those of the four tokens.
 TRANSPOSE_BYTES = gl.constexpr(
@@ -52,6 +52,7 @@ class BlockSide:
     head_dim: int
     crowded = False
     high_run = 0
+    order = None
 
     @property
     def blocks(self) -> int:
@@ -60,6 +61,11 @@ class BlockSide:
     @property
     def row_bytes(self) -> int:
         """Bytes of a token's codes."""
+        return self.head_dim
+
+    @property
+    def width(self) -> int:
+        """Numbers in a row of sums over values."""
         return self.head_dim
 
     @property
@@ -236,20 +242,10 @@ def mix_blocks(blocks, scales, weights, rescale, mixed, T: gl.constexpr, R: gl.c
         after = after + (mixed[block] * rescale[None, :] + part,)
     return after
 
-
-@gluon.jit
-def store_blocks(out, place, row, rows, mixed, R: gl.constexpr):
-    """Store the sums of each block at `out`, rows of VALUE_DIM numbers from row `place` on."""
-    LAYOUT: gl.constexpr = mixed[0].type.layout
-    m = gl.arange(0, 32, gl.SliceLayout(1, LAYOUT))
-    row += gl.arange(0, R, gl.SliceLayout(0, LAYOUT))
-    address = out + (place + row)[None, :] * VALUE_DIM + (m % 8 * 4 + m // 8)[:, None]
-    for block in gl.static_range(VALUE_BLOCKS):
-        gl.store(address + 32 * block, mixed[block], mask=(m < 32)[:, None] & (row < rows)[None, :])
 # fmt: on
 
 
 KERNELS = (
     *(load_key_blocks, load_value_blocks, scale_width, scale_layout, load_scales, each_scale),
-    *(query_blocks, block_scores, repeated, larger, transposed_bytes, mix_blocks, store_blocks),
+    *(query_blocks, block_scores, repeated, larger, transposed_bytes, mix_blocks),
 )

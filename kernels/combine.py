@@ -39,20 +39,26 @@ def attend_combine(
     other_totals,
     shares,
     basis,
+    order,
     out,
     rows,
     splits,
     VALUE_DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_J: tl.constexpr,
+    ORDERED: tl.constexpr,
     SINKS: tl.constexpr,
     OTHERS: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     head = (tl.program_id(0) // rows).to(tl.int64)
     row = tl.program_id(0) % rows
-    d = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
+    place = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
+    d = place
+    if ORDERED:
+        d = tl.load(order + place, mask=place < WIDTH, other=VALUE_DIM)
     if BLOCK_J:
         j = tl.arange(0, BLOCK_J)
         turns = basis + d[:, None] * VALUE_DIM + j[None, :]
@@ -76,15 +82,16 @@ def attend_combine(
     mixed = tl.full([BLOCK_V], 0.0, tl.float32)
     for start in range(0, splits, BLOCK_S):
         s = start + tl.arange(0, BLOCK_S)
-        place = (head * splits + s) * rows + row
-        high = tl.load(peaks + place, mask=s < splits, other=float("-inf"))
-        inside = (s < splits)[:, None] & (d < VALUE_DIM)[None, :]
-        sums = tl.load(parts + place[:, None] * VALUE_DIM + d[None, :], mask=inside, other=0.0)
+        left = (head * splits + s) * rows + row
+        high = tl.load(peaks + left, mask=s < splits, other=float("-inf"))
+        sizes = tl.load(totals + left, mask=s < splits, other=0.0)
+        inside = (s < splits)[:, None] & (place < WIDTH)[None, :]
+        sums = tl.load(parts + left[:, None] * WIDTH + place[None, :], mask=inside, other=0.0)
         new_peak = tl.maximum(peak, maximum_of(high, 0))
         pivot = tl.where(new_peak == float("-inf"), 0.0, new_peak)
         rescale = tl.exp(peak - pivot)
         share = tl.exp(high - pivot)
-        total = total * rescale + sum_of(tl.load(totals + place, mask=s < splits, other=0.0) * share, 0)
+        total = total * rescale + sum_of(sizes * share, 0)
         mixed = mixed * rescale + sum_of(sums * share[:, None], 0)
         peak = new_peak
     mixed = tl.where(total == 0.0, 0.0, mixed / tl.where(total == 0.0, 1.0, total))
@@ -103,9 +110,9 @@ def attend_combine(
         tl.store(out + start + j, turned.to(out.dtype.element_ty), mask=start + j < VALUE_DIM)
 
 
-def parts(like: torch.Tensor, heads: int, rows: int, value_dim: int, splits: int) -> tuple[torch.Tensor, ...]:
-    """What `splits` programs leave of each row: their sums [heads, splits, rows, value_dim], peaks and totals."""
-    sums = like.new_empty((heads, splits, rows, value_dim), dtype=torch.float32)
+def parts(like: torch.Tensor, heads: int, rows: int, width: int, splits: int) -> tuple[torch.Tensor, ...]:
+    """What `splits` programs leave of each row: their sums [heads, splits, rows, width], peaks and totals."""
+    sums = like.new_empty((heads, splits, rows, width), dtype=torch.float32)
     return sums, *sums.new_empty((2, heads, splits, rows)).unbind(0)
 
 
@@ -117,27 +124,29 @@ def combine(
     dtype: torch.dtype = torch.float32,
     sinks: torch.Tensor | None = None,
     others: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
+    order: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The softmax over all splits of what `parts` holds, [heads, rows, value_dim] in `dtype`, rotated back by `basis`.
 
     `sinks`, float32, contiguous, has a logit for each row that adds to the sum and has no value. `others` are peaks and
     totals [heads, rows] of tokens that are summed elsewhere, and what their sums are to be multiplied by is written to
-    the third.
+    the third. `order`, int32 [width], says which dim each number of a row of sums is, or value_dim and more for
+    padding; without it they lie in the order of dims.
 
     Few rows are rotated in the kernel, with products in float32; many by a matrix product in the dtype of `basis`.
     """
     heads, rows, value_dim = place
     if basis is not None and heads * rows > tune.TURNED_ROWS:
-        return rotate_back(combine(left, place, folder, sinks=sinks, others=others), basis, dtype)
+        return rotate_back(combine(left, place, folder, sinks=sinks, others=others, order=order), basis, dtype)
     out = left[0].new_empty(place, dtype=dtype)
     built = combine_module(folder, out.device.type == "cpu")
-    splits = left[0].shape[1]
-    block_splits, block_dims, block_turned = tune.combine_blocks(splits, value_dim, heads * rows, basis is not None)
-    early = tune.overlaps(out.device)
-    built.attend_combine[(heads * rows, triton.cdiv(value_dim, block_dims))](
+    splits, width = left[0].shape[1], left[0].shape[3]
+    block_splits, block_dims, block_turned = tune.combine_blocks(splits, width, heads * rows, basis is not None)
+    early, has = tune.overlaps(out.device), [part is not None for part in (order, sinks, others)]
+    built.attend_combine[(heads * rows, triton.cdiv(width, block_dims))](
         *(*left, left[0] if sinks is None else sinks, *(left if others is None else others)),
-        *(left[0] if basis is None else basis, out, rows, splits),
-        *(value_dim, block_splits, block_dims, block_turned, sinks is not None, others is not None, early),
+        *(left[0] if basis is None else basis, left[0] if order is None else order, out, rows, splits),
+        *(value_dim, width, block_splits, block_dims, block_turned, *has, early),
         num_warps=8 if block_splits * block_dims > 8192 else 4,
         **({"launch_pdl": True} if early else {}),
     )

@@ -19,11 +19,10 @@ from tqcompile.kernels.blocks import (
     load_value_blocks,
     mix_blocks,
     repeated,
-    store_blocks,
 )
 from tqcompile.kernels.operands import (
     WEIGHT_LIMIT,
-    dim_of,
+    doublings,
     eight_nibbles,
     four_tokens,
     key_operand,
@@ -170,9 +169,16 @@ def tables_like(key_words, value_words, T: gl.constexpr):
     return table_like(key_words, word_layout(T // 8, KEY_WORDS)), table_like(value_words, FIRST)
 
 
+@gluon.constexpr_function
+def sums_layout(dims, rows):
+    """[rows, dims]: what a lane has of the sums of a row, four of them side by side (`Side.order`)."""
+    registers = [[0, 1], [0, 2]] + [[0, at] for at in doublings(32, dims)] + [[at, 0] for at in doublings(4, rows)]
+    return gl.DistributedLinearLayout(registers, [[1, 0], [2, 0], [0, 4], [0, 8], [0, 16]], [], [], [rows, dims])
+
+
 @gluon.jit
 def store_sums(out, peaks, totals, state, splits, rows, value_unit, R: gl.constexpr):
-    """Store what this split leaves of its rows: sums in the order of dims, peaks and totals."""
+    """Store what this split leaves of its rows: sums as lanes have them, peaks and totals."""
     peak, total, mixed = state
     row = gl.program_id(1) * R + gl.arange(0, R, peak.type.layout)
     place = (gl.program_id(0).to(gl.int64) * splits + gl.program_id(2)) * rows
@@ -180,19 +186,17 @@ def store_sums(out, peaks, totals, state, splits, rows, value_unit, R: gl.conste
     total = gl.sum(total, 0)
     row = gl.program_id(1) * R + gl.arange(0, R, total.type.layout)
     gl.store(totals + place + row, total, mask=row < rows)
-    if VALUE_BLOCKS:
-        store_blocks(out, place, gl.program_id(1) * R, rows, mixed, R)
-    else:
-        m = gl.arange(0, VALUE_DIMS, gl.SliceLayout(1, mixed.type.layout))
-        outer = m // 8
-        word, nibble, field = outer // (8 * VALUE_FIELDS), outer // VALUE_FIELDS % 8, outer % VALUE_FIELDS
-        if VALUE_SHARED:
-            dim = dim_of(m % 4, nibble, m // 4 % 2, VALUE_RUN, 2)
-        else:
-            dim = dim_of(m % 8 * VALUE_WORDS + word, nibble, field, VALUE_RUN, VALUE_FIELDS)
-        row = gl.program_id(1) * R + gl.arange(0, R, gl.SliceLayout(0, mixed.type.layout))
-        inside = (dim < VALUE_DIM)[:, None] & (row < rows)[None, :]
-        gl.store(out + (place + row)[None, :] * VALUE_DIM + dim[:, None], mixed * value_unit, mask=inside)
+    LAYOUT: gl.constexpr = sums_layout(VALUE_DIMS, R)
+    row = gl.program_id(1) * R + gl.arange(0, R, gl.SliceLayout(1, LAYOUT))
+    number = gl.arange(0, VALUE_DIMS, gl.SliceLayout(0, LAYOUT))
+    blocks = mixed
+    if not VALUE_BLOCKS:
+        blocks = (mixed,)
+    for block in gl.static_range(len(blocks)):
+        sums = gl.permute(gl.reshape(blocks[block], [VALUE_DIMS // 32, 4, 8, R]), [3, 0, 2, 1])
+        sums = gl.convert_layout(gl.reshape(sums, [R, VALUE_DIMS]), LAYOUT)
+        address = out + (place + row)[:, None] * (VALUE_DIMS * len(blocks)) + (number + block * VALUE_DIMS)[None, :]
+        gl.store(address, sums * value_unit, mask=(row < rows)[:, None] & (number >= 0)[None, :])
 
 
 @gluon.jit(do_not_specialize=[

@@ -114,10 +114,10 @@ CONSTANTS = (
 KERNELS = (
     *(operands.doublings, operands.word_layout, operands.weight_layout, operands.bytes_of),
     *(operands.places, operands.shifted),
-    *(operands.dim_of, operands.key_operand, operands.four_tokens, operands.eight_nibbles, operands.value_operand),
+    *(operands.key_operand, operands.four_tokens, operands.eight_nibbles, operands.value_operand),
     *(operands.weight_operand, operands.table_like, *query.KERNELS, fragment.key_product),
     *(fragment.value_product, fragment.scores_of, fragment.mix, fragment.absorb, fragment.nothing_absorbed),
-    *(fragment.tables_like, fragment.store_sums, *spans.KERNELS),
+    *(fragment.tables_like, fragment.sums_layout, fragment.store_sums, *spans.KERNELS),
 )
 LOADED = (
     *(operands.load_words, operands.row_of, operands.load_keys, operands.load_values),
@@ -137,13 +137,22 @@ def table_of(codec: Codec, head_dim: int, device: torch.device) -> torch.Tensor:
     """The look-up operands of a codec for every lane, int32 [6, 32]; zeros that nothing reads where none are needed."""
     whole = tables.integers(codec.codes, head_dim)
     words = ptx.table_words(whole[0]) if whole else [0] * ptx.TABLE_WORDS
-    return torch.tensor(words, dtype=torch.int32, device=device)[:, None].expand(-1, 32).contiguous()
+    # Whole when this returns: a kernel may read it before the one that runs before it has ended.
+    return torch.tensor(words, dtype=torch.int32)[:, None].expand(-1, 32).contiguous().to(device)
+
+
+@cache
+def order_of(codec: Codec, head_dim: int, device: torch.device) -> torch.Tensor | None:
+    """Which dim each number of a row of sums is that the kernel leaves of such values, int32, or None: all in order."""
+    order = side_of(codec, head_dim, 8).order
+    return None if order is None else torch.tensor(order, dtype=torch.int32, device=device)
 
 
 def prepare(codec: Codec, head_dim: int, device: torch.device) -> None:
     """Put the tables of a codec on `device` before a CUDA graph is captured, whose memory they must not lie in."""
     if side_of(codec, head_dim, 4) or side_of(codec, head_dim, 8):
         table_of(codec, head_dim, device)
+        order_of(codec, head_dim, device)
 
 
 def takes(
@@ -195,6 +204,8 @@ def choice_of(
     head_dim, breadth = (max(getattr(side, name) for side in sides) for name in ("head_dim", "breadth"))
     tokens = _ring_tokens(sides, device) if through else 0
     setting = tune.integer_setting(rows, head_dim, breadth, sides[1].crowded, tokens)
+    if tokens * sum(side.row_bytes for side in sides) > tune.SMALL_BYTES:
+        setting = tune.with_small_tiles(setting, rows, heads, length, device)
     return tuned.key_of(source(*sides, Reader()) + KERNEL[through], rows, heads, length, device), setting
 
 
@@ -206,7 +217,8 @@ def plan_of(kernel: tuple[Sides, bool], rows: int, heads: int, length: int, devi
 def launch(
     q, keys: Planes, values: Planes, mask, reach, scale: float, codecs, head_dims, reader: Reader, folder, parts
 ):
-    """Run the kernel, and return what `parts`, a function of the number of splits, allocated for it to write."""
+    """Run the kernel, and return what `parts`, a function of a width and the number of splits, allocated for it to
+    write: sums in the order of `order_of`, peaks and totals."""
     sides = sides_of(codecs, head_dims)
     key_codes, key_scale = split(codecs[0], keys)
     value_codes, value_scale = split(codecs[1], values)
@@ -216,7 +228,7 @@ def launch(
     groups = query_heads // kv_heads
     through = in_ring(sides, (key_codes, value_codes), (key_scale, value_scale), q.device)
     plan = plan_of((sides, through), groups * queries, batch * kv_heads, length, q.device)
-    left = parts(plan.splits)
+    left = parts(sides[1].width, plan.splits)
     part, strides = mask if mask is not None else (q, (0, 0, 0, 0))
     early, built = tune.overlaps(q.device), module(*sides, reader, folder)
     how = (tune.STAGES, not in_blocks(sides)) if through else ()

@@ -8,8 +8,8 @@ values are a left operand [dims, tokens]: lane (g, c) holds tokens 32 b + 8 j + 
 words; the four j are transposed, nibble by nibble, on the way;
 weights are a right operand [tokens, 2 rows]: two int8 parts of each, 256 high + low, which is 15 bits of it.
 
-Which dim a nibble belongs to matters to nothing here: q is loaded (`query`), and the result stored, in that order
-(`dim_of`).
+Which dim a nibble belongs to matters to nothing here: q is loaded in that order (`query`), and results are read in it
+(`Side.order`).
 """
 
 from triton.experimental import gluon
@@ -136,12 +136,6 @@ def load_values(
     else:
         word = lane // 4 * WORDS + word
         return load_words(row, word, word * 0, RUN, HIGH_RUN, 32 * WORDS > RUN, False)
-
-
-@gluon.jit
-def dim_of(word, nibble, field, RUN: gl.constexpr, FIELDS: gl.constexpr):
-    """The dim whose code is in `field` of a nibble of a word, or one beyond all where the word is padding."""
-    return gl.where(word < RUN // 4, 4 * word + nibble // 2 + RUN * (FIELDS * (nibble % 2) + field), 1 << 20)
 
 
 @gluon.jit

@@ -59,12 +59,15 @@ def fetch_codes(
 def fetch_tile(
     ring, stage, at, last, T: gl.constexpr, KEY_S: gl.constexpr, VALUE_S: gl.constexpr, SCALES: gl.constexpr,
 ):
-    """Ask for a tile at four pointers; tokens after `last` repeat it (None: there are none)."""
+    """Ask for a tile at four pointers, first its keys; tokens after `last` repeat it (None: there are none)."""
     fetch_codes(ring[0], stage, at[0], last, T, KEY_ROW, KEY_COUNT, KEY_S)
-    fetch_codes(ring[2], stage, at[2], last, T, VALUE_ROW, VALUE_COUNT, VALUE_S)
     if SCALES:
         fetch_scales(ring[1].index(stage), at[1], last, T)
+    async_copy.commit_group()
+    fetch_codes(ring[2], stage, at[2], last, T, VALUE_ROW, VALUE_COUNT, VALUE_S)
+    if SCALES:
         fetch_scales(ring[3].index(stage), at[3], last, T)
+    async_copy.commit_group()
 
 
 @gluon.jit
@@ -121,12 +124,15 @@ def those_there(scores, values, skip, left, T: gl.constexpr):
 def fetch_next(
     ring, stage, at, left, T: gl.constexpr, KEY_S: gl.constexpr, VALUE_S: gl.constexpr, SCALES: gl.constexpr,
 ):
-    """Ask for a tile of which `left` tokens are there, or none, and count it as asked for."""
+    """Ask for a tile of which `left` tokens are there, or none, and count it as asked for: a group of copies for its
+    keys, and one for its values."""
     if left >= T:
         fetch_tile(ring, stage, at, None, T, KEY_S, VALUE_S, SCALES)
     elif left > 0:
         fetch_tile(ring, stage, at, left - 1, T, KEY_S, VALUE_S, SCALES)
-    async_copy.commit_group()
+    else:
+        async_copy.commit_group()
+        async_copy.commit_group()
 
 
 @gluon.jit
@@ -167,6 +173,7 @@ def attend_ringed(
     head = (gl.program_id(0) % kv_heads).to(gl.int64)
     first = gl.program_id(2) * span
     count = gl.minimum(span, length - first)
+    key_table, value_table = tables_like(key_words, value_words, T)
     if EARLY:
         # Launched while what wrote the codes may still run: until here nothing of it is read.
         gdc_wait()
@@ -188,25 +195,25 @@ def attend_ringed(
     at = advanced(at, start, KEY_S, KEY_SCALE_S, VALUE_S, VALUE_SCALE_S)
     q += batch * q_b + head * groups * q_h
     x = load_query(q, q_h, q_t, q_d, queries, groups, R)
-    # The first tiles are on their way while the rows are prepared.
+    # The first tile is on its way while the rows are prepared; others would keep those of other programs waiting.
     ring = make_ring(STAGES, T, KEY_S, VALUE_S)
     tiles = (count + T - 1) // T
     scale_at, scales = (at[1], at[3]), (at[1], at[3])
-    for stage in range(STAGES):
-        fetch_next(ring, stage, at, count - stage * T, T, KEY_S, VALUE_S, SCALES)
-        at = advanced(at, T, KEY_S, KEY_SCALE_S, VALUE_S, VALUE_SCALE_S)
+    fetch_next(ring, 0, at, count, T, KEY_S, VALUE_S, SCALES)
     if not SCALES:
         last = gl.maximum(count, 1) - 1
         scales = scalars_of(scale_at, last, T, KEY_SCALE_S, VALUE_SCALE_S, SCORES)
 
     asked, unit = rows_of(x, q, q_h, q_t, q_d, queries, groups, key_unit, MMA, SCORES, R)
+    for stage in range(1, STAGES):
+        at = advanced(at, T, KEY_S, KEY_SCALE_S, VALUE_S, VALUE_SCALE_S)
+        fetch_next(ring, stage, at, count - stage * T, T, KEY_S, VALUE_S, SCALES)
     mask_row, query, token = masked_by(batch, head, groups, queries, mask_b, mask_h, mask_t, T, R, SCORES)
     query -= first
     address = mask_row[None, :] + start * mask_s + token[:, None] * mask_s
-    key_table, value_table = tables_like(key_words, value_words, T)
 
     for i in range(tiles):
-        async_copy.wait_group(STAGES - 1)
+        async_copy.wait_group(2 * STAGES - 1)
         left = count - i * T
         if not SCALES:
             step = gl.where(left > T, T, 0)
@@ -215,11 +222,12 @@ def attend_ringed(
         keys = keys_in(ring, i % STAGES, scales[0], T, SCORES, SCALES)
         scores = scores_of(keys, asked, unit, key_table, T, R, MMA)
         scores = read_scores(scores, mask, address, query[None, :], token[:, None], left - 1)
+        async_copy.wait_group(2 * STAGES - 2)
         values = values_in(ring, i % STAGES, scales[1], T, SCORES, SCALES)
         scores, values = those_there(scores, values, skip - i * T, left, T)
         state = absorb(values, scores, state, value_table, None, T, R, MMA)
-        fetch_next(ring, i % STAGES, at, left - STAGES * T, T, KEY_S, VALUE_S, SCALES)
         at = advanced(at, T, KEY_S, KEY_SCALE_S, VALUE_S, VALUE_SCALE_S)
+        fetch_next(ring, i % STAGES, at, left - STAGES * T, T, KEY_S, VALUE_S, SCALES)
         if not SCALES:
             scales = later
         query -= T

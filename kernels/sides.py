@@ -50,6 +50,27 @@ class Side:
         """Whether a side of values takes more registers than others: three look-ups a number, and words of padding."""
         return self.bits == 5 and self.run % 32 != 0
 
+    @property
+    def width(self) -> int:
+        """Numbers in a row of sums over values, padding among them."""
+        return 64 * self.words * self.fields
+
+    @property
+    def order(self) -> tuple[int, ...]:
+        """Which dim each of these numbers is; padding is a dim beyond all."""
+        return tuple(map(self._dim_of, range(self.width)))
+
+    def _dim_of(self, place: int) -> int:
+        # Lane 4 g + c has, of row c, four neighbours of every 32 numbers: rows 8 n + g of the matrix unit's sums.
+        lane, at = place // 4 % 8, place // 32 * 4 + place % 4
+        word, nibble, field = at // (8 * self.fields), at // self.fields % 8, at % self.fields
+        if self.shared:
+            word, field = lane % 4, lane // 4
+        else:
+            word += lane * self.words
+        fields = 2 if self.shared else self.fields
+        return 4 * word + nibble // 2 + self.run * (fields * (nibble % 2) + field) if 4 * word < self.run else 1 << 20
+
     def constants(self, name: str, lanes: int) -> str:
         """The numbers of `fragment` and `ringed` for this side; `lanes` hold a token together."""
         read, count = 4 if self.shared else lanes * self.words, self.row_bytes // 4

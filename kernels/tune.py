@@ -26,6 +26,9 @@ APPEND_REGISTERS = 128
 STAGES = 2
 RING_PROGRAMS = 8
 RESERVED_BYTES = 1024
+# Tokens of a program up to which tiles of more than so many bytes are halved: nothing hides what is done with the last.
+SHORT_SPAN = 256
+SMALL_BYTES = 4096
 # Programs that a multiprocessor holds at once; dims, and numbers, that one step of the combination reads.
 PROGRAMS_PER_PROCESSOR = 2
 COMBINE_DIMS = 32
@@ -140,6 +143,12 @@ def integer_setting(rows: int, head_dim: int, breadth: int, crowded: bool, ring_
     if ring_tokens:
         return Setting(block_rows, ring_tokens, RING_PROGRAMS, 255)
     return Setting(block_rows, 64 if block_rows * breadth <= 512 and not crowded else 32, 8, 255)
+
+
+def with_small_tiles(setting: Setting, rows: int, heads: int, length: int, device: torch.device) -> Setting:
+    """The setting, with tiles of 32 tokens where a program has few tokens."""
+    short = integer_plan(setting, rows, heads, length, device).span <= SHORT_SPAN
+    return replace(setting, block_tokens=32) if short else setting
 
 
 def logits_setting(rows: int, head_dim: int, breadth: int, crowded: bool, bits: int) -> Setting:
