@@ -52,11 +52,11 @@ def attend(
     `owned` mask, of float32 over all queries and tokens, may be written. The scores of a `second` cache of keys, where
     `joins` takes it, are added to the others before the mask.
     Returns [B, Hq, T, Dv] in `dtype`, rotated back by `basis`. On a GPU, up to 128 rows a KV head over
-    codes of two to five bits, or signed bytes in blocks of 32, run on int8 units (`integer`), with 15 bits of q and of
-    the probabilities, and more rows of any codec on decoded heads (`decoded`). Elsewhere matrix products run in q's
-    dtype (float32: without tf32) and accumulate in float32; a plane of native numbers in another dtype than q's is read
-    as float32. Nothing waits for the device, and after a call with like arguments (codecs, dtypes, reader, strides) a
-    CUDA graph can capture it. Generated files go to `folder`.
+    codes of two to five bits, or signed bytes or nibbles in blocks of 32, run on int8 units (`integer`), with 15 bits
+    of q and of the probabilities, and more rows of any codec on decoded heads (`decoded`). Elsewhere products run in
+    the dtype of q (float32: without tf32) and accumulate in float32; a plane of native numbers in another dtype than
+    q's is read as float32. Nothing waits for the device, and after a call with like arguments (codecs, dtypes, reader,
+    strides) a CUDA graph can capture it. Generated files go to `folder`.
 
     Raises:
         ValueError: q has a dtype that no cache holds, or its heads are no multiple of the planes'.

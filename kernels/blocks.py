@@ -1,11 +1,12 @@
-"""Eight-bit signed codes with one scale for every 32 of them, on int8 matrix units: what `fragment` does for a side
-of such codes, and which codecs have such a side.
+"""Signed codes of eight or four bits with one scale for every 32 of them, on int8 matrix units: what `fragment` does
+for a side of such codes, and which codecs have such a side.
 
-A code is a byte that the matrix unit takes as it is, and the 32 numbers of a block are one step of its products
-(m16n8k32). Lane 4 g + c holds, of each block of a key, bytes 8 c to 8 c + 7, and of each block of a value, bytes 4 g to
-4 g + 3; the bytes of four tokens of values are transposed on the way. Sums inside a block are exact integers. Scales
-belong to a token and a block: those of keys multiply the block's sum; those of values multiply the weights, of which
-each block has its own operand, whose parts are 15 bits of the largest in the block and the tile.
+The 32 numbers of a block are one step of the matrix unit's products (m16n8k32). It takes bytes as they are; a nibble
+becomes the upper half of a byte, 16 times the code. Of every 32 bytes of a row, which are a block, or the nibbles of
+two, lane 4 g + c holds bytes 8 c to 8 c + 7 of a key, and bytes 4 g to 4 g + 3 of a value; the bytes of four tokens of
+values are transposed on the way. Sums inside a block are exact integers. Scales belong to a token and a
+block: those of keys multiply the block's sum; those of values multiply the weights, of which each block has its own
+operand, whose parts are 15 bits of the largest in the block and the tile.
 """
 
 from dataclasses import dataclass
@@ -34,7 +35,9 @@ from tqcompile.kernels.operands import (
 
 BLOCK = 32
 # Printed by `emit`; the names stand here so that the skeleton can be read, and checked, as ordinary Python.
-KEY_DIM = KEY_BLOCKS = VALUE_BLOCKS = gl.constexpr(0)
+KEY_RUN = VALUE_RUN = KEY_BLOCKS = VALUE_BLOCKS = gl.constexpr(0)
+# What one of a code is in the bytes of an operand.
+KEY_STEP = VALUE_STEP = gl.constexpr(1)
 
 # Words of four tokens -> for each of their four bytes, those of the four tokens.
 TRANSPOSE_BYTES = gl.constexpr(
@@ -46,7 +49,7 @@ TRANSPOSE_BYTES = gl.constexpr(
 
 @dataclass(frozen=True)
 class BlockSide:
-    """A side of the kernel whose codes are signed bytes in blocks of 32."""
+    """A side of the kernel whose codes are signed bytes, or nibbles, in blocks of 32."""
 
     bits: int
     head_dim: int
@@ -61,7 +64,7 @@ class BlockSide:
     @property
     def row_bytes(self) -> int:
         """Bytes of a token's codes."""
-        return self.head_dim
+        return self.head_dim * self.bits // 8
 
     @property
     def width(self) -> int:
@@ -70,44 +73,47 @@ class BlockSide:
 
     @property
     def breadth(self) -> int:
-        """head_dim, or twice that where codes are bytes."""
+        """Twice head_dim: codes are bytes in registers."""
         return 2 * self.head_dim
 
     def constants(self, name: str, lanes: int) -> str:
         """The numbers of `fragment` and of this module for this side; `lanes` hold a token together."""
         words, dims = BLOCK // 4 // lanes, BLOCK if name == "VALUE" else self.head_dim
-        values = {"BLOCKS": self.blocks, "WORDS": words, "DIMS": dims, "DIM": self.head_dim, "RUN": self.head_dim}
-        values |= {"ROW": 8 * power_of_two(self.blocks), "COUNT": 8 * self.blocks}
+        values = {"BLOCKS": self.blocks, "WORDS": words, "DIMS": dims, "DIM": self.head_dim, "RUN": self.row_bytes}
+        count = self.row_bytes // 4
+        values |= {"ROW": power_of_two(count), "COUNT": count, "STEP": 2 ** (8 - self.bits)}
         return "\n".join(f"{name}_{key} = gl.constexpr({value})" for key, value in values.items())
 
 
 def block_side_of(codec: Codec, head_dim: int) -> BlockSide | None:
-    """The side of `codec`, or None where its codes are no signed bytes in whole blocks of 32 under a half."""
+    """The side of `codec`, or None where its codes are no signed bytes or nibbles in blocks of 32 under a half, or its
+    rows no whole blocks of bytes."""
     plane, scale = codec.codes.plane, codec.scale
-    if codec.codes.table != "signed" or plane.bits != 8 or scale is None or scale.table != "half":
+    if codec.codes.table != "signed" or plane.bits not in (4, 8) or scale is None or scale.table != "half":
         return None
-    return BlockSide(plane.bits, head_dim) if scale.plane.per == BLOCK and head_dim % BLOCK == 0 else None
+    side = BlockSide(plane.bits, head_dim)
+    return side if scale.plane.per == BLOCK and head_dim * plane.bits % (8 * BLOCK) == 0 else None
 
 
 # fmt: off
 @gluon.jit
 def load_key_blocks(codes, last, T: gl.constexpr, STRIDE: gl.constexpr):
-    """Words [T / 8, 32, 2] of each block of a tile of keys; tokens after `last` repeat it (None: there are none)."""
+    """Words [T / 8, 32, 2] of each 32 bytes of a tile of keys; tokens after `last` repeat it (None: there are none)."""
     i, lane, word = places(word_layout(T // 8, 2), T // 8, 2)
     row = row_of(codes, 8 * i, lane // 4, last, STRIDE) + (lane % 4 * 2 + word)
     blocks = ()
-    for block in gl.static_range(KEY_BLOCKS):
+    for block in gl.static_range(KEY_RUN // 32):
         blocks = blocks + (gl.load(row + 8 * block),)
     return blocks
 
 
 @gluon.jit
 def load_value_blocks(codes, last, T: gl.constexpr, STRIDE: gl.constexpr):
-    """Words [T / 4 (b, h, j), 32, 1] of each block of a tile of values."""
+    """Words [T / 4 (b, h, j), 32, 1] of each 32 bytes of a tile of values."""
     i, lane, word = places(word_layout(T // 4, 1), T // 4, 1)
     row = row_of(codes, 32 * (i // 8) + 8 * (i % 4) + 4 * (i // 4 % 2), lane % 4, last, STRIDE) + (lane // 4 + word)
     blocks = ()
-    for block in gl.static_range(VALUE_BLOCKS):
+    for block in gl.static_range(VALUE_RUN // 32):
         blocks = blocks + (gl.load(row + 8 * block),)
     return blocks
 
@@ -176,9 +182,21 @@ def query_blocks(
         number = (x * (QUERY_LIMIT / size)[None, :] + (ROUND + 128.0)).to(gl.int32, bitcast=True)
         part = gl.where((column % 2 == 0)[None, :], number >> 8, number ^ 128)
         operands = operands + (part.to(gl.int8),)
-        unit = gl.max(gl.reshape(size, [R, 2]), 1) * (scale / QUERY_LIMIT)
+        unit = gl.max(gl.reshape(size, [R, 2]), 1) * (scale / (QUERY_LIMIT * KEY_STEP))
         units = units + (gl.convert_layout(unit, gl.SliceLayout(0, SCORES)),)
     return operands, units
+
+
+@gluon.jit
+def each_byte(words, COUNT: gl.constexpr, STEP: gl.constexpr):
+    """Words of signed bytes of each block, out of the first COUNT words of bytes, or of two nibbles, as they lie."""
+    low, high = (), ()
+    for place in gl.static_range(COUNT):
+        if STEP == 1:
+            low = low + (words[place],)
+        else:
+            low, high = low + ((words[place] << 4) & -0x0F0F0F10,), high + (words[place] & -0x0F0F0F10,)
+    return low + high
 
 
 @gluon.jit
@@ -186,7 +204,7 @@ def block_scores(blocks, scales, asked, units, T: gl.constexpr, R: gl.constexpr,
     """Scores [T, R] of a tile's keys."""
     scores = 0.0
     TOKENS: gl.constexpr = gl.SliceLayout(1, units[0].type.layout.parent)
-    scales = each_scale(scales, T, KEY_BLOCKS, TOKENS)
+    scales, blocks = each_scale(scales, T, KEY_BLOCKS, TOKENS), each_byte(blocks, KEY_RUN // 32, KEY_STEP)
     for block in gl.static_range(KEY_BLOCKS):
         x = gl.reshape(bytes_of(blocks[block]), [T // 8, 8, 4, 2, 4])
         keys = gl.convert_layout(gl.reshape(gl.permute(x, [0, 1, 3, 2, 4]), [T, 32]), gl.DotOperandLayout(0, MMA, 4))
@@ -213,13 +231,13 @@ def larger(x, y):
 
 @gluon.jit
 def transposed_bytes(words, T: gl.constexpr):
-    """Words [T / 4 (b, h, j), 32, 1] of a block -> four tokens' bytes of each of its dims: left operand [32, T]."""
+    """Words [T / 4 (b, h, j), 32, 1] of 32 bytes -> for each byte of a word, a word of those of four tokens."""
     first, second, third, fourth = four_tokens(words, T, 1)
     first, second, third, fourth = gl.inline_asm_elementwise(
         TRANSPOSE_BYTES, "=&r,=&r,=&r,=&r,r,r,r,r", [first, second, third, fourth],
         dtype=(gl.int32, gl.int32, gl.int32, gl.int32), is_pure=True, pack=1,
     )
-    return value_operand(gl.join(gl.join(first, third), gl.join(second, fourth)), T, 32)
+    return gl.join(gl.join(first, third), gl.join(second, fourth))
 
 
 @gluon.jit
@@ -227,7 +245,11 @@ def mix_blocks(blocks, scales, weights, rescale, mixed, T: gl.constexpr, R: gl.c
     """The sums [32, R] of each block, `mixed`, after a tile of values; a scale that is no number makes them none."""
     after = ()
     TOKENS: gl.constexpr = gl.SliceLayout(1, weights.type.layout)
-    scales = each_scale(scales, T, VALUE_BLOCKS, TOKENS)
+    scales, words = each_scale(scales, T, VALUE_BLOCKS, TOKENS), ()
+    for place in gl.static_range(VALUE_RUN // 32):
+        words = words + (transposed_bytes(blocks[place], T),)
+    words = each_byte(words, VALUE_RUN // 32, VALUE_STEP)
+    UNIT: gl.constexpr = 1.0 / (WEIGHT_LIMIT * VALUE_STEP)
     columns: gl.constexpr = gl.SliceLayout(0, mixed[0].type.layout)
     rescale = gl.convert_layout(rescale, columns)
     for block in gl.static_range(VALUE_BLOCKS):
@@ -235,10 +257,10 @@ def mix_blocks(blocks, scales, weights, rescale, mixed, T: gl.constexpr, R: gl.c
         size = larger(gl.reduce(gl.abs(scaled), 0, larger), 1e-30)
         operand = weight_operand(scaled * (WEIGHT_LIMIT / size)[None, :], T, R)
         operand = gl.convert_layout(operand, gl.DotOperandLayout(1, MMA, 4))
-        values = gl.convert_layout(transposed_bytes(blocks[block], T), gl.DotOperandLayout(0, MMA, 4))
+        values = gl.convert_layout(value_operand(words[block], T, 32), gl.DotOperandLayout(0, MMA, 4))
         product = mma_v2(values, operand, gl.full([32, 2 * R], 0, gl.int32, MMA))
         coarse, fine = gl.split(gl.reshape(product, [32, R, 2]))
-        part = (coarse * 256 + fine).to(gl.float32) * gl.convert_layout(size * (1.0 / WEIGHT_LIMIT), columns)[None, :]
+        part = (coarse * 256 + fine).to(gl.float32) * gl.convert_layout(size * UNIT, columns)[None, :]
         after = after + (mixed[block] * rescale[None, :] + part,)
     return after
 
@@ -247,5 +269,5 @@ def mix_blocks(blocks, scales, weights, rescale, mixed, T: gl.constexpr, R: gl.c
 
 KERNELS = (
     *(load_key_blocks, load_value_blocks, scale_width, scale_layout, load_scales, each_scale),
-    *(query_blocks, block_scores, repeated, larger, transposed_bytes, mix_blocks),
+    *(query_blocks, each_byte, block_scores, repeated, larger, transposed_bytes, mix_blocks),
 )

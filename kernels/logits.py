@@ -97,7 +97,7 @@ KERNELS = (
 )
 BLOCK_KERNELS = (
     *(blocks.load_key_blocks, blocks.scale_width, blocks.scale_layout, blocks.load_scales, blocks.each_scale),
-    *(blocks.query_blocks, blocks.block_scores),
+    *(blocks.query_blocks, blocks.each_byte, blocks.block_scores),
 )
 CONSTANTS = ("ROUND", "QUERY_LIMIT", "PICK_BYTES")
 

@@ -110,7 +110,7 @@ def _binary(name):
     )
 
 
-ARITHMETIC = ("add", "sub", "mul", "truediv", "floordiv", "mod", "and", "or", "xor", "rshift")
+ARITHMETIC = ("add", "sub", "mul", "truediv", "floordiv", "mod", "and", "or", "xor", "lshift", "rshift")
 for _name in (*ARITHMETIC, "lt", "le", "gt", "ge", "eq", "ne"):
     setattr(Tile, f"__{_name}__", _binary(f"__{_name}__"))
 Tile.__radd__, Tile.__rmul__ = Tile.__add__, Tile.__mul__

@@ -36,6 +36,7 @@ INTEGER = [
     (("turboquant:4", "turboquant:4"), 256, Reader("none", True), 4, 90),
     (("q8_0", "q8_0"), 128, Reader("bool"), 8, 90),
     (("q8_0", "turboquant:3"), 96, Reader(), 4, 80),
+    (("q4_0", "q4_0"), 128, Reader("bool"), 8, 90),
     (("turboquant:5", "q8_0"), 256, Reader("additive"), 4, 90),
 ]
 

@@ -49,6 +49,17 @@ def test_a_ragged_cache_attends_like_the_reference(names, dims, rows, length):
     attends_like_the_reference(q, *planes, None, False, names, dims)
 
 
+@pytest.mark.parametrize("names", [("q4_0", "q4_0"), ("q4_0", "q8_0"), ("turboquant:3", "q4_0")], ids=str)
+@pytest.mark.parametrize(("dims", "rows"), [((64, 64), 4), ((128, 128), 3), ((192, 256), 8), ((256, 192), 2)], ids=str)
+@pytest.mark.parametrize("length", [13, 160])
+def test_nibbles_in_blocks_attend_like_the_reference(names, dims, rows, length):
+    """Of whole blocks of bytes: what has none is not taken."""
+    torch.manual_seed(6)
+    planes = [compressed(formats.codec(name), torch.randn(2, 1, length, dim)) for name, dim in zip(names, dims)]
+    attends_like_the_reference(torch.randn(2, rows, 1, dims[0]), *planes, None, False, names, dims)
+    assert all(integer.sides_of((formats.codec("q4_0"),) * 2, (dim, 64)) is None for dim in (32, 96))
+
+
 @pytest.mark.parametrize("gathers", [False, True])
 @pytest.mark.parametrize(("names", "dims"), [((3, 5), (128, 64)), ((5, 3), (32, 32)), ((3, 3), (256, 128))], ids=str)
 @pytest.mark.parametrize("length", [16, 208])

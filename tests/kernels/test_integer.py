@@ -10,7 +10,7 @@ from tqcompile import formats, reference
 from tqcompile.coding import split
 from tqcompile.kernels import attend, integer, tune
 
-CODECS = [*(f"turboquant:{bits}" for bits in (2, 3, 4, 5)), "q8_0"]
+CODECS = [*(f"turboquant:{bits}" for bits in (2, 3, 4, 5)), "q8_0", "q4_0"]
 
 # Scalars of lengths that are no multiple of 16 are not copied two at once.
 LENGTHS = st.integers(1, 200) | st.integers(1, 14).map(lambda count: 16 * count)
