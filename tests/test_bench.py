@@ -192,6 +192,14 @@ def test_the_suite_measures_every_codec_and_no_row_twice():
     assert {case.keys for case in plan if case.shape == LONG} == set(formats.REGISTRY)
 
 
+@pytest.mark.parametrize("task", ["append", "prefill"])
+def test_what_no_kernel_writes_is_said_not_to_be_timed_by_itself_on_a_gpu(task):
+    case = Case(task, Shape(1, 64), "turboquant_prod:3", "turboquant:3")
+    with pytest.raises(compressed.NoKernel, match=f"{task} of B1 x 64.*turboquant_prod:3.*--tasks step"):
+        getattr(compressed, task)(case, torch.float32, torch.device("cuda"))
+    assert all(ops.writes(formats.codec(name), 128) for c in suite() if c.task == task for name in (c.keys, c.values))
+
+
 @pytest.mark.parametrize("pair", sorted({(c.keys, c.values) for c in suite() if c.shape == LONG}), ids="/".join)
 def test_any_pair_of_the_suite_can_be_measured(pair, monkeypatch):
     monkeypatch.setattr(cpu, "_compile_rows", None)

@@ -13,6 +13,10 @@ from tqcompile.passes import rewrite
 Planes = tuple[torch.Tensor, ...]
 
 
+class NoKernel(LookupError):
+    """No kernel does this by itself: a compiled model has it in its graph."""
+
+
 def attend(case: Case, dtype: torch.dtype, device: torch.device) -> tuple[Sample, int, int]:
     """Attention of rotated queries: its time, the bytes of its caches, the bytes it must move."""
     shape, names = case.shape, (case.keys, case.values)
@@ -48,7 +52,7 @@ def logits(case: Case, dtype: torch.dtype, device: torch.device) -> tuple[Sample
 
 def append(case: Case, dtype: torch.dtype, device: torch.device) -> tuple[Sample, int, int]:
     """Rotating and writing one token of keys and one of values, and rotating its query; the same three."""
-    return _encoding(case, 1, torch.tensor([case.shape.context - 1], device=device), dtype, device)
+    return _encoding(case, 1, case.shape.context - 1, dtype, device)
 
 
 def prefill(case: Case, dtype: torch.dtype, device: torch.device) -> tuple[Sample, int, int]:
@@ -56,8 +60,15 @@ def prefill(case: Case, dtype: torch.dtype, device: torch.device) -> tuple[Sampl
     return _encoding(case, case.shape.context, None, dtype, device)
 
 
-def _encoding(case: Case, tokens: int, place: torch.Tensor | None, dtype: torch.dtype, device: torch.device):
+def _encoding(case: Case, tokens: int, place: int | None, dtype: torch.dtype, device: torch.device):
     shape, names = case.shape, (case.keys, case.values)
+    spelled = [name for name in names if not ops.writes(formats.codec(name), shape.head_dim)]
+    if spelled and device.type == "cuda":
+        raise NoKernel(
+            f"{case.task} of {case.title}: no kernel writes {spelled[0]}, a model's graph spells that out; --tasks step"
+            " times it"
+        )
+    place = None if place is None else torch.tensor([place], device=device)
     codecs = [formats.codec(name) for name in names]
     bases = [_basis(name, shape, dtype, device) for name in names]
     q = torch.randn(shape.batch, shape.heads, 1, shape.head_dim, device=device, dtype=dtype)

@@ -32,7 +32,7 @@ class Session:
             bar.set_postfix_str(f"{case.task} {case.title} {case.pair}", refresh=True)
             try:
                 keep(self._row(case))
-            except (WrongResult, dense.NoRival) as error:
+            except (WrongResult, dense.NoRival, compressed.NoKernel) as error:
                 failures.append(str(error))
             except torch.OutOfMemoryError:
                 failures.append(
