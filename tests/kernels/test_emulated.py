@@ -76,6 +76,17 @@ def test_rows_of_two_runs_are_read_where_they_lie_in_a_stretch(gathers, names, d
     attends_like_the_reference(torch.randn(2, 8, 1, dims[0]), *planes, None, False, names, dims)
 
 
+@pytest.mark.parametrize("name", ["turboquant:2", "turboquant:4"])
+@pytest.mark.parametrize("length", [1, 31, 77, 130])
+def test_tokens_are_read_wherever_they_lie(name, length):
+    """Of any number, and of caches that grow, whose tokens hold all sequences and heads."""
+    torch.manual_seed(3)
+    planes = [compressed(formats.codec(name), torch.randn(length, 2, 2, 128)) for _ in range(2)]
+    growing = [[plane.permute(1, 2, 0, 3) for plane in each] for each in planes]
+    for keys, values in (growing, [[plane.contiguous() for plane in each] for each in growing]):
+        attends_like_the_reference(torch.randn(2, 6, 1, 128), keys, values, None, False, (name, name), (128, 128))
+
+
 @pytest.mark.parametrize("tile", sorted({(s.block_rows, s.block_tokens) for s in tune.SETTINGS["attend"]}))
 @pytest.mark.parametrize(
     ("name", "dim", "length"),
