@@ -143,7 +143,7 @@ def append(
         return
     scale = codes if scale is None else scale
     block, warps = tune.append_plan(tokens, head_dim)
-    module(codec, head_dim, folder, interpreted).append_tokens[(batch * heads, triton.cdiv(tokens, block))](
+    module(codec, head_dim, folder, interpreted).append_tokens[(batch * heads, -(-tokens // block))](
         *(
             y,
             codes,

@@ -113,7 +113,7 @@ def attend(
 
 def most_rows(q: torch.Tensor, keys: Planes, values: Planes, codecs: tuple[Codec, Codec], dims: tuple[int, int]) -> int:
     """Rows a KV head up to which no tokens are decoded for all of them at once."""
-    latent = portable.is_shared(codecs, dims, keys, values) and portable.is_latent(q.dtype, codecs[0], dims[0])
+    latent = portable.is_latent(q.dtype, codecs[0], dims[0]) and portable.is_shared(codecs, dims, keys, values)
     return tune.most_rows(max(dims), latent and tune.overlaps(q.device))
 
 

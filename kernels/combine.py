@@ -143,7 +143,7 @@ def combine(
     splits, width = left[0].shape[1], left[0].shape[3]
     block_splits, block_dims, block_turned = tune.combine_blocks(splits, width, heads * rows, basis is not None)
     early, has = tune.overlaps(out.device), [part is not None for part in (order, sinks, others)]
-    built.attend_combine[(heads * rows, triton.cdiv(width, block_dims))](
+    built.attend_combine[(heads * rows, -(-width // block_dims))](
         *(*left, left[0] if sinks is None else sinks, *(left if others is None else others)),
         *(left[0] if basis is None else basis, left[0] if order is None else order, out, rows, splits),
         *(value_dim, width, block_splits, block_dims, block_turned, *has, early),

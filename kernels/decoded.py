@@ -75,7 +75,7 @@ def decode(
     scale = codes if scale is None else scale
     block = max(1, tune.DECODED_NUMBERS // tune.extent(width))
     built = module(codec, head_dim, folder, codes.device.type == "cpu")
-    built.decode_tokens[(batch * heads, triton.cdiv(length, block))](
+    built.decode_tokens[(batch * heads, -(-length // block))](
         *(codes, scale, table, out, heads, length, *codes.stride()[:3], *scale.stride()[:3]),
         *(width, block, tune.extent(width)),
         num_warps=4,

@@ -208,7 +208,7 @@ def hidden(
     given = out if mask is None else mask.contiguous()
     given, bytes_of = (x.view(torch.uint8) if x.dtype == torch.bool else x for x in (given, out))
     built = module(Reader(), folder, index.device.type == "cpu")
-    built.hide_tokens[(out[..., 0].numel(), triton.cdiv(length, HIDDEN_TOKENS))](
+    built.hide_tokens[(out[..., 0].numel(), -(-length // HIDDEN_TOKENS))](
         *(given, index, exact[3], bytes_of, length, sinks, index.shape[0] - 1 - sinks),
         *(0 if given.shape[-1] == 1 else 1, kind, HIDDEN_TOKENS),
         num_warps=4,
@@ -227,7 +227,7 @@ def attend(q, exact, mask, scale: float, kv_heads: int, length: int, reader: Rea
     rows = groups * queries
     left = parts(q, batch * kv_heads, rows, value_dim, 1)
     part, strides = mask if mask is not None else (q, (0, 0, 0, 0))
-    module(reader, folder, q.device.type == "cpu").attend_exact[(batch * kv_heads, triton.cdiv(rows, 16))](
+    module(reader, folder, q.device.type == "cpu").attend_exact[(batch * kv_heads, -(-rows // 16))](
         *(q, keys, key_index, values, value_index, part, *left),
         *(scale, kv_heads, groups, queries, length, key_index.shape[0] - 1),
         *(*q.stride(), *keys.stride()[:3], *values.stride()[:3], *strides),

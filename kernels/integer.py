@@ -165,7 +165,7 @@ def takes(
 
 def serves(q: torch.Tensor, codes: Sequence[torch.Tensor]) -> bool:
     """Whether q's device has int8 units, few rows share a KV head, and every token of all codes starts at a word."""
-    if q.device.type != "cuda" or torch.cuda.get_device_capability(q.device) < CAPABILITY:
+    if tune.capability_of(q.device) < CAPABILITY:
         return False
     rows = q.shape[1] // max(1, codes[0].shape[1]) * q.shape[2]
     return rows <= tune.MOST_ROWS and all(map(_in_words, codes))

@@ -208,7 +208,7 @@ def launch(
     others = _side(others, other, width, types[0])
     # The interpreter multiplies bfloat16 by its bits; there the rounded numbers go to the product as float32.
     products = [torch.float32 if q.device.type == "cpu" else dtype for dtype in types]
-    built.attend_split[(heads, triton.cdiv(rows, plan.block_rows), plan.splits)](
+    built.attend_split[(heads, -(-rows // plan.block_rows), plan.splits)](
         *(q, *sides[0], *sides[1], part, q if reach is None else reach, *left, beside, *others),
         *(scale, kv_heads, rows // queries, queries, length, plan.span, plan.splits),
         *(*q.stride(), *_strides(sides[0]), *_strides(sides[1]), *strides, 0 if reach is None else reach.stride(0)),

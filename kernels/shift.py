@@ -92,9 +92,9 @@ def shifted(
         mask = mask.broadcast_to(out.shape)
         given, strides = mask.view(torch.uint8) if kind == "bool" else mask, mask.stride()
     interpreted, rows, (tokens, extent) = waved.device.type == "cpu", batch * heads * queries, tile_of(columns)
-    blocks = triton.cdiv(rows, BLOCK_R)
+    blocks = -(-rows // BLOCK_R)
     held = max(1, tune.processors_of(waved.device) * tune.PROGRAMS_PER_PROCESSOR // blocks)
-    module(folder, interpreted).shift_scores[(min(held, triton.cdiv(length, tokens)), blocks)](
+    module(folder, interpreted).shift_scores[(min(held, -(-length // tokens)), blocks)](
         *(waved.contiguous(), waves.contiguous(), given, out, rows, length, heads, queries, *strides),
         *(columns, kind, BLOCK_R, tokens, extent),
         # The interpreter has no product of halves that adds in float32.

@@ -107,6 +107,7 @@ def side_of(codec: Codec, head_dim: int, lanes: int) -> Side | BlockSide | None:
     return Side(bits, head_dim, runs[0], high_run, per_lane, 1 if shared else fields, shared)
 
 
+@cache
 def sides_of(codecs: tuple[Codec, Codec], head_dims: tuple[int, int]) -> Sides | None:
     """The sides of keys and of values, or None where either has none, or both together too many registers."""
     if max(head_dims) > MOST_DIMS:
@@ -118,6 +119,7 @@ def sides_of(codecs: tuple[Codec, Codec], head_dims: tuple[int, int]) -> Sides |
     return None if sides[0].breadth > 384 and sides[1].bits == 5 else sides
 
 
+@cache
 def in_sectors(sides: Sides) -> bool:
     """Whether tiles come through shared memory: where copies of all rows of codes move whole sectors and no more.
 
@@ -131,6 +133,7 @@ def in_sectors(sides: Sides) -> bool:
     )
 
 
+@cache
 def in_blocks(sides: Sides) -> bool:
     """Whether a side has a scalar for each block."""
     return any(isinstance(side, BlockSide) for side in sides)

@@ -179,6 +179,7 @@ def append_plan(tokens: int, head_dim: int) -> tuple[int, int]:
     return block, 4 if block * extent(head_dim) >= 512 else 1
 
 
+@lru_cache(maxsize=4096)
 def combine_blocks(splits: int, value_dim: int, rows: int, turned: bool) -> tuple[int, int, int]:
     """Splits and dims that a program of the combination of `rows` reads at once, and dims that it rotates to (or 0)."""
     dims = extent(value_dim) if turned or rows >= COMBINED_ROWS else min(COMBINE_DIMS, extent(value_dim))
@@ -220,6 +221,11 @@ def shared_bytes_of(device: torch.device) -> int:
 
 
 @cache
+def capability_of(device: torch.device) -> tuple[int, int]:
+    """Compute capability of a GPU; (0, 0) of other devices."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+
+
 def overlaps(device: torch.device) -> bool:
     """Whether a kernel may be launched before the one that it depends on ends (Hopper and later)."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+    return capability_of(device) >= (9, 0)

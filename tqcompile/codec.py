@@ -9,7 +9,7 @@ the docs) is derived from this one object.
 import hashlib
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import accumulate, pairwise
 from typing import Literal
 
@@ -62,7 +62,7 @@ class Lookup:
     plane: Plane
     table: Table
 
-    @property
+    @cached_property
     def store(self) -> str:
         """The tensor that this look-up's codes lie in."""
         return STORES.get(self.table, "codes")
@@ -88,17 +88,17 @@ class Term:
     fit: Fit
     share: Fraction = Fraction(1)
 
-    @property
+    @cached_property
     def codes(self) -> Lookup:
         """The first look-up of codes."""
         return next(factor for factor in self.factors if factor.store != "scale")
 
-    @property
+    @cached_property
     def scale(self) -> Lookup | None:
         """The look-up that multiplies a block or a whole term; None where there is none."""
         return next((factor for factor in self.factors if factor.store == "scale"), None)
 
-    @property
+    @cached_property
     def is_plain(self) -> bool:
         """Whether a coordinate has one code, which alone says its number, and at most a scalar beside it."""
         alone = self.codes.plane.per == 1 and self.codes.table != "trellis"
@@ -131,11 +131,15 @@ class Codec:
         if len(set(names)) != len(names):
             raise ValueError(f"codec {self.name!r} names a plane twice: {names}")
 
-    @property
+    def __hash__(self) -> int:
+        # Every call of a kernel looks a codec up, and the hash of all fields takes longer than the rest of that.
+        return hash(self.name)
+
+    @cached_property
     def factors(self) -> tuple[Lookup, ...]:
         return tuple(factor for term in self.terms for factor in term.factors)
 
-    @property
+    @cached_property
     def planes(self) -> tuple[Plane, ...]:
         return tuple(factor.plane for factor in self.factors)
 
@@ -144,6 +148,7 @@ class Codec:
         """Names of the tensors that a cache consists of: `scale` and `codes`, or `number`."""
         return tuple(dict.fromkeys(factor.store for factor in self.factors))
 
+    @cache  # noqa: B019 - codecs are few, and stay
     def bands(self, head_dim: int) -> tuple[slice, ...]:
         """The coordinates of each term, among those of all terms one behind the other."""
         # By their sum alone, where some coordinates have no term: two head sizes of one sum are cut alike.
@@ -155,39 +160,40 @@ class Codec:
         """Numbers that a vector of `head_dim` coordinates is decoded to, in the bases of all terms."""
         return self.bands(head_dim)[-1].stop
 
+    @cache  # noqa: B019 - codecs are few, and stay
     def head_dim(self, coordinates: int) -> int:
         """The inverse of `coordinates`: of those that have so many, where several do, one."""
         return round(coordinates / sum(term.share for term in self.terms))
 
-    @property
+    @cached_property
     def is_plain(self) -> bool:
         """Whether it is one term of one number a coordinate and at most a scalar: what special kernels are made for."""
         term = self.terms[0]
         return len(self.terms) == 1 and term.share == 1 and term.is_plain and term.codes.table != "sign"
 
-    @property
+    @cached_property
     def is_exact(self) -> bool:
         """Whether it stores the numbers themselves."""
         return self.terms[0].fit == "exact"
 
-    @property
+    @cached_property
     def is_sequential(self) -> bool:
         """Whether a code is chosen by those before it: then encoding is a long program, which no graph should hold."""
         return any(term.fit == "path" for term in self.terms)
 
-    @property
+    @cached_property
     def codes(self) -> Lookup:
         """The look-up of a plain codec that holds one code a coordinate."""
         assert self.is_plain, f"{self.name} has no one plane of codes"
         return self.terms[0].codes
 
-    @property
+    @cached_property
     def scale(self) -> Lookup | None:
         """The look-up of a plain codec that multiplies a block or a whole vector; None where there is none."""
         assert self.is_plain, f"{self.name} has no one scale"
         return self.terms[0].scale
 
-    @property
+    @cached_property
     def basis(self) -> str:
         """A name of all bases: equal where the matrices are, for one head_dim."""
         names = [term.basis if term.share == 1 else f"{term.basis}_{term.share}" for term in self.terms]

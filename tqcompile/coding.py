@@ -260,5 +260,6 @@ def _product(term: Term, codes: Planes, coordinates: int) -> torch.Tensor:
 
 def split(codec: Codec, planes: Planes) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The tensors of codes (or of numbers) and of scales out of a codec's planes; None where it has no scale."""
-    stored = dict(zip(codec.stores, planes))
-    return stored["number" if codec.is_exact else "codes"], stored.get("scale")
+    if len(codec.stores) == 1:
+        return planes[0], None
+    return (planes[1], planes[0]) if codec.stores[0] == "scale" else (planes[0], planes[1])
