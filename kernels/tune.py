@@ -96,6 +96,7 @@ SETTINGS = {
 }
 
 
+@cache
 def extent(head_dim: int) -> int:
     """The extent of a tile that covers a vector; a matrix product wants at least 16."""
     return max(16, power_of_two(head_dim))
@@ -187,6 +188,7 @@ def combine_blocks(splits: int, value_dim: int, rows: int, turned: bool) -> tupl
     return min(most, power_of_two(splits)), dims, turned_dims(value_dim, COMBINED_NUMBERS) if turned else 0
 
 
+@cache
 def turned_dims(head_dim: int, numbers: int = TURNED_NUMBERS) -> int:
     """Rows of a basis that a program multiplies by at once, where it may hold so many numbers."""
     return max(1, min(extent(head_dim), numbers // extent(head_dim)))
