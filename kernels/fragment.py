@@ -196,7 +196,7 @@ def store_sums(out, peaks, totals, state, splits, rows, value_unit, R: gl.conste
         sums = gl.permute(gl.reshape(blocks[block], [VALUE_DIMS // 32, 4, 8, R]), [3, 0, 2, 1])
         sums = gl.convert_layout(gl.reshape(sums, [R, VALUE_DIMS]), LAYOUT)
         address = out + (place + row)[:, None] * (VALUE_DIMS * len(blocks)) + (number + block * VALUE_DIMS)[None, :]
-        gl.store(address, sums * value_unit, mask=(row < rows)[:, None] & (number >= 0)[None, :])
+        gl.store(address, sums * value_unit, mask=(row < rows)[:, None])
 
 
 @gluon.jit(do_not_specialize=[

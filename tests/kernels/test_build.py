@@ -86,6 +86,7 @@ LOGITS = [
     ("turboquant:5", 96, torch.float16, 8, 90),
     ("turboquant:2", 64, torch.float32, 8, 80),
     ("q8_0", 256, torch.bfloat16, 4, 80),
+    ("q4_0", 128, torch.float32, 4, 90),
 ]
 
 
@@ -93,7 +94,7 @@ LOGITS = [
 def test_logits_on_int8_units_need_no_shared_memory_and_spill_nothing(case, texts):
     usage = build.logits_usage(formats.codec(case[0]), *case[1:])
     assert usage.shared == 0 and usage.spills == 0
-    assert bytes_of_a_word_are_neighbours(*texts) or case[0] == "q8_0"
+    assert bytes_of_a_word_are_neighbours(*texts) or case[0] in ("q8_0", "q4_0")
 
 
 def test_scores_take_few_instructions_a_number_of_a_key():
