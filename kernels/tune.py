@@ -138,11 +138,12 @@ def integer_setting(rows: int, head_dim: int, breadth: int, crowded: bool, ring_
     """What attention on int8 units does unless a search found better: registers for two tiles of codes at once.
 
     `breadth` is head_dim, or twice that where codes are bytes; `crowded` codes need more registers than others of
-    their head_dim, and get smaller tiles. Where tiles come through shared memory, they have `ring_tokens`.
+    their head_dim, and get smaller tiles. Where tiles come through shared memory, they have `ring_tokens`, or fewer.
     """
     block_rows = 4 if rows <= 4 or head_dim > 128 or crowded else 8
     if ring_tokens:
-        return Setting(block_rows, ring_tokens, RING_PROGRAMS, 255)
+        tokens = min(ring_tokens, 32) if block_rows * breadth > 1024 else ring_tokens
+        return Setting(block_rows, tokens, RING_PROGRAMS, 255)
     return Setting(block_rows, 64 if block_rows * breadth <= 512 and not crowded else 32, 8, 255)
 
 
