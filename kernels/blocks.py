@@ -210,7 +210,9 @@ def block_scores(blocks, scales, asked, units, T: gl.constexpr, R: gl.constexpr,
         keys = gl.convert_layout(gl.reshape(gl.permute(x, [0, 1, 3, 2, 4]), [T, 32]), gl.DotOperandLayout(0, MMA, 4))
         product = mma_v2(keys, asked[block], gl.full([T, 2 * R], 0, gl.int32, MMA))
         coarse, fine = gl.split(gl.reshape(product, [T, R, 2]))
-        part = (coarse * 256 + fine).to(gl.float32) * (scales[block][:, None] * units[block][None, :])
+        # The product with zero makes a key no number where a scale is infinite, as its decoded dims would.
+        scale = scales[block] + scales[block] * 0.0
+        part = (coarse * 256 + fine).to(gl.float32) * (scale[:, None] * units[block][None, :])
         scores += part
     return scores
 

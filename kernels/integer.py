@@ -138,7 +138,7 @@ def table_of(codec: Codec, head_dim: int, device: torch.device) -> torch.Tensor:
     whole = tables.integers(codec.codes, head_dim)
     words = ptx.table_words(whole[0]) if whole else [0] * ptx.TABLE_WORDS
     # Whole when this returns: a kernel may read it before the one that runs before it has ended.
-    return torch.tensor(words, dtype=torch.int32)[:, None].expand(-1, 32).contiguous().to(device)
+    return torch.tensor(words, dtype=torch.int32, device="cpu")[:, None].expand(-1, 32).contiguous().to(device)
 
 
 @cache

@@ -1,7 +1,8 @@
 """Attention of a few query rows on int8 matrix units, over tiles that come through shared memory: the kernel.
 
 It computes what `fragment` does, of the same parts. There a tile waits in registers for the next turn of the loop, and
-the compiler asks for the first one only when the query is ready; here two are under way from the first instructions on.
+the compiler asks for the first one only when the query is ready; here the first is under way before that, and the
+second from then on.
 A copy moves whole sectors where rows of codes are whole halves of a cache line, or no longer than a sector, or where
 those of a tile are copied together (`stretch`). Of others it moves more: they are for `fragment` (`sides.in_sectors`).
 """

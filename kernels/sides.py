@@ -13,6 +13,8 @@ from tqcompile.kernels.blocks import BlockSide, block_side_of
 from tqcompile.layout import layout_of
 
 MOST_DIMS = 256
+# A dim beyond all.
+PADDING = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class Side:
 
     @property
     def breadth(self) -> int:
-        """head_dim, or twice that where codes are bytes."""
+        """head_dim; codes that are bytes in registers count twice (`BlockSide`)."""
         return self.head_dim
 
     @property
@@ -69,7 +71,7 @@ class Side:
         else:
             word += lane * self.words
         fields = 2 if self.shared else self.fields
-        return 4 * word + nibble // 2 + self.run * (fields * (nibble % 2) + field) if 4 * word < self.run else 1 << 20
+        return 4 * word + nibble // 2 + self.run * (fields * (nibble % 2) + field) if 4 * word < self.run else PADDING
 
     def constants(self, name: str, lanes: int) -> str:
         """The numbers of `fragment` and `ringed` for this side; `lanes` hold a token together."""

@@ -26,7 +26,7 @@ APPEND_REGISTERS = 128
 STAGES = 2
 RING_PROGRAMS = 8
 RESERVED_BYTES = 1024
-# Tokens of a program up to which tiles of more than so many bytes are halved: nothing hides what is done with the last.
+# Tokens of a program up to which tiles of more than so many bytes have 32: nothing hides what is done with the last.
 SHORT_SPAN = 256
 SMALL_BYTES = 4096
 # Programs that a multiprocessor holds at once; dims, and numbers, that one step of the combination reads.
@@ -137,8 +137,9 @@ def attend_plan(
 def integer_setting(rows: int, head_dim: int, breadth: int, crowded: bool, ring_tokens: int = 0) -> Setting:
     """What attention on int8 units does unless a search found better: registers for two tiles of codes at once.
 
-    `breadth` is head_dim, or twice that where codes are bytes; `crowded` codes need more registers than others of
-    their head_dim, and get smaller tiles. Where tiles come through shared memory, they have `ring_tokens`, or fewer.
+    `breadth` is head_dim, or twice that where codes are bytes in registers; `crowded` codes need more registers than
+    others of their head_dim, and get smaller tiles. Where tiles come through shared memory, they have `ring_tokens`, or
+    fewer.
     """
     block_rows = 4 if rows <= 4 or head_dim > 128 or crowded else 8
     if ring_tokens:
@@ -182,11 +183,11 @@ def append_plan(tokens: int, head_dim: int) -> tuple[int, int]:
 
 
 @lru_cache(maxsize=4096)
-def combine_blocks(splits: int, value_dim: int, rows: int, turned: bool) -> tuple[int, int, int]:
+def combine_blocks(splits: int, width: int, rows: int, turned: bool) -> tuple[int, int, int]:
     """Splits and dims that a program of the combination of `rows` reads at once, and dims that it rotates to (or 0)."""
-    dims = extent(value_dim) if turned or rows >= COMBINED_ROWS else min(COMBINE_DIMS, extent(value_dim))
+    dims = extent(width) if turned or rows >= COMBINED_ROWS else min(COMBINE_DIMS, extent(width))
     most = max(1, COMBINED_NUMBERS // dims)
-    return min(most, power_of_two(splits)), dims, turned_dims(value_dim, COMBINED_NUMBERS) if turned else 0
+    return min(most, power_of_two(splits)), dims, turned_dims(width, COMBINED_NUMBERS) if turned else 0
 
 
 @cache

@@ -11,7 +11,7 @@ from triton.experimental.gluon import language as gl
 
 from tqcompile import formats, reference
 from tqcompile.coding import split
-from tqcompile.kernels import attend, integer, stretch, tune
+from tqcompile.kernels import attend, integer, stretch, tune, tuned
 
 NAMES = ["q8_0", *(f"turboquant:{bits}" for bits in (2, 3, 4, 5))]
 PAIRS = [(name, name) for name in NAMES] + [("q8_0", "turboquant:3"), ("turboquant:5", "q8_0")]
@@ -133,14 +133,29 @@ def test_what_a_mask_hides_from_all_is_not_read(name, spans, length):
 
 
 @pytest.mark.parametrize("side", [0, 1])
-@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), -float("inf"), 1e7])
+@pytest.mark.parametrize(("name", "dim"), [("q8_0", 96), ("q4_0", 64)])
 @pytest.mark.parametrize("length", [40, 64])
-def test_a_block_that_is_no_number_reaches_what_the_reference_lets_it_reach(side, wrong, length):
+def test_a_block_that_is_no_number_reaches_what_the_reference_lets_it_reach(side, wrong, name, dim, length):
+    """Nor is one whose scale is too large for half precision, whose codes may be any."""
     torch.manual_seed(2)
-    tokens = [torch.randn(1, 1, length, 96) for _ in range(2)]
+    tokens = [torch.randn(1, 1, length, dim) for _ in range(2)]
     tokens[side][0, 0, length - 1, 40] = wrong
-    planes = [compressed(formats.codec("q8_0"), x) for x in tokens]
-    attends_like_the_reference(torch.randn(1, 4, 1, 96), *planes, None, False, ("q8_0", "q8_0"), (96, 96))
+    planes = [compressed(formats.codec(name), x) for x in tokens]
+    attends_like_the_reference(torch.randn(1, 4, 1, dim), *planes, None, False, (name, name), (dim, dim))
+
+
+@pytest.mark.parametrize(("name", "dim"), [("turboquant:4", 128), ("turboquant:3", 128), ("q4_0", 128)])
+def test_tiles_are_small_where_a_program_has_few_tokens(name, dim, monkeypatch):
+    sides, length = integer.sides_of((formats.codec(name),) * 2, (dim, dim)), 208
+    device, planes = torch.device("cpu"), [compressed(formats.codec(name), torch.randn(1, 1, length, dim))] * 2
+    q = torch.randn(1, 4, 1, dim)
+    for span, tokens in ((256, 32), (0, 64)):
+        monkeypatch.setattr(tune, "SHORT_SPAN", span)
+        tuned.plan.cache_clear()
+        assert integer.plan_of((sides, True), 4, 1, length, device).block_tokens == tokens
+        attends_like_the_reference(q, *planes, None, False, (name, name), (dim, dim))
+    tuned.plan.cache_clear()
 
 
 def test_sizes_that_differ_from_block_to_block_cost_no_digits():

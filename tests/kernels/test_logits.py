@@ -82,13 +82,13 @@ def test_half_precision_is_what_float32_rounds_to(device, name):
     assert torch.equal(scores(q, keys, name, dtype=torch.bfloat16), scores(q, keys, name).bfloat16())
 
 
-@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
-@pytest.mark.parametrize("name", ["turboquant:4", "q8_0"])
-def test_a_token_that_is_no_number_has_the_scores_it_has_in_the_reference(device, name, wrong):
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize(("name", "dim"), [("turboquant:4", 96), ("q8_0", 96), ("q4_0", 64)])
+def test_a_token_that_is_no_number_has_the_scores_it_has_in_the_reference(device, name, dim, wrong):
     torch.manual_seed(4)
-    x = torch.randn(1, 2, 80, 96, device=device)
+    x = torch.randn(1, 2, 80, dim, device=device)
     x[0, 1, [20, 79], 40] = wrong
-    equals_the_reference(torch.randn(1, 8, 1, 96, device=device), compressed(formats.codec(name), x), name)
+    equals_the_reference(torch.randn(1, 8, 1, dim, device=device), compressed(formats.codec(name), x), name)
 
 
 def test_a_query_that_is_no_number_spoils_its_own_scores_alone(device):

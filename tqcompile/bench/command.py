@@ -77,7 +77,7 @@ def _add_ways(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
-    """Measure what was asked for; 0, or 1 where a result was wrong or a ratio fell."""
+    """Measure what was asked for; 0, or 1 where one was not measured, or a ratio fell."""
     try:
         device = request.device(options)
         old = request.old_rows(options, device)

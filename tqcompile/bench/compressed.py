@@ -17,6 +17,17 @@ class NoKernel(LookupError):
     """No kernel does this by itself: a compiled model has it in its graph."""
 
 
+def require_kernel(case: Case, device: torch.device) -> None:
+    """Raise `NoKernel` for an append or a prefill that a GPU has no kernel for."""
+    names = (case.keys, case.values) if case.task in ("append", "prefill") else ()
+    spelled = [name for name in names if not ops.writes(formats.codec(name), case.shape.head_dim)]
+    if spelled and device.type == "cuda":
+        raise NoKernel(
+            f"{case.task} of {case.title}: no kernel writes {spelled[0]}, a model's graph spells that out; --tasks step"
+            " times it"
+        )
+
+
 def attend(case: Case, dtype: torch.dtype, device: torch.device) -> tuple[Sample, int, int]:
     """Attention of rotated queries: its time, the bytes of its caches, the bytes it must move."""
     shape, names = case.shape, (case.keys, case.values)
@@ -62,12 +73,6 @@ def prefill(case: Case, dtype: torch.dtype, device: torch.device) -> tuple[Sampl
 
 def _encoding(case: Case, tokens: int, place: int | None, dtype: torch.dtype, device: torch.device):
     shape, names = case.shape, (case.keys, case.values)
-    spelled = [name for name in names if not ops.writes(formats.codec(name), shape.head_dim)]
-    if spelled and device.type == "cuda":
-        raise NoKernel(
-            f"{case.task} of {case.title}: no kernel writes {spelled[0]}, a model's graph spells that out; --tasks step"
-            " times it"
-        )
     place = None if place is None else torch.tensor([place], device=device)
     codecs = [formats.codec(name) for name in names]
     bases = [_basis(name, shape, dtype, device) for name in names]

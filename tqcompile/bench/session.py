@@ -46,6 +46,7 @@ class Session:
         if case.task == "step":
             return self._step(case, dtype)
         task = case.task
+        compressed.require_kernel(case, self.device)
         time, rival, dense_bytes = self._once(case, lambda: getattr(dense, task)(case.shape, dtype, self.device))
         clock.release(self.device)
         ours, size, moved = getattr(compressed, task)(case, dtype, self.device)
