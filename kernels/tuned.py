@@ -21,7 +21,7 @@ import triton
 
 from tqcompile.kernels import emit
 from tqcompile.kernels.address import power_of_two
-from tqcompile.kernels.tune import AttendPlan, Setting, integer_plan
+from tqcompile.kernels.tune import AttendPlan, Setting, capability_of, integer_plan
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def device_of(device: torch.device) -> tuple[str, str]:
     """The name of a device, and its capability."""
     if device.type != "cuda":
         return device.type, ""
-    return torch.cuda.get_device_name(device), "{}.{}".format(*torch.cuda.get_device_capability(device))
+    return torch.cuda.get_device_name(device), "{}.{}".format(*capability_of(device))
 
 
 def key_of(source: str, rows: int, heads: int, length: int, device: torch.device) -> Key:

@@ -122,12 +122,13 @@ def test_no_kernel_of_any_codec_spills():
     assert not [usage for usage in build.every_usage() if usage.spills]
 
 
+@pytest.mark.parametrize("ordered", [False, True])
 @pytest.mark.parametrize("sinks, others, turned", itertools.product((False, True), (False, True), (0, 16)))
-def test_the_combination_compiles_beside_sinks_and_tokens_that_are_summed_elsewhere(sinks, others, turned):
+def test_the_combination_compiles_beside_sinks_and_tokens_that_are_summed_elsewhere(sinks, others, turned, ordered):
     """What Triton's interpreter lets pass: a name that has another shape inside a loop than before it."""
     kernel = combine.combine_module(None, False).attend_combine
-    constants = {"VALUE_DIM": 48, "WIDTH": 64, "ORDERED": True, "BLOCK_S": 16, "BLOCK_V": 64, "BLOCK_J": turned}
-    constants |= {"SINKS": sinks, "OTHERS": others, "EARLY": True}
+    constants = {"VALUE_DIM": 48 if ordered else 64, "WIDTH": 64, "BLOCK_S": 16, "BLOCK_V": 64, "BLOCK_J": turned}
+    constants |= {"ORDERED": ordered, "SINKS": sinks, "OTHERS": others, "EARLY": True}
     types = {name: "*fp32" for name in kernel.arg_names if name not in ("rows", "splits", *constants)}
     types["order"] = "*i32"
     assert assembled.compiled("combine", kernel, {}, constants, types, 4, None, 90).spills == 0

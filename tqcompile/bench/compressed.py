@@ -5,7 +5,7 @@ import torch
 from tqcompile import formats, ops, reference, tables
 from tqcompile.bench import check, clock
 from tqcompile.bench.clock import Sample
-from tqcompile.bench.shapes import Case, Shape
+from tqcompile.bench.shapes import Case, Shape, spelled_out
 from tqcompile.cache import storages
 from tqcompile.layout import layout_of
 from tqcompile.passes import rewrite
@@ -19,13 +19,12 @@ class NoKernel(LookupError):
 
 def require_kernel(case: Case, device: torch.device) -> None:
     """Raise `NoKernel` for an append or a prefill that a GPU has no kernel for."""
-    names = (case.keys, case.values) if case.task in ("append", "prefill") else ()
-    spelled = [name for name in names if not ops.writes(formats.codec(name), case.shape.head_dim)]
-    if spelled and device.type == "cuda":
-        raise NoKernel(
-            f"{case.task} of {case.title}: no kernel writes {spelled[0]}, a model's graph spells that out; --tasks step"
-            " times it"
-        )
+    if device.type == "cuda" and case.task in ("append", "prefill"):
+        for name in spelled_out((case.keys, case.values), case.shape.head_dim):
+            raise NoKernel(
+                f"{case.task} of {case.title}: no kernel writes {name}, a model's graph spells that out; --tasks step"
+                " times it"
+            )
 
 
 def attend(case: Case, dtype: torch.dtype, device: torch.device) -> tuple[Sample, int, int]:
@@ -63,7 +62,7 @@ def logits(case: Case, dtype: torch.dtype, device: torch.device) -> tuple[Sample
 
 def append(case: Case, dtype: torch.dtype, device: torch.device) -> tuple[Sample, int, int]:
     """Rotating and writing one token of keys and one of values, and rotating its query; the same three."""
-    return _encoding(case, 1, case.shape.context - 1, dtype, device)
+    return _encoding(case, 1, torch.tensor([case.shape.context - 1], device=device), dtype, device)
 
 
 def prefill(case: Case, dtype: torch.dtype, device: torch.device) -> tuple[Sample, int, int]:
@@ -71,9 +70,8 @@ def prefill(case: Case, dtype: torch.dtype, device: torch.device) -> tuple[Sampl
     return _encoding(case, case.shape.context, None, dtype, device)
 
 
-def _encoding(case: Case, tokens: int, place: int | None, dtype: torch.dtype, device: torch.device):
+def _encoding(case: Case, tokens: int, place: torch.Tensor | None, dtype: torch.dtype, device: torch.device):
     shape, names = case.shape, (case.keys, case.values)
-    place = None if place is None else torch.tensor([place], device=device)
     codecs = [formats.codec(name) for name in names]
     bases = [_basis(name, shape, dtype, device) for name in names]
     q = torch.randn(shape.batch, shape.heads, 1, shape.head_dim, device=device, dtype=dtype)
