@@ -141,13 +141,14 @@ def combine(
     out = left[0].new_empty(place, dtype=dtype)
     built = combine_module(folder, out.device.type == "cpu")
     splits, width = left[0].shape[1], left[0].shape[3]
-    block_splits, block_dims, block_turned = tune.combine_blocks(splits, width, heads * rows, basis is not None)
+    basis_bytes = 0 if basis is None else basis.element_size()
+    *blocks, warps = tune.combine_blocks(splits, width, heads * rows, basis_bytes)
     early, has = tune.overlaps(out.device), [part is not None for part in (order, sinks, others)]
-    built.attend_combine[(heads * rows, -(-width // block_dims))](
+    built.attend_combine[(heads * rows, -(-width // blocks[1]))](
         *(*left, left[0] if sinks is None else sinks, *(left if others is None else others)),
         *(left[0] if basis is None else basis, left[0] if order is None else order, out, rows, splits),
-        *(value_dim, width, block_splits, block_dims, block_turned, *has, early),
-        num_warps=8 if block_splits * block_dims > 8192 else 4,
+        *(value_dim, width, *blocks, *has, early),
+        num_warps=warps,
         **({"launch_pdl": True} if early else {}),
     )
     return out

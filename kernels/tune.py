@@ -32,9 +32,10 @@ SMALL_BYTES = 4096
 # Programs that a multiprocessor holds at once; dims, and numbers, that one step of the combination reads.
 PROGRAMS_PER_PROCESSOR = 2
 COMBINE_DIMS = 32
-# Rows of a step from which each has one program of the combination, for all dims.
+# Rows of a step from which each has one program of the combination, for all dims; what that holds of a basis at once.
 COMBINED_ROWS = 256
 COMBINED_NUMBERS = 16384
+BASIS_BYTES = 32768
 # Numbers of a basis that a program of four warps holds at once; rows, and tokens of a step, up to which the programs
 # that make them rotate them too: each reads the whole basis, and a matrix product has its own launch.
 TURNED_NUMBERS = 8192
@@ -183,11 +184,20 @@ def append_plan(tokens: int, head_dim: int) -> tuple[int, int]:
 
 
 @lru_cache(maxsize=4096)
-def combine_blocks(splits: int, width: int, rows: int, turned: bool) -> tuple[int, int, int]:
-    """Splits and dims that a program of the combination of `rows` reads at once, and dims that it rotates to (or 0)."""
-    dims = extent(width) if turned or rows >= COMBINED_ROWS else min(COMBINE_DIMS, extent(width))
-    most = max(1, COMBINED_NUMBERS // dims)
-    return min(most, power_of_two(splits)), dims, turned_dims(width, COMBINED_NUMBERS) if turned else 0
+def combine_blocks(splits: int, width: int, rows: int, basis_bytes: int) -> tuple[int, int, int, int]:
+    """Splits and dims that a program of the combination of `rows` reads at once, dims that it rotates to, and warps.
+
+    A number of the basis takes `basis_bytes`; 0 where nothing is rotated.
+    """
+    dims = extent(width) if basis_bytes or rows >= COMBINED_ROWS else min(COMBINE_DIMS, extent(width))
+    block = min(max(1, COMBINED_NUMBERS // dims), power_of_two(splits))
+    if not basis_bytes:
+        return block, dims, 0, 8 if block * dims > 8192 else 4
+    warps = 8 if block * dims > 8192 and dims > 128 else 4
+    # Many programs find room beside the last ones of attention, and are ready when these end, where they are narrow.
+    if rows >= COMBINED_ROWS and block * dims <= 2048 and dims <= 128 and basis_bytes == 2:
+        warps = 2
+    return block, dims, turned_dims(width, BASIS_BYTES // basis_bytes), warps
 
 
 @cache

@@ -6,7 +6,6 @@ import torch
 from torch import fx
 
 from tqcompile import ops
-from tqcompile.passes import rewrite
 from tqcompile.passes.context import Context
 from tqcompile.passes.editor import Editor
 from tqcompile.passes.indices import index_items
@@ -120,7 +119,7 @@ class Keeper(Editor):
         cache = tensor_of(dense)
         positions = next(item for item in index_items(write.args[1], cache.dim()) if tensor_of(item) is not None)
         length = self.call(torch.ops.aten.sym_size.int, dense, self.context.regions[dense].dim)
-        return self.call(rewrite.wrapped, positions, length)
+        return self.call(ops.places, positions, length)
 
 
 def _leaves_alone(node: fx.Node, dim: int) -> bool:

@@ -35,11 +35,6 @@ def broadcast(source: torch.Tensor, plane: torch.Tensor) -> torch.Tensor:
     return source.expand(*plane.shape[:-1], source.shape[-1])
 
 
-def wrapped(positions: torch.Tensor, length: int) -> torch.Tensor:
-    """Positions as an assignment takes them, those below zero counted from the end."""
-    return torch.where(positions < 0, positions + length, positions).long()
-
-
 def reach(mask: torch.Tensor) -> torch.Tensor:
     """The first token that some query of a sequence may see, and one past the last: int32 [B or 1, 2].
 

@@ -5,6 +5,7 @@ import operator
 import torch
 from torch import fx
 
+from tqcompile import ops
 from tqcompile.passes import rewrite
 from tqcompile.passes.centred import Centrer
 from tqcompile.passes.context import Context
@@ -147,7 +148,7 @@ class Writer(Centrer, Keeper):
         same = positions, size
         if same not in self.places or memory_of(positions) in self.overwritten:
             length = self.call(torch.ops.aten.sym_size.int, plane, dim)
-            self.places[same] = self.call(rewrite.wrapped, positions, length)
+            self.places[same] = self.call(ops.places, positions, length)
             self.places[same].meta["example_value"] = tensor_of(positions)
         return self.places[same]
 

@@ -35,6 +35,7 @@ _library.define(
     "remember(Tensor(a!) numbers, Tensor(b!) index, Tensor tokens, Tensor? positions, SymInt start, int dim, int sinks)"
     " -> ()"
 )
+_library.define("places(Tensor positions, SymInt length) -> Tensor")
 _library.define("logits(Tensor q, Tensor[] keys, str codec, int head_dim) -> Tensor")
 _library.define("mix(Tensor weights, Tensor[] values, str codec, int head_dim) -> Tensor")
 
@@ -45,6 +46,7 @@ attend = torch.ops.tqcompile.attend.default
 logits = torch.ops.tqcompile.logits.default
 mix = torch.ops.tqcompile.mix.default
 remember = torch.ops.tqcompile.remember.default
+places = torch.ops.tqcompile.places.default
 
 
 def prepare(codec: Codec, head_dim: int, device: torch.device) -> None:
@@ -97,6 +99,14 @@ def _search_cuda(x: torch.Tensor, numbers: torch.Tensor, bits: int) -> torch.Ten
 
 
 trellis.SEARCHES["cuda"] = _search_cuda
+
+
+def _places(positions: torch.Tensor, length: int) -> torch.Tensor:
+    """Positions as an assignment takes them, those below zero counted from the end; int64.
+
+    An operator of its own, because Inductor computes what several operators take for each of them again.
+    """
+    return torch.where(positions < 0, positions + length, positions).long()
 
 
 def _append_cpu(planes: Tensors, y: torch.Tensor, positions, basis, codec: str) -> None:
@@ -231,6 +241,8 @@ _library.impl("attend", reference.as_stored(_attend_cpu), "CPU")
 _library.impl("attend", reference.as_stored(_attend_cuda), "CUDA")
 _library.impl("remember", recent.remember, "CPU")
 _library.impl("remember", _remember_cuda, "CUDA")
+_library.impl("places", _places, "CPU")
+_library.impl("places", _places, "CUDA")
 _library.impl("logits", reference.as_stored(_logits), "CPU")
 _library.impl("logits", reference.as_stored(_logits_cuda), "CUDA")
 _library.impl("mix", reference.as_stored(_mix), "CPU")
@@ -263,6 +275,11 @@ def _(q, keys, values, mask, reach, key_basis, value_basis, causal, scale, *othe
 @torch.library.register_fake("tqcompile::remember", lib=_library)
 def _(numbers, index, tokens, positions, start, dim, sinks):
     return None
+
+
+@torch.library.register_fake("tqcompile::places", lib=_library)
+def _(positions, length):
+    return positions.new_empty(positions.shape, dtype=torch.int64)
 
 
 @torch.library.register_fake("tqcompile::logits", lib=_library)

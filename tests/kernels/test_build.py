@@ -7,7 +7,7 @@ import torch
 import triton
 
 from tqcompile import formats
-from tqcompile.kernels import assembled, build, combine
+from tqcompile.kernels import assembled, build, combine, tune
 from tqcompile.kernels.emit import Reader
 
 FEW = [
@@ -132,3 +132,17 @@ def test_the_combination_compiles_beside_sinks_and_tokens_that_are_summed_elsewh
     types = {name: "*fp32" for name in kernel.arg_names if name not in ("rows", "splits", *constants)}
     types["order"] = "*i32"
     assert assembled.compiled("combine", kernel, {}, constants, types, 4, None, 90).spills == 0
+
+
+@pytest.mark.parametrize("splits, rows", [(1, 256), (16, 256), (128, 32)])
+@pytest.mark.parametrize("dim", [64, 80, 128, 256])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_the_combination_spills_nothing_as_it_is_planned(dtype, dim, splits, rows):
+    kernel = combine.combine_module(None, False).attend_combine
+    blocks = tune.combine_blocks(splits, dim, rows, dtype.itemsize)
+    constants = {"VALUE_DIM": dim, "WIDTH": dim, **dict(zip(("BLOCK_S", "BLOCK_V", "BLOCK_J"), blocks))}
+    constants |= {"ORDERED": True, "SINKS": False, "OTHERS": False, "EARLY": True}
+    types = {name: "*fp32" for name in kernel.arg_names if name not in ("rows", "splits", *constants)}
+    types["order"] = "*i32"
+    pointers = {"basis": dtype, "out": dtype}
+    assert assembled.compiled("combine", kernel, pointers, constants, types, blocks[3], None, 90).spills == 0
