@@ -24,7 +24,7 @@ class CompressedKV(torch.Tensor):
     `centre` is what was taken off its tokens, or None. `part_of` are the caches it was taken from, and `family` they
     and all views of them. `copied` says that it should show their memory but its planes could only be copied: a write
     would be lost. `counted` takes what eager code makes of it, for the report. `recent` has some of its tokens as they
-    are, less that centre.
+    are, less that centre. `described` is its codec, dtype and device.
     """
 
     __torch_function__ = torch._C._disabled_torch_function_impl
@@ -58,7 +58,8 @@ class CompressedKV(torch.Tensor):
         torch._C._set_throw_on_mutable_data_ptr(self)
         self.planes, self.codec, self.buffer, self.start = tuple(planes), codec, buffer, start
         self.part_of, self.family, self.copied, self.counted = (), [], False, None
-        self.centre, self.recent = None, None
+        # Guards ask for what is described at each call, and a tensor of a Python class is slow to tell it.
+        self.centre, self.recent, self.described = None, None, (codec.name, dtype, device)
         return self
 
     @classmethod
@@ -228,7 +229,7 @@ class CompressedKV(torch.Tensor):
     def __tensor_flatten__(self):
         # Dynamo sees a dense tensor, guarded by codec and centre; planes as its inner ones would bring their sizes.
         centre = None if self.centre is None else self.centre.kind
-        return ["anchor"], (self.codec.name, self.dtype, self.device, centre)
+        return ["anchor"], (*self.described, centre)
 
     @classmethod
     def __metadata_guard__(cls, expected, found) -> bool:

@@ -39,14 +39,9 @@ class CompiledGraph:
             # cache would live on beside its successor until Python happens to collect.
             self.first = False
             gc.collect()
-        if self._is_settled(args):
-            values, start = [], 0
-            for index, cache, *_, recent in self.settled:
-                values += args[start:index]
-                values += cache().parts
-                values += recent().tensors if recent() is not None else ()
-                start = index + 1
-            return self._given(self.compiled(*values, *args[start:]), args, {})
+        values = self._settled_values(args)
+        if values is not None:
+            return self._given(self.compiled(*values), args, {})
         if self._begins(args):
             results = self.original(*args)
             self._adopt(args)
@@ -64,15 +59,20 @@ class CompiledGraph:
                 args[index].copy_(caches[index])
         return tuple(self._output(output, args, caches, results) for output in self.outputs)
 
-    def _is_settled(self, args: tuple) -> bool:
-        """Whether every cache of this graph is the one of the last call, its planes too, and nobody else's."""
-        return bool(self.settled) and all(
-            args[index] is cache()
-            and args[index].planes[0] is plane()
-            and args[index].buffer is None
-            and args[index].recent is recent()
-            for index, cache, plane, recent in self.settled
-        )
+    def _settled_values(self, args: tuple) -> list | None:
+        """What the compiled graph takes, where each cache is the one of the last call, its planes too, and nobody
+        else's; None where some is not."""
+        values, start = [], 0
+        for index, cache, plane, recent in self.settled:
+            held = args[index]
+            if held is not cache() or held.buffer is not None or held.recent is not recent():
+                return None
+            if held.planes[0] is not plane():
+                return None
+            values += args[start:index]
+            values += held.planes if held.centre is None and held.recent is None else held.tensors
+            start = index + 1
+        return [*values, *args[start:]] if self.settled else None
 
     def _settle(self, caches: dict) -> None:
         """Remember the caches of this call, where all are written in place: the next one need not look at them."""
