@@ -247,6 +247,14 @@ def test_bytes_are_read_as_people_write_them(text, number):
     assert request.size(text) == number
 
 
+@pytest.mark.parametrize("text, number", [("32K", 32768), ("1K", 1024), ("3000", 3000)])
+def test_tokens_are_read_as_tables_have_them(text, number):
+    assert request.tokens(text) == number
+    for wrong in (f"-{text}", "K", "0K", "1.5K", "1KK", "1k"):
+        with pytest.raises(argparse.ArgumentTypeError, match="whole number"):
+            request.tokens(wrong)
+
+
 def test_a_case_refuses_what_no_row_can_be_of():
     with pytest.raises(ValueError, match="layers=0; a step needs one or more"):
         Case("step", Shape(1, 8), "q8_0", "q8_0")

@@ -11,7 +11,7 @@ from pathlib import Path
 from tqcompile import cpu, formats
 from tqcompile.backend import compile_rows
 from tqcompile.bench import clock, figure, request, rows
-from tqcompile.bench.request import percent, size, whole
+from tqcompile.bench.request import percent, size, tokens, whole
 from tqcompile.bench.session import Session
 from tqcompile.bench.shapes import DTYPES, MASKS, TASKS
 from tqcompile.options import INNERS
@@ -34,7 +34,9 @@ def add(commands) -> None:
     parser.set_defaults(run=lambda options: run(options, parser))
     shape = parser.add_argument_group("the shape")
     shape.add_argument("--batch", type=whole, metavar="N", help="sequences (default 1)")
-    shape.add_argument("--context", type=whole, nargs="+", metavar="N", help="tokens in each cache; one or more sizes")
+    shape.add_argument(
+        "--context", type=tokens, nargs="+", metavar="N", help="tokens in each cache, as 4096 or 4K; one or more"
+    )
     shape.add_argument("--heads", type=whole, metavar="N", help="query heads (default 32)")
     shape.add_argument("--kv-heads", type=whole, metavar="N", help="key and value heads (default 8)")
     shape.add_argument("--head-dim", type=whole, metavar="N", help="numbers of a head (default 128)")

@@ -32,6 +32,11 @@ def whole(text: str) -> int:
     return int(text)
 
 
+def tokens(text: str) -> int:
+    """An argparse type: a whole number of tokens, also as tables have it: 32K is 32 * 1024."""
+    return whole(text.removesuffix("K")) * (1024 if text.endswith("K") else 1)
+
+
 def percent(text: str) -> float:
     """An argparse type: a number from 0 to 100."""
     if not re.fullmatch(r"\d+(\.\d*)?", text) or float(text) > 100:

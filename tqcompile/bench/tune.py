@@ -14,7 +14,7 @@ from tqdm import tqdm
 from tqcompile import formats
 from tqcompile.bench import clock, compressed, request
 from tqcompile.bench.check import WrongResult
-from tqcompile.bench.request import whole
+from tqcompile.bench.request import tokens, whole
 from tqcompile.bench.shapes import Case, Shape
 from tqcompile.codec import Codec
 from tqcompile.coding import split
@@ -35,7 +35,7 @@ def add(commands) -> None:
     parser.set_defaults(**dict.fromkeys(UNASKED))
     parser.add_argument("--batch", type=whole, metavar="N", help="sequences (default 1)")
     parser.add_argument(
-        "--context", type=whole, nargs="+", metavar="N", help="tokens (default 32768); one or more sizes"
+        "--context", type=tokens, nargs="+", metavar="N", help="tokens (default 32768); one or more sizes"
     )
     parser.add_argument("--heads", type=whole, metavar="N", help="query heads (default 32)")
     parser.add_argument("--kv-heads", type=whole, metavar="N", help="key and value heads (default 8)")

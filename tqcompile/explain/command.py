@@ -17,7 +17,7 @@ import torch
 from tqcompile import formats
 from tqcompile.backend import Backend
 from tqcompile.bench import clock
-from tqcompile.bench.request import whole
+from tqcompile.bench.request import tokens, whole
 from tqcompile.dump import texts_kept
 from tqcompile.explain import model, page, script, terminal
 from tqcompile.explain.explanation import Explanation
@@ -47,7 +47,9 @@ def add(commands) -> None:
     run_as.add_argument("--cache", choices=CACHES, help="kind of cache (default both)")
     run_as.add_argument("--attention", choices=("sdpa", "eager"), help="default: what the model takes by itself")
     counted = parser.add_argument_group("what is counted")
-    counted.add_argument("--context", type=whole, default=4096, metavar="N", help="tokens of a sequence (default 4096)")
+    counted.add_argument(
+        "--context", type=tokens, default=4096, metavar="N", help="tokens of a sequence (default 4096)"
+    )
     counted.add_argument("--batch", type=whole, default=1, metavar="N", help="sequences (default 1)")
     out = parser.add_argument_group("what comes out")
     out.add_argument("--html", type=Path, metavar="FILE", help="one page: the tables, both graphs, and the kernels")
