@@ -122,27 +122,29 @@ def test_no_kernel_of_any_codec_spills():
     assert not [usage for usage in build.every_usage() if usage.spills]
 
 
+def combination(constants, pointers, warps):
+    """The combination, compiled with these blocks and switches."""
+    kernel = combine.combine_module(None, False).attend_combine
+    constants = {"EARLY": True, **constants}
+    types = {name: "*fp32" for name in kernel.arg_names if name not in ("rows", "splits", *constants)}
+    types["order"] = "*i32"
+    return assembled.compiled("combine", kernel, pointers, constants, types, warps, None, 90)
+
+
 @pytest.mark.parametrize("ordered", [False, True])
 @pytest.mark.parametrize("sinks, others, turned", itertools.product((False, True), (False, True), (0, 16)))
 def test_the_combination_compiles_beside_sinks_and_tokens_that_are_summed_elsewhere(sinks, others, turned, ordered):
     """What Triton's interpreter lets pass: a name that has another shape inside a loop than before it."""
-    kernel = combine.combine_module(None, False).attend_combine
     constants = {"VALUE_DIM": 48 if ordered else 64, "WIDTH": 64, "BLOCK_S": 16, "BLOCK_V": 64, "BLOCK_J": turned}
-    constants |= {"ORDERED": ordered, "SINKS": sinks, "OTHERS": others, "EARLY": True}
-    types = {name: "*fp32" for name in kernel.arg_names if name not in ("rows", "splits", *constants)}
-    types["order"] = "*i32"
-    assert assembled.compiled("combine", kernel, {}, constants, types, 4, None, 90).spills == 0
+    constants |= {"ORDERED": ordered, "SINKS": sinks, "OTHERS": others}
+    assert combination(constants, {}, 4).spills == 0
 
 
 @pytest.mark.parametrize("splits, rows", [(1, 256), (16, 256), (128, 32)])
 @pytest.mark.parametrize("dim", [64, 80, 128, 256])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_the_combination_spills_nothing_as_it_is_planned(dtype, dim, splits, rows):
-    kernel = combine.combine_module(None, False).attend_combine
-    blocks = tune.combine_blocks(splits, dim, rows, dtype.itemsize)
+    *blocks, warps = tune.combine_blocks(splits, dim, rows, dtype.itemsize)
     constants = {"VALUE_DIM": dim, "WIDTH": dim, **dict(zip(("BLOCK_S", "BLOCK_V", "BLOCK_J"), blocks))}
-    constants |= {"ORDERED": True, "SINKS": False, "OTHERS": False, "EARLY": True}
-    types = {name: "*fp32" for name in kernel.arg_names if name not in ("rows", "splits", *constants)}
-    types["order"] = "*i32"
-    pointers = {"basis": dtype, "out": dtype}
-    assert assembled.compiled("combine", kernel, pointers, constants, types, blocks[3], None, 90).spills == 0
+    constants |= {"ORDERED": True, "SINKS": False, "OTHERS": False}
+    assert combination(constants, {"basis": dtype, "out": dtype}, warps).spills == 0
