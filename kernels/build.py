@@ -93,9 +93,16 @@ def planes_of(side: str, codec: Codec, dtype: torch.dtype) -> dict[str, torch.dt
 
 
 def integer_usage(
-    pair: tuple[Codec, Codec], head_dim: int, reader: Reader, rows: int, capability: int, ring: bool = False
+    pair: tuple[Codec, Codec],
+    head_dim: int,
+    reader: Reader,
+    rows: int,
+    capability: int,
+    ring: bool = False,
+    shifted: bool = False,
 ) -> Usage:
-    """Compile attention on int8 units, over a ring or not, for contiguous planes and queries in bfloat16."""
+    """Compile attention on int8 units for contiguous planes and queries in bfloat16, over a ring or not, and there for
+    heads whose tokens begin at a multiple of 16 or, `shifted`, anywhere."""
     sides = integer.sides_of(pair, (head_dim, head_dim))
     plan = integer.plan_of((sides, ring), rows, 8, 4096, torch.device("cpu"))
     kernel = getattr(integer.module(*sides, reader, None), integer.KERNEL[ring])
@@ -110,10 +117,10 @@ def integer_usage(
     constants |= {"REACH": reader.mask != "none"}
     constants |= {"T": plan.block_tokens, "R": plan.block_rows, "EARLY": capability >= 90, "num_warps": 1}
     if ring:
-        constants |= {"STAGES": tune.STAGES, "SCALES": not in_blocks(sides)}
+        constants |= {"STAGES": tune.STAGES, "SCALES": not in_blocks(sides), "SHIFTED": shifted}
     types = {"key_words": "*i32", "value_words": "*i32", "key_unit": "fp32", "value_unit": "fp32"}
     types |= {"reach": "*i32"}
-    how = f"{reader.mask}{' causal' * reader.causal} {rows} rows{' ring' * ring}"
+    how = f"{reader.mask}{' causal' * reader.causal} {rows} rows{' ring' * ring}{' shifted' * shifted}"
     label = f"int8 attend {pair[0].name} {pair[1].name} d{head_dim} {how}"
     numbers = plan.block_tokens * 2 * head_dim / 32
     return compiled(label, kernel, pointers, constants, types, 1, plan.registers, capability, GluonASTSource, numbers)
@@ -245,10 +252,11 @@ def every_usage() -> Iterator[Usage]:
                     for dtype in (torch.bfloat16, torch.float32):
                         yield step_usage(pair, head_dim, dtype, capability)
                 if sides := integer.sides_of(pair, (head_dim, head_dim)):
-                    for ring in (False, True)[: 1 + in_sectors(sides)]:
+                    ways = ((False, False), (True, False), (True, True))
+                    for way in ways[: 1 + in_sectors(sides) * (2 - in_blocks(sides))]:
                         for reader in READERS:
-                            yield integer_usage(pair, head_dim, reader, 4, capability, ring)
-                        yield integer_usage(pair, head_dim, READERS[0], 8, capability, ring)
+                            yield integer_usage(pair, head_dim, reader, 4, capability, *way)
+                        yield integer_usage(pair, head_dim, READERS[0], 8, capability, *way)
 
 
 def main() -> int:

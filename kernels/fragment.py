@@ -251,7 +251,7 @@ def attend_fragments(
         step = gl.where(i + 1 < full, T, 0)
         at = advanced(at, step, KEY_S, KEY_SCALE_S, VALUE_S, VALUE_SCALE_S)
         scores = scores_of(tile[0], asked, unit, key_table, T, R, MMA)
-        scores = read_scores(scores, mask, address, query[None, :], token[:, None], None)
+        scores = read_scores(scores, mask, address, query[None, :], token[:, None], None, None)
         state = absorb(tile[1], scores, state, value_table, None, T, R, MMA)
         if AHEAD:
             tile = load_tile(at, None, T, SCORES, KEY_S, KEY_SCALE_S, VALUE_S, VALUE_SCALE_S)
@@ -263,7 +263,7 @@ def attend_fragments(
         at = advanced(at, step, KEY_S, KEY_SCALE_S, VALUE_S, VALUE_SCALE_S)
         tile = load_tile(at, count - 1, T, SCORES, KEY_S, KEY_SCALE_S, VALUE_S, VALUE_SCALE_S)
         scores = scores_of(tile[0], asked, unit, key_table, T, R, MMA)
-        scores = read_scores(scores, mask, address, query[None, :], token[:, None], count - 1)
+        scores = read_scores(scores, mask, address, query[None, :], token[:, None], None, count - 1)
         state = absorb(tile[1], scores, state, value_table, count, T, R, MMA)
     store_sums(out, peaks, totals, state, splits, groups * queries, value_unit, R)
 # fmt: on

@@ -71,15 +71,18 @@ def _call(block: ptx.Block, inputs: str) -> list[str]:
 
 
 def score_helper(reader: Reader) -> str:
-    """`read_scores`: what the reader does to scores [T, R]; places count from the tile's first token."""
-    lines = [_signature("read_scores(scores, mask, address, query, token, last)")]
+    """`read_scores`: what the reader does to scores [T, R]; places count from the tile's first token. A mask has no
+    others than those from `begin` to `last`, where these are given."""
+    lines = [_signature("read_scores(scores, mask, address, query, token, begin, last)")]
     if reader.score_mod:
         lines += [f"    scores = {scores.in_kernel(reader.score_mod, 'gl', 'scores')}"]
     if reader.causal:
         lines += ['    scores = gl.where(token <= query, scores, float("-inf"))']
     if reader.mask != "none":
         lines += ["    if last is None:", "        part = gl.load(mask + address)", "    else:"]
-        lines += ["        part = gl.load(mask + address, mask=token <= last + 0 * query, other=0)"]
+        lines += ["        there = token <= last + 0 * query", "        if begin is not None:"]
+        lines += ["            there = there & (token >= begin)"]
+        lines += ["        part = gl.load(mask + address, mask=there, other=0)"]
     if reader.mask == "bool":
         lines += ['    scores = gl.where(part != 0, scores, float("-inf"))']
     if reader.mask == "additive":
@@ -180,10 +183,28 @@ def _in_words(plane: torch.Tensor) -> bool:
 def in_ring(sides: Sides, codes: Sequence[torch.Tensor], scales: Sequence[torch.Tensor], device: torch.device) -> bool:
     """Whether tiles of such planes come through shared memory: copies move whole sectors of codes, the rings of a
     multiprocessor fit, and, as far as Triton sees, rows with top bits lie without a gap and scalars two in a word, save
-    those of blocks, which are not copied."""
+    those of blocks, which are not copied; or tokens of all heads are one row of them."""
     rows = all(_in_line(plane, side.row_bytes) for side, plane in zip(sides, codes) if side.high_run)
     paired = in_blocks(sides) or all(_in_line(scale, 1) for scale in scales)
-    return in_sectors(sides) and rows and paired and _ring_tokens(sides, device) > 0
+    lie = (rows and paired) or in_one_row(sides, codes, scales)
+    return in_sectors(sides) and lie and _ring_tokens(sides, device) > 0
+
+
+def in_one_row(sides: Sides, codes: Sequence[torch.Tensor], scales: Sequence[torch.Tensor]) -> bool:
+    """Whether the tokens of all heads lie one behind the other, in all planes alike, and those of a head begin at no
+    multiple of 16: tiles do then, as if there were one head."""
+    if in_blocks(sides) or not any(stride % 16 for stride in scales[0].stride()[:2]):
+        return False
+    if scales[0].numel() % 4:
+        # Copies of whole words, up to four, would end behind the last token.
+        return False
+    places = (*scales[0].stride()[:2], 1)
+    widths = ((scales, (1, 1)), (codes, [side.row_bytes for side in sides]))
+    return all(
+        plane.stride()[:3] == tuple(place * width for place in places) and plane.data_ptr() % 16 == 0
+        for planes, each in widths
+        for plane, width in zip(planes, each)
+    )
 
 
 def _ring_tokens(sides: Sides, device: torch.device) -> int:
@@ -227,11 +248,12 @@ def launch(
     kv_heads, length = key_codes.shape[1], key_codes.shape[2]
     groups = query_heads // kv_heads
     through = in_ring(sides, (key_codes, value_codes), (key_scale, value_scale), q.device)
+    shifted = through and in_one_row(sides, (key_codes, value_codes), (key_scale, value_scale))
     plan = plan_of((sides, through), groups * queries, batch * kv_heads, length, q.device)
     left = parts(sides[1].width, plan.splits)
     part, strides = mask if mask is not None else (q, (0, 0, 0, 0))
     early, built = tune.overlaps(q.device), module(*sides, reader, folder)
-    how = (tune.STAGES, not in_blocks(sides)) if through else ()
+    how = (tune.STAGES, not in_blocks(sides), shifted) if through else ()
     getattr(built, KERNEL[through])[(batch * kv_heads, -(-groups * queries // plan.block_rows), plan.splits)](
         *(q, key_codes, key_scale, value_codes, value_scale),
         *(table_of(codec, dim, q.device) for codec, dim in zip(codecs, head_dims)),

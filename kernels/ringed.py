@@ -165,7 +165,7 @@ def attend_ringed(
     mask_b, mask_h, mask_t, mask_s, reach_b,
     KEY_S: gl.constexpr, KEY_SCALE_S: gl.constexpr, VALUE_S: gl.constexpr, VALUE_SCALE_S: gl.constexpr,
     REACH: gl.constexpr, T: gl.constexpr, R: gl.constexpr, EARLY: gl.constexpr, STAGES: gl.constexpr,
-    SCALES: gl.constexpr, num_warps: gl.constexpr = 1,
+    SCALES: gl.constexpr, SHIFTED: gl.constexpr, num_warps: gl.constexpr = 1,
 ):
     MMA: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [1, 1], [16, 8])
     state = nothing_absorbed(T, R, MMA)
@@ -174,25 +174,36 @@ def attend_ringed(
     head = (gl.program_id(0) % kv_heads).to(gl.int64)
     first = gl.program_id(2) * span
     count = gl.minimum(span, length - first)
+    ahead = first * 0
+    skip = first * 0
+    if SHIFTED:
+        # Tokens of all heads are one row of them, and tiles begin at its multiples of 16: there codes begin at a cache
+        # line, and scalars at a word. The first of a head may begin with the last ones of the head before it.
+        ahead = ((batch * key_scale_b + head * key_scale_h) % 16).to(gl.int32)
+        count = gl.where(gl.program_id(2) == splits - 1, length + ahead - first, span)
+        skip = ahead - first
     key_table, value_table = tables_like(key_words, value_words, T)
     if EARLY:
         # Launched while what wrote the codes may still run: until here nothing of it is read.
         gdc_wait()
         # The combination may be put on the device now; it waits there for what this kernel writes.
         gdc_launch_dependents()
-    skip = first * 0
     if REACH and SCALES:
-        first, count, skip = reached_in_words(reach + batch * reach_b, splits, T)
+        first, count, skip = reached_in_words(reach + batch * reach_b, ahead, splits, T)
     elif REACH:
         first, count = reached(reach + batch * reach_b, splits, T)
     start = first.to(gl.int64)
     if SCALES:
         # It is a multiple, which Triton sees here, and needs for the scalars of two tokens in one word.
         start = (first // 16 * 16).to(gl.int64)
-    at = (
-        key_codes + batch * key_b + head * key_h, key_scale + batch * key_scale_b + head * key_scale_h,
-        value_codes + batch * value_b + head * value_h, value_scale + batch * value_scale_b + head * value_scale_h,
-    )
+    if SHIFTED:
+        origin = (batch * key_scale_b + head * key_scale_h) // 16 * 16
+        at = advanced((key_codes, key_scale, value_codes, value_scale), origin, KEY_S, 1, VALUE_S, 1)
+    else:
+        at = (
+            key_codes + batch * key_b + head * key_h, key_scale + batch * key_scale_b + head * key_scale_h,
+            value_codes + batch * value_b + head * value_h, value_scale + batch * value_scale_b + head * value_scale_h,
+        )
     at = advanced(at, start, KEY_S, KEY_SCALE_S, VALUE_S, VALUE_SCALE_S)
     q += batch * q_b + head * groups * q_h
     x = load_query(q, q_h, q_t, q_d, queries, groups, R)
@@ -210,8 +221,8 @@ def attend_ringed(
         at = advanced(at, T, KEY_S, KEY_SCALE_S, VALUE_S, VALUE_SCALE_S)
         fetch_next(ring, stage, at, count - stage * T, T, KEY_S, VALUE_S, SCALES)
     mask_row, query, token = masked_by(batch, head, groups, queries, mask_b, mask_h, mask_t, T, R, SCORES)
-    query -= first
-    address = mask_row[None, :] + start * mask_s + token[:, None] * mask_s
+    query -= first - ahead
+    address = mask_row[None, :] + (start - ahead) * mask_s + token[:, None] * mask_s
 
     for i in range(tiles):
         async_copy.wait_group(2 * STAGES - 1)
@@ -222,7 +233,8 @@ def attend_ringed(
             later = scalars_of(scale_at, left - step - 1, T, KEY_SCALE_S, VALUE_SCALE_S, SCORES)
         keys = keys_in(ring, i % STAGES, scales[0], T, SCORES, SCALES)
         scores = scores_of(keys, asked, unit, key_table, T, R, MMA)
-        scores = read_scores(scores, mask, address, query[None, :], token[:, None], left - 1)
+        begin = skip - i * T if SHIFTED else None
+        scores = read_scores(scores, mask, address, query[None, :], token[:, None], begin, left - 1)
         async_copy.wait_group(2 * STAGES - 2)
         values = values_in(ring, i % STAGES, scales[1], T, SCORES, SCALES)
         scores, values = those_there(scores, values, skip - i * T, left, T)

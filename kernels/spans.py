@@ -37,14 +37,15 @@ def reached(reach, splits, T: gl.constexpr):
 
 
 @gluon.jit
-def reached_in_words(reach, splits, T: gl.constexpr):
+def reached_in_words(reach, ahead, splits, T: gl.constexpr):
     """The first token of this split of those that are seen, how many it has, and how many of these are not seen.
 
-    The first split begins at a multiple of 16, so that the scalars of two tokens lie in one word.
+    Places count from `ahead` tokens before the first one. The first split begins at a multiple of 16, so that the
+    scalars of two tokens lie in one word.
     """
-    seen = gl.load(reach)
+    seen = gl.load(reach) + ahead
     begin = seen // 16 * 16
-    length = gl.load(reach + 1) - begin
+    length = gl.load(reach + 1) + ahead - begin
     span = (length + splits * T - 1) // (splits * T) * T
     first = gl.program_id(2) * span
     return begin + first, gl.maximum(gl.minimum(span, length - first), 0), seen - begin - first

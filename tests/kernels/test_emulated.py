@@ -87,6 +87,39 @@ def test_tokens_are_read_wherever_they_lie(name, length):
         attends_like_the_reference(torch.randn(2, 6, 1, 128), keys, values, None, False, (name, name), (128, 128))
 
 
+@pytest.mark.parametrize("kind", ["none", "bool", "additive", "causal"])
+@pytest.mark.parametrize("names", [(4, 4), (3, 5), (2, 3)], ids=str)
+@pytest.mark.parametrize(("length", "splits"), [(17, 1), (77, 2), (191, 3), (194, 3), (130, 2)], ids=str)
+def test_heads_begin_anywhere_in_a_row_of_tokens(names, kind, length, splits, monkeypatch):
+    """And what is no number in the head before reaches none of this one."""
+    torch.manual_seed(9)
+    tokens = 32 * -(-length // (32 * splits))
+    plan = tune.AttendPlan(4, 32, -(-length // tokens), tokens, 1, 255)
+    monkeypatch.setattr(integer, "plan_of", lambda *a: plan)
+    codecs = [formats.codec(f"turboquant:{bits}") for bits in names]
+    dense = [torch.randn(2, 4, length, 64) for _ in names]
+    for x in dense:
+        x[0, 1, -15:] = float("nan")
+    planes = [compressed(codec, x) for codec, x in zip(codecs, dense)]
+    codes, scales = zip(*(split(codec, plane) for codec, plane in zip(codecs, planes)))
+    assert integer.in_one_row(integer.sides_of(tuple(codecs), (64, 64)), codes, scales)
+    q, keep = torch.randn(2, 8, 2, 64), torch.rand(2, 1, 2, length) < 0.8
+    mask = {"bool": keep, "additive": torch.where(keep, 0.0, -1e4)}.get(kind)
+    names = [codec.name for codec in codecs]
+    attends_like_the_reference(q, *planes, mask, kind == "causal", names, (64, 64))
+
+
+@pytest.mark.parametrize(("bits", "dim"), [(3, 32), (4, 64), (3, 64)])
+@pytest.mark.parametrize("sizes", [(1, 3, 17), (1, 1, 77), (3, 1, 45), (2, 3, 17), (2, 2, 77)], ids=str)
+def test_nothing_is_read_behind_the_last_token(bits, dim, sizes):
+    """The emulator refuses what is: the rest of a copy's words."""
+    torch.manual_seed(5)
+    name = f"turboquant:{bits}"
+    planes = [compressed(formats.codec(name), torch.randn(*sizes, dim)) for _ in range(2)]
+    q = torch.randn(sizes[0], 2 * sizes[1], 1, dim)
+    attends_like_the_reference(q, *planes, None, False, (name, name), (dim, dim))
+
+
 @pytest.mark.parametrize("tile", sorted({(s.block_rows, s.block_tokens) for s in tune.SETTINGS["attend"]}))
 @pytest.mark.parametrize(
     ("name", "dim", "length"),
