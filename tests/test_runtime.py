@@ -75,6 +75,27 @@ class Talk:
             torch.testing.assert_close(cache.decode(), twin)
 
 
+def test_a_graph_looks_again_at_a_cache_that_keeps_other_tensors():
+    """Which lie otherwise than those that it was compiled for."""
+    talk, call = Talk(in_place), compiled(in_place)
+    for _ in range(3):
+        talk.feed(call)
+    for cache in talk.held:
+        cache.planes = tuple(plane.mT.contiguous().mT for plane in cache.planes)
+    talk.feed(call)
+    assert all(plane.is_contiguous() for cache in talk.held for plane in cache.planes)
+
+
+@pytest.mark.parametrize("name", ["planes", "buffer", "centre", "recent"])
+def test_a_cache_that_keeps_other_tensors_has_another_stamp(name):
+    cache = CompressedKV.encode(numbers(4), formats.codec("q8_0"))
+    stamp = cache.stamp
+    cache.counted = None
+    assert cache.stamp is stamp
+    setattr(cache, name, getattr(cache, name))
+    assert cache.stamp is not stamp
+
+
 @STEPS
 def test_a_cache_keeps_its_codec_when_a_model_compiled_with_other_options_gets_it(step):
     first, second = compiled(step), compiled(step, ("q8_0", "turboquant:2"))

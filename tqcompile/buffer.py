@@ -35,6 +35,10 @@ class Buffer:
         """Tokens start..stop, in the cache's own order of dimensions."""
         return tuple(_sequence_view(plane, self.seq_dim, start, stop) for plane in self.storage)
 
+    def fits(self, used: int, tokens: int, seq_dim: int) -> bool:
+        """Whether so many `tokens` along `seq_dim` have room behind the first `used`, which are all that it holds."""
+        return self.seq_dim == seq_dim and self.used == used and used + tokens <= self.capacity
+
     def hold(self, cache: torch.Tensor) -> None:
         """Count a cache that shows tokens of this storage, or a copy of them; true views of it need no count."""
         self._holders = [holder for holder in self._holders if holder() is not None] + [weakref.ref(cache)]

@@ -24,7 +24,8 @@ class CompressedKV(torch.Tensor):
     `centre` is what was taken off its tokens, or None. `part_of` are the caches it was taken from, and `family` they
     and all views of them. `copied` says that it should show their memory but its planes could only be copied: a write
     would be lost. `counted` takes what eager code makes of it, for the report. `recent` has some of its tokens as they
-    are, less that centre. `described` is its codec, dtype and device.
+    are, less that centre. `described` is its codec, dtype and device. It has another `stamp` once it keeps other
+    tensors.
     """
 
     __torch_function__ = torch._C._disabled_torch_function_impl
@@ -56,11 +57,16 @@ class CompressedKV(torch.Tensor):
         with torch.inference_mode(False):
             self = torch.Tensor._make_wrapper_subclass(cls, shape, strides, dtype=dtype, device=device)
         torch._C._set_throw_on_mutable_data_ptr(self)
-        self.planes, self.codec, self.buffer, self.start = tuple(planes), codec, buffer, start
-        self.part_of, self.family, self.copied, self.counted = (), [], False, None
+        self.__dict__.update(planes=tuple(planes), codec=codec, buffer=buffer, start=start, centre=None, recent=None)
         # Guards ask for what is described at each call, and a tensor of a Python class is slow to tell it.
-        self.centre, self.recent, self.described = None, None, (codec.name, dtype, device)
+        self.__dict__.update(described=(codec.name, dtype, device), stamp=object())
+        self.__dict__.update(part_of=(), family=[], copied=False, counted=None)
         return self
+
+    def __setattr__(self, name: str, value) -> None:
+        super().__setattr__(name, value)
+        if name in ("planes", "buffer", "centre", "recent"):
+            self.__dict__["stamp"] = object()
 
     @classmethod
     def encode(cls, dense: torch.Tensor, codec: Codec, centring: Centring | None = None) -> "CompressedKV":
@@ -147,13 +153,7 @@ class CompressedKV(torch.Tensor):
         """A cache with `tokens` more places after this one's, not written yet; a copy where another continues this."""
         length = self.shape[seq_dim]
         buffer, start = self.buffer, self.start
-        in_place = (
-            buffer is not None
-            and start >= 0
-            and buffer.seq_dim == seq_dim
-            and start + length == buffer.used
-            and buffer.used + tokens <= buffer.capacity
-        )
+        in_place = buffer is not None and start >= 0 and buffer.fits(start + length, tokens, seq_dim)
         if not in_place:
             buffer, start = Buffer(self.planes, seq_dim, tokens), 0
         buffer.used += tokens
@@ -190,8 +190,7 @@ class CompressedKV(torch.Tensor):
 
         No other of the family keeps anything of its own: it would not be told of what is written.
         """
-        fits = self.recent is not None and self.recent.regions == regions
-        if not fits:
+        if (self.recent and self.recent.regions) != regions:
             self.recent = None if regions is None else empty(self, regions)
         for other in self.others:
             if other().recent is not self.recent:
@@ -249,8 +248,7 @@ class CompressedKV(torch.Tensor):
         return in_parts(followed.run, func, args, kwargs or {})
 
     def __repr__(self, *, tensor_contents=None) -> str:
-        shape = tuple(self.shape)
-        return f"CompressedKV({self.codec.name}, shape={shape}, dtype={self.dtype}, {self.nbytes} bytes)"
+        return f"CompressedKV({self.codec.name}, shape={tuple(self.shape)}, dtype={self.dtype}, {self.nbytes} bytes)"
 
     @property
     def data(self) -> "CompressedKV":

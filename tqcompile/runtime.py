@@ -1,8 +1,8 @@
 """What happens at a call: caches become planes on the way in, and planes become caches on the way out."""
 
 import gc
-import weakref
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import fx
@@ -18,6 +18,14 @@ from tqcompile.recent import Recent, empty, of_dense
 from tqcompile.report import Graph
 
 
+class Settled(NamedTuple):
+    """Caches that a graph writes into as they are: which argument had which stamp, and where, in the arguments and all
+    that these caches keep behind them, each input of the compiled graph is."""
+
+    stamps: tuple[tuple[int, object], ...]
+    order: tuple[int, ...]
+
+
 class CompiledGraph:
     """The callable that Dynamo runs in place of its graph, over the one that Inductor made of the rewritten graph."""
 
@@ -29,8 +37,7 @@ class CompiledGraph:
         self.first = any(entry.site.kind == "append" for entry in with_site)
         self.written_back = tuple(entry.index for entry in context.inputs if entry.writes_back)
         self.outputs = tuple(context.outputs)
-        # Caches of the last call that this graph can write into as they are: index, cache, its first plane.
-        self.settled: tuple[tuple[int, weakref.ref, weakref.ref, Callable], ...] = ()
+        self.settled: Settled | None = None
         self.tokens = {e.index: _token_count(e.tokens, original) for e in context.inputs if e.tokens is not None}
 
     def __call__(self, *args):
@@ -49,7 +56,7 @@ class CompiledGraph:
         if not self._adopt(args):
             return self.original(*args)
         caches = {index: self._cache(entry, args) for index, entry in self.inputs.items()}
-        self._settle(caches)
+        self._settle(caches, len(args))
         return self._given(self.compiled(*self._planes(args, caches)), args, caches)
 
     def _given(self, results, args: tuple, caches: dict) -> tuple:
@@ -60,27 +67,27 @@ class CompiledGraph:
         return tuple(self._output(output, args, caches, results) for output in self.outputs)
 
     def _settled_values(self, args: tuple) -> list | None:
-        """What the compiled graph takes, where each cache is the one of the last call, its planes too, and nobody
-        else's; None where some is not."""
-        values, start = [], 0
-        for index, cache, plane, recent in self.settled:
+        """What the compiled graph takes, where each cache is the one of the last call, and keeps the same tensors; None
+        where some is not."""
+        if self.settled is None:
+            return None
+        given = [*args]
+        for index, stamp in self.settled.stamps:
             held = args[index]
-            if held is not cache() or held.buffer is not None or held.recent is not recent():
+            if type(held) is not CompressedKV or held.stamp is not stamp:
                 return None
-            if held.planes[0] is not plane():
-                return None
-            values += args[start:index]
-            values += held.planes if held.centre is None and held.recent is None else held.tensors
-            start = index + 1
-        return [*values, *args[start:]] if self.settled else None
+            given += held.planes if held.centre is None and held.recent is None else held.tensors
+        return [given[place] for place in self.settled.order]
 
-    def _settle(self, caches: dict) -> None:
+    def _settle(self, caches: dict, count: int) -> None:
         """Remember the caches of this call, where all are written in place: the next one need not look at them."""
-        if len(self.in_place) == len(self.inputs) and all(cache.buffer is None for cache in caches.values()):
-            self.settled = tuple(
-                (index, weakref.ref(c), weakref.ref(c.planes[0]), _held(c.recent))
-                for index, c in sorted(caches.items())
-            )
+        self.settled = None
+        if caches and len(self.in_place) == len(self.inputs) and all(cache.buffer is None for cache in caches.values()):
+            order, stop = [], count
+            for index in range(count):
+                start, stop = stop, stop + (len(caches[index].tensors) if index in caches else 0)
+                order += range(start, stop) if index in caches else [index]
+            self.settled = Settled(tuple((index, caches[index].stamp) for index in sorted(caches)), tuple(order))
 
     def _planes(self, args: tuple, caches: dict) -> list:
         values = []
@@ -208,14 +215,6 @@ def _encoded(dense: torch.Tensor, entry: CacheInput) -> CompressedKV:
     cache, kept = CompressedKV.encode(dense, entry.site.codec, entry.centring), of_dense(dense, entry.regions)
     cache.recent = kept and kept.less(cache.centre)
     return cache
-
-
-def _held(recent: Recent | None) -> Callable[[], object]:
-    """What gives `recent` for as long as somebody holds it, and then what no cache has."""
-    if recent is None:
-        return type(None)
-    held = weakref.ref(recent)
-    return lambda: held() or held
 
 
 def _token_count(tokens, original: fx.GraphModule) -> Callable[[tuple], int]:
