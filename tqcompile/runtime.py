@@ -2,7 +2,6 @@
 
 import gc
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from torch import fx
@@ -18,14 +17,6 @@ from tqcompile.recent import Recent, empty, of_dense
 from tqcompile.report import Graph
 
 
-class Settled(NamedTuple):
-    """Caches that a graph writes into as they are: which argument had which stamp, and where, in the arguments and all
-    that these caches keep behind them, each input of the compiled graph is."""
-
-    stamps: tuple[tuple[int, object], ...]
-    order: tuple[int, ...]
-
-
 class CompiledGraph:
     """The callable that Dynamo runs in place of its graph, over the one that Inductor made of the rewritten graph."""
 
@@ -37,7 +28,8 @@ class CompiledGraph:
         self.first = any(entry.site.kind == "append" for entry in with_site)
         self.written_back = tuple(entry.index for entry in context.inputs if entry.writes_back)
         self.outputs = tuple(context.outputs)
-        self.settled: Settled | None = None
+        # Caches of the last call that this graph can write into as they are: index, stamp.
+        self.settled: tuple[tuple[int, object], ...] = ()
         self.tokens = {e.index: _token_count(e.tokens, original) for e in context.inputs if e.tokens is not None}
 
     def __call__(self, *args):
@@ -56,7 +48,7 @@ class CompiledGraph:
         if not self._adopt(args):
             return self.original(*args)
         caches = {index: self._cache(entry, args) for index, entry in self.inputs.items()}
-        self._settle(caches, len(args))
+        self._settle(caches)
         return self._given(self.compiled(*self._planes(args, caches)), args, caches)
 
     def _given(self, results, args: tuple, caches: dict) -> tuple:
@@ -69,25 +61,20 @@ class CompiledGraph:
     def _settled_values(self, args: tuple) -> list | None:
         """What the compiled graph takes, where each cache is the one of the last call, and keeps the same tensors; None
         where some is not."""
-        if self.settled is None:
-            return None
-        given = [*args]
-        for index, stamp in self.settled.stamps:
+        values, start = [], 0
+        for index, stamp in self.settled:
             held = args[index]
             if type(held) is not CompressedKV or held.stamp is not stamp:
                 return None
-            given += held.planes if held.centre is None and held.recent is None else held.tensors
-        return [given[place] for place in self.settled.order]
+            values += args[start:index]
+            values += held.planes if held.centre is None and held.recent is None else held.tensors
+            start = index + 1
+        return [*values, *args[start:]] if self.settled else None
 
-    def _settle(self, caches: dict, count: int) -> None:
+    def _settle(self, caches: dict) -> None:
         """Remember the caches of this call, where all are written in place: the next one need not look at them."""
-        self.settled = None
-        if caches and len(self.in_place) == len(self.inputs) and all(cache.buffer is None for cache in caches.values()):
-            order, stop = [], count
-            for index in range(count):
-                start, stop = stop, stop + (len(caches[index].tensors) if index in caches else 0)
-                order += range(start, stop) if index in caches else [index]
-            self.settled = Settled(tuple((index, caches[index].stamp) for index in sorted(caches)), tuple(order))
+        if len(self.in_place) == len(self.inputs) and all(cache.buffer is None for cache in caches.values()):
+            self.settled = tuple((index, cache.stamp) for index, cache in sorted(caches.items()))
 
     def _planes(self, args: tuple, caches: dict) -> list:
         values = []
