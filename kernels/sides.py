@@ -125,14 +125,20 @@ def sides_of(codecs: tuple[Codec, Codec], head_dims: tuple[int, int]) -> Sides |
 def in_sectors(sides: Sides) -> bool:
     """Whether tiles come through shared memory: where copies of all rows of codes move whole sectors and no more.
 
-    Rows with top bits are copied together, and each run is read as a power of two of words.
+    Rows with top bits are copied together (`in_stretches`).
     """
     return all(
-        all(run == power_of_two(run) for run in (side.run, side.high_run))
-        if side.high_run
-        else side.row_bytes in (64, 128) or side.row_bytes <= 32
-        for side in sides
+        in_stretches(side) if side.high_run else side.row_bytes in (64, 128) or side.row_bytes <= 32 for side in sides
     )
+
+
+@cache
+def in_stretches(side: Side) -> bool:
+    """Whether rows with top bits are read where they lie one behind the other, each run as a power of two of words."""
+    if side.high_run == power_of_two(side.high_run):
+        return side.run == power_of_two(side.run)
+    # Six words of nibbles and three of top bits, which come in two turns.
+    return (side.run, side.high_run) == (24, 12)
 
 
 @cache

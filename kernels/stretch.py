@@ -18,12 +18,6 @@ GATHERS = gl.constexpr(hasattr(gl.shared_memory_descriptor, "gather"))
 
 
 @gluon.constexpr_function
-def parts_of(count):
-    """Equal parts, each a power of two of words, of any power of two of rows of `count` words."""
-    return count // (count & -count)
-
-
-@gluon.constexpr_function
 def room_for(count):
     """The power of two of words that has room for `count`."""
     return 1 << (count - 1).bit_length()
@@ -52,49 +46,65 @@ def stretches(STAGES: gl.constexpr, T: gl.constexpr, COUNT: gl.constexpr):
 
 @gluon.jit
 def fetch_stretch(slot, codes, last, T: gl.constexpr, COUNT: gl.constexpr):
-    """Ask for the COUNT words of each row of a tile; after row `last` its end is repeated (None: there is nothing)."""
-    PARTS: gl.constexpr = parts_of(COUNT)
-    WORDS: gl.constexpr = T * COUNT // PARTS
-    AT_ONCE: gl.constexpr = min(4, WORDS // 32)
-    word = gl.arange(0, WORDS, gl.BlockedLayout([AT_ONCE], [32], [1], [0]))
+    """Ask for the COUNT words of each row of a tile; after row `last` its end is repeated (None: there is nothing).
+
+    Powers of two of words at a time, the largest first, so that each starts where most of them can be copied at once.
+    """
     codes = codes.to(gl.pointer_type(gl.int32), bitcast=True)
-    for part in gl.static_range(PARTS):
-        at = word + part * WORDS
-        if last is not None:
-            at = gl.minimum(at // AT_ONCE, (last * COUNT + COUNT - 1) // AT_ONCE) * AT_ONCE + at % AT_ONCE
-        copy_async(slot.slice(part * WORDS, WORDS, 0), codes + at)
+    BITS: gl.constexpr = (T * COUNT).bit_length()
+    for i in gl.static_range(BITS):
+        if (T * COUNT >> BITS - 1 - i) % 2:
+            fetch_piece(slot, codes, last, T * COUNT >> BITS - i << BITS - i, 1 << BITS - 1 - i, COUNT)
 
 
 @gluon.jit
-def words_along(slot, START: gl.constexpr, COUNT: gl.constexpr, LAYOUT: gl.constexpr):
-    """The words of rows, [rows, words with repeats] of LAYOUT: the first at START, the next row COUNT further."""
+def fetch_piece(slot, codes, last, START: gl.constexpr, WORDS: gl.constexpr, COUNT: gl.constexpr):
+    """Ask for WORDS words from START on, a power of two of them."""
+    AT_ONCE: gl.constexpr = min(4, WORDS // 32)
+    at = START + gl.arange(0, WORDS, gl.BlockedLayout([AT_ONCE], [32], [1], [0]))
+    if last is not None:
+        at = gl.minimum(at // AT_ONCE, (last * COUNT + COUNT - 1) // AT_ONCE) * AT_ONCE + at % AT_ONCE
+    copy_async(slot.slice(START, WORDS, 0), codes + at)
+
+
+@gluon.jit
+def words_along(slot, START: gl.constexpr, COUNT: gl.constexpr, STEP: gl.constexpr, LAYOUT: gl.constexpr):
+    """The words of rows, [rows, words with repeats] of LAYOUT: the first at START, the next STEP further, the next row
+    COUNT further."""
     ROWS: gl.constexpr = LAYOUT.shape[1]
     REPEATS: gl.constexpr = LAYOUT.shape[2]
     KEPT: gl.constexpr = LAYOUT.shape[3]
     if GATHERS:
         row = gl.arange(0, ROWS, gl.SliceLayout(0, gl.SliceLayout(2, gl.SliceLayout(3, LAYOUT))))
-        word = gl.arange(0, KEPT, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, LAYOUT))))
+        word = gl.arange(0, KEPT, gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, LAYOUT)))) * STEP
         at = START + row[None, :, None, None] * COUNT + word[None, None, None, :]
         at += gl.full([1, ROWS, REPEATS, KEPT], 0, gl.int32, LAYOUT)
         return gl.reshape(slot.gather(gl.reshape(at, [ROWS * REPEATS * KEPT]), 0), [ROWS, REPEATS * KEPT])
     else:
-        APART: gl.constexpr = gl.PaddedSharedLayout.with_identity_for(
-            [[KEPT, COUNT - KEPT]], [1, ROWS, KEPT], [2, 1, 0]
-        )
+        GAPS: gl.constexpr = [[1, STEP - 1]] * (STEP > 1) + [[KEPT, COUNT - STEP * KEPT]]
+        APART: gl.constexpr = gl.PaddedSharedLayout.with_identity_for(GAPS, [1, ROWS, KEPT], [2, 1, 0])
         return read_rows(slot.slice(START, 1, 0)._reinterpret(gl.int32, [1, ROWS, KEPT], APART), LAYOUT, REPEATS)
 
 
 @gluon.jit
 def eight_keys(slot, START: gl.constexpr, KEPT: gl.constexpr, COUNT: gl.constexpr, WORDS: gl.constexpr):
     """Words [1, 32, WORDS] of eight rows of keys, of which KEPT words from START on are read."""
-    x = words_along(slot, START, COUNT, key_layout([1, 8], WORDS, 1, KEPT))
+    if COUNT % WORDS:
+        # Two words at once would begin at odd ones in every other row, and such a load is none.
+        LAYOUT: gl.constexpr = key_layout([1, 8], 1, 1, KEPT // 2)
+        x = gl.join(
+            words_along(slot, START, COUNT, 2, LAYOUT),
+            words_along(slot, START + 1, COUNT, 2, LAYOUT),
+        )
+    else:
+        x = words_along(slot, START, COUNT, 1, key_layout([1, 8], WORDS, 1, KEPT))
     return gl.convert_layout(gl.reshape(x, [1, 32, WORDS]), word_layout(1, WORDS))
 
 
 @gluon.jit
 def four_values(slot, START: gl.constexpr, KEPT: gl.constexpr, COUNT: gl.constexpr, WORDS: gl.constexpr):
     """The same of four rows of values."""
-    x = words_along(slot, START, COUNT, four_layout(WORDS, KEPT))
+    x = words_along(slot, START, COUNT, 1, four_layout(WORDS, KEPT))
     x = gl.reshape(gl.permute(gl.reshape(x, [4, 8, WORDS]), [1, 0, 2]), [1, 32, WORDS])
     return gl.convert_layout(x, word_layout(1, WORDS))
 
@@ -112,16 +122,41 @@ def in_order(parts, COUNT: gl.constexpr, WORDS: gl.constexpr):
 
 
 @gluon.jit
+def key_runs(slot, START: gl.constexpr, KEPT: gl.constexpr, COUNT: gl.constexpr, T: gl.constexpr, WORDS: gl.constexpr):
+    """Words [T / 8, 32, WORDS] of a tile of keys, of which KEPT words of each row from START on are read."""
+    words = ()
+    for i in gl.static_range(T // 8):
+        words = words + (eight_keys(slot, 8 * i * COUNT + START, KEPT, COUNT, WORDS),)
+    return in_order(words, T // 8, WORDS)
+
+
+@gluon.jit
+def value_runs(
+    slot, START: gl.constexpr, KEPT: gl.constexpr, COUNT: gl.constexpr, T: gl.constexpr, WORDS: gl.constexpr,
+):
+    """The same [T / 4 (b, h, j), 32, WORDS] of values."""
+    words = ()
+    for i in gl.static_range(T // 4):
+        words = words + (four_values(slot, fourth(i) * COUNT + START, KEPT, COUNT, WORDS),)
+    return in_order(words, T // 4, WORDS)
+
+
+@gluon.jit
 def key_words_along(slot, T: gl.constexpr, RUN: gl.constexpr, HIGH_RUN: gl.constexpr, WORDS: gl.constexpr):
     """Words of nibbles and of top bits [T / 8, 32, WORDS] of a tile of keys; top bits where a lane's first ones lie."""
     COUNT: gl.constexpr = (RUN + HIGH_RUN) // 4
-    words, high = (), ()
-    for i in gl.static_range(T // 8):
-        words = words + (eight_keys(slot, 8 * i * COUNT, RUN // 4, COUNT, WORDS),)
-        high = high + (eight_keys(slot, 8 * i * COUNT + RUN // 4, HIGH_RUN // 4, COUNT, WORDS),)
-    words, high = in_order(words, T // 8, WORDS), in_order(high, T // 8, WORDS)
+    HIGH: gl.constexpr = HIGH_RUN // 4
+    KEPT: gl.constexpr = room_for(RUN // 4)
     _, lane, word = places(word_layout(T // 8, WORDS), T // 8, WORDS)
-    return words, shifted(high, (lane % 4 * WORDS + word) // (HIGH_RUN // 4))
+    word += lane % 4 * WORDS
+    words = key_runs(slot, 0, KEPT, COUNT, T, WORDS)
+    if room_for(HIGH) == HIGH:
+        high = key_runs(slot, RUN // 4, HIGH, COUNT, T, WORDS)
+    else:
+        # No layout repeats three words: the second turn is read as if it began where the first ends.
+        first = key_runs(slot, RUN // 4, KEPT, COUNT, T, WORDS)
+        high = gl.where(word < HIGH, first, key_runs(slot, RUN // 4 - HIGH, KEPT, COUNT, T, WORDS))
+    return words, shifted(high, word // HIGH)
 
 
 @gluon.jit
@@ -130,14 +165,17 @@ def value_words_along(
 ):
     """The same [T / 4 (b, h, j), 32, WORDS] of values; a lane's field of a word that two share is shifted, too."""
     COUNT: gl.constexpr = (RUN + HIGH_RUN) // 4
-    words, high = (), ()
-    for i in gl.static_range(T // 4):
-        words = words + (four_values(slot, fourth(i) * COUNT, RUN // 4, COUNT, WORDS),)
-        high = high + (four_values(slot, fourth(i) * COUNT + RUN // 4, HIGH_RUN // 4, COUNT, WORDS),)
-    words, high = in_order(words, T // 4, WORDS), in_order(high, T // 4, WORDS)
+    HIGH: gl.constexpr = HIGH_RUN // 4
+    KEPT: gl.constexpr = room_for(RUN // 4)
     _, lane, word = places(word_layout(T // 4, WORDS), T // 4, WORDS)
     word = lane // 4 % 4 if SHARED else lane // 4 * WORDS + word
-    high = shifted(high, word // (HIGH_RUN // 4))
+    words = value_runs(slot, 0, KEPT, COUNT, T, WORDS)
+    if room_for(HIGH) == HIGH:
+        high = value_runs(slot, RUN // 4, HIGH, COUNT, T, WORDS)
+    else:
+        first = value_runs(slot, RUN // 4, KEPT, COUNT, T, WORDS)
+        high = gl.where(word < HIGH, first, value_runs(slot, RUN // 4 - HIGH, KEPT, COUNT, T, WORDS))
+    high = shifted(high, word // HIGH)
     if SHARED:
         high, words = shifted(high, lane // 16 * 2), shifted(words, lane // 16 * 2)
     return words, high
@@ -145,6 +183,6 @@ def value_words_along(
 
 
 KERNELS = (
-    *(parts_of, room_for, four_layout, fourth, stretches, fetch_stretch, words_along, eight_keys, four_values),
-    *(in_order, key_words_along, value_words_along),
+    *(room_for, four_layout, fourth, stretches, fetch_stretch, fetch_piece, words_along, eight_keys, four_values),
+    *(in_order, key_runs, value_runs, key_words_along, value_words_along),
 )

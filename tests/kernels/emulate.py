@@ -183,9 +183,9 @@ class Shared:
         return Tile(self.memory[indices.x])
 
     def _reinterpret(self, dtype, shape, padded):
-        """The memory from its first place on as one piece of rows, each `padded` places behind the last."""
+        """The memory from its first place on as one piece of rows, they and their numbers as far apart as `padded`."""
         assert dtype == self.memory.dtype and shape[0] == 1
-        return Shared(self.memory.as_strided(shape, [1, padded, 1]))
+        return Shared(self.memory.as_strided(shape, [1, *padded]))
 
     def load(self, layout):
         return Tile(self.memory.clone())
@@ -227,10 +227,10 @@ def jit(function=None, **options):
 
 
 def padded(intervals, shape, order):
-    """Places from row to row of a padded layout of rows."""
-    ((row, padding),) = intervals
-    assert row == shape[-1] and order == [2, 1, 0]
-    return row + padding
+    """Places from row to row, and from one number to the next, of a padded layout of rows."""
+    assert order == [2, 1, 0] and intervals[-1][0] == shape[-1] and all(size == 1 for size, _ in intervals[:-1])
+    step = 1 + sum(padding for _, padding in intervals[:-1])
+    return step * shape[-1] + intervals[-1][1], step
 
 
 def language(place):

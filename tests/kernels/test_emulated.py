@@ -61,7 +61,9 @@ def test_nibbles_in_blocks_attend_like_the_reference(names, dims, rows, length):
 
 
 @pytest.mark.parametrize("gathers", [False, True])
-@pytest.mark.parametrize(("names", "dims"), [((3, 5), (128, 64)), ((5, 3), (32, 32)), ((3, 3), (256, 128))], ids=str)
+@pytest.mark.parametrize(
+    ("names", "dims"), [((3, 5), (128, 64)), ((5, 3), (32, 32)), ((3, 3), (256, 128)), ((3, 3), (96, 96))], ids=str
+)
 @pytest.mark.parametrize("length", [16, 208])
 def test_rows_of_two_runs_are_read_where_they_lie_in_a_stretch(gathers, names, dims, length, monkeypatch):
     """By either way of reading them, of which each release of Triton has one."""
@@ -109,7 +111,7 @@ def test_heads_begin_anywhere_in_a_row_of_tokens(names, kind, length, splits, mo
     attends_like_the_reference(q, *planes, mask, kind == "causal", names, (64, 64))
 
 
-@pytest.mark.parametrize(("bits", "dim"), [(3, 32), (4, 64), (3, 64)])
+@pytest.mark.parametrize(("bits", "dim"), [(3, 32), (4, 64), (3, 64), (3, 96)])
 @pytest.mark.parametrize("sizes", [(1, 3, 17), (1, 1, 77), (3, 1, 45), (2, 3, 17), (2, 2, 77)], ids=str)
 def test_nothing_is_read_behind_the_last_token(bits, dim, sizes):
     """The emulator refuses what is: the rest of a copy's words."""
