@@ -224,9 +224,10 @@ def choice_of(
     sides, through = kernel
     head_dim, breadth = (max(getattr(side, name) for side in sides) for name in ("head_dim", "breadth"))
     tokens = _ring_tokens(sides, device) if through else 0
-    setting = tune.integer_setting(rows, head_dim, breadth, sides[1].crowded, tokens)
-    if tokens * sum(side.row_bytes for side in sides) > tune.SMALL_BYTES:
-        setting = tune.with_small_tiles(setting, rows, heads, length, device)
+    bits, row_bytes = max(side.bits for side in sides), sum(side.row_bytes for side in sides)
+    setting = tune.integer_setting(rows, head_dim, breadth, sides[1].crowded, tokens, bits)
+    if through:
+        setting = tune.with_small_tiles(setting, row_bytes, rows, heads, length, device)
     return tuned.key_of(source(*sides, Reader()) + KERNEL[through], rows, heads, length, device), setting
 
 

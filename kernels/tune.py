@@ -26,7 +26,8 @@ APPEND_REGISTERS = 128
 STAGES = 2
 RING_PROGRAMS = 8
 RESERVED_BYTES = 1024
-# Tokens of a program up to which tiles of more than so many bytes have 32: nothing hides what is done with the last.
+# Tokens of a program up to which tiles are small, and how many bytes of codes they then have, or 32 tokens: nothing
+# hides what is done with the last.
 SHORT_SPAN = 256
 SMALL_BYTES = 4096
 # Programs that a multiprocessor holds at once; dims, and numbers, that one step of the combination reads.
@@ -135,24 +136,31 @@ def attend_plan(
     return AttendPlan(block_rows, block_tokens, -(-length // span), span, warps, registers)
 
 
-def integer_setting(rows: int, head_dim: int, breadth: int, crowded: bool, ring_tokens: int = 0) -> Setting:
+def integer_setting(
+    rows: int, head_dim: int, breadth: int, crowded: bool, ring_tokens: int = 0, bits: int = 0
+) -> Setting:
     """What attention on int8 units does unless a search found better: registers for two tiles of codes at once.
 
     `breadth` is head_dim, or twice that where codes are bytes in registers; `crowded` codes need more registers than
     others of their head_dim, and get smaller tiles. Where tiles come through shared memory, they have `ring_tokens`, or
-    fewer.
+    fewer: eight rows leave registers for the largest ones of few `bits` alone.
     """
     block_rows = 4 if rows <= 4 or head_dim > 128 or crowded else 8
     if ring_tokens:
-        tokens = min(ring_tokens, 32) if block_rows * breadth > 1024 else ring_tokens
-        return Setting(block_rows, tokens, RING_PROGRAMS, 255)
+        roomy = block_rows == 4 or (breadth <= 64 and bits <= 3)
+        most = 32 if block_rows * breadth > 1024 else 128 if roomy else 64
+        return Setting(block_rows, min(ring_tokens, most), RING_PROGRAMS, 255)
     return Setting(block_rows, 64 if block_rows * breadth <= 512 and not crowded else 32, 8, 255)
 
 
-def with_small_tiles(setting: Setting, rows: int, heads: int, length: int, device: torch.device) -> Setting:
-    """The setting, with tiles of 32 tokens where a program has few tokens."""
-    short = integer_plan(setting, rows, heads, length, device).span <= SHORT_SPAN
-    return replace(setting, block_tokens=32) if short else setting
+def with_small_tiles(
+    setting: Setting, row_bytes: int, rows: int, heads: int, length: int, device: torch.device
+) -> Setting:
+    """The setting, with small tiles where a program has few tokens; those of a token's codes are `row_bytes`."""
+    if integer_plan(setting, rows, heads, length, device).span > SHORT_SPAN:
+        return setting
+    tokens = max(32, 1 << (SMALL_BYTES // row_bytes).bit_length() - 1)
+    return replace(setting, block_tokens=min(setting.block_tokens, tokens))
 
 
 def logits_setting(rows: int, head_dim: int, breadth: int, crowded: bool, bits: int) -> Setting:
@@ -218,7 +226,7 @@ def processors_of(device: torch.device) -> int:
 def ring_tokens(key_bytes: int, value_bytes: int, device: torch.device) -> int:
     """Tokens of a tile that comes through shared memory, of so many bytes of codes each; 0 where it has no room."""
     most = max(key_bytes, value_bytes)
-    tokens = 128 if most <= 16 else 64 if most <= 80 else 32
+    tokens = 128 if most <= 32 else 64 if most <= 80 else 32
     # Rows lie at powers of two, or share what they leave of one; each has two scalars.
     row = power_of_two(key_bytes) + power_of_two(value_bytes) + 4
     while STAGES * tokens * row > shared_bytes_of(device) // RING_PROGRAMS - RESERVED_BYTES:
