@@ -122,41 +122,45 @@ def in_order(parts, COUNT: gl.constexpr, WORDS: gl.constexpr):
 
 
 @gluon.jit
-def key_runs(slot, START: gl.constexpr, KEPT: gl.constexpr, COUNT: gl.constexpr, T: gl.constexpr, WORDS: gl.constexpr):
-    """Words [T / 8, 32, WORDS] of a tile of keys, of which KEPT words of each row from START on are read."""
+def run_along(
+    slot, START: gl.constexpr, KEPT: gl.constexpr, COUNT: gl.constexpr, T: gl.constexpr, WORDS: gl.constexpr,
+    ROWS: gl.constexpr,
+):
+    """Words [T / ROWS, 32, WORDS] of a tile, of which KEPT words of each row from START on are read; ROWS: 8 for keys,
+    and 4 (b, h, j) for values."""
     words = ()
-    for i in gl.static_range(T // 8):
-        words = words + (eight_keys(slot, 8 * i * COUNT + START, KEPT, COUNT, WORDS),)
-    return in_order(words, T // 8, WORDS)
+    for i in gl.static_range(T // ROWS):
+        if ROWS == 8:
+            words = words + (eight_keys(slot, 8 * i * COUNT + START, KEPT, COUNT, WORDS),)
+        else:
+            words = words + (four_values(slot, fourth(i) * COUNT + START, KEPT, COUNT, WORDS),)
+    return in_order(words, T // ROWS, WORDS)
 
 
 @gluon.jit
-def value_runs(
-    slot, START: gl.constexpr, KEPT: gl.constexpr, COUNT: gl.constexpr, T: gl.constexpr, WORDS: gl.constexpr,
+def runs_along(
+    slot, word, T: gl.constexpr, RUN: gl.constexpr, HIGH_RUN: gl.constexpr, WORDS: gl.constexpr, ROWS: gl.constexpr,
 ):
-    """The same [T / 4 (b, h, j), 32, WORDS] of values."""
-    words = ()
-    for i in gl.static_range(T // 4):
-        words = words + (four_values(slot, fourth(i) * COUNT + START, KEPT, COUNT, WORDS),)
-    return in_order(words, T // 4, WORDS)
+    """Words of nibbles and of top bits [T / ROWS, 32, WORDS] of a tile, and top bits where a lane's first ones lie;
+    `word` is which of its row each is."""
+    COUNT: gl.constexpr = (RUN + HIGH_RUN) // 4
+    HIGH: gl.constexpr = HIGH_RUN // 4
+    KEPT: gl.constexpr = room_for(RUN // 4)
+    words = run_along(slot, 0, KEPT, COUNT, T, WORDS, ROWS)
+    if room_for(HIGH) == HIGH:
+        high = run_along(slot, RUN // 4, HIGH, COUNT, T, WORDS, ROWS)
+    else:
+        # No layout repeats three words: the second turn is read as if it began where the first ends.
+        first = run_along(slot, RUN // 4, KEPT, COUNT, T, WORDS, ROWS)
+        high = gl.where(word < HIGH, first, run_along(slot, RUN // 4 - HIGH, KEPT, COUNT, T, WORDS, ROWS))
+    return words, shifted(high, word // HIGH)
 
 
 @gluon.jit
 def key_words_along(slot, T: gl.constexpr, RUN: gl.constexpr, HIGH_RUN: gl.constexpr, WORDS: gl.constexpr):
-    """Words of nibbles and of top bits [T / 8, 32, WORDS] of a tile of keys; top bits where a lane's first ones lie."""
-    COUNT: gl.constexpr = (RUN + HIGH_RUN) // 4
-    HIGH: gl.constexpr = HIGH_RUN // 4
-    KEPT: gl.constexpr = room_for(RUN // 4)
+    """Words of nibbles and of top bits [T / 8, 32, WORDS] of a tile of keys."""
     _, lane, word = places(word_layout(T // 8, WORDS), T // 8, WORDS)
-    word += lane % 4 * WORDS
-    words = key_runs(slot, 0, KEPT, COUNT, T, WORDS)
-    if room_for(HIGH) == HIGH:
-        high = key_runs(slot, RUN // 4, HIGH, COUNT, T, WORDS)
-    else:
-        # No layout repeats three words: the second turn is read as if it began where the first ends.
-        first = key_runs(slot, RUN // 4, KEPT, COUNT, T, WORDS)
-        high = gl.where(word < HIGH, first, key_runs(slot, RUN // 4 - HIGH, KEPT, COUNT, T, WORDS))
-    return words, shifted(high, word // HIGH)
+    return runs_along(slot, lane % 4 * WORDS + word, T, RUN, HIGH_RUN, WORDS, 8)
 
 
 @gluon.jit
@@ -164,18 +168,9 @@ def value_words_along(
     slot, T: gl.constexpr, RUN: gl.constexpr, HIGH_RUN: gl.constexpr, WORDS: gl.constexpr, SHARED: gl.constexpr,
 ):
     """The same [T / 4 (b, h, j), 32, WORDS] of values; a lane's field of a word that two share is shifted, too."""
-    COUNT: gl.constexpr = (RUN + HIGH_RUN) // 4
-    HIGH: gl.constexpr = HIGH_RUN // 4
-    KEPT: gl.constexpr = room_for(RUN // 4)
     _, lane, word = places(word_layout(T // 4, WORDS), T // 4, WORDS)
     word = lane // 4 % 4 if SHARED else lane // 4 * WORDS + word
-    words = value_runs(slot, 0, KEPT, COUNT, T, WORDS)
-    if room_for(HIGH) == HIGH:
-        high = value_runs(slot, RUN // 4, HIGH, COUNT, T, WORDS)
-    else:
-        first = value_runs(slot, RUN // 4, KEPT, COUNT, T, WORDS)
-        high = gl.where(word < HIGH, first, value_runs(slot, RUN // 4 - HIGH, KEPT, COUNT, T, WORDS))
-    high = shifted(high, word // HIGH)
+    words, high = runs_along(slot, word, T, RUN, HIGH_RUN, WORDS, 4)
     if SHARED:
         high, words = shifted(high, lane // 16 * 2), shifted(words, lane // 16 * 2)
     return words, high
@@ -184,5 +179,5 @@ def value_words_along(
 
 KERNELS = (
     *(room_for, four_layout, fourth, stretches, fetch_stretch, fetch_piece, words_along, eight_keys, four_values),
-    *(in_order, key_runs, value_runs, key_words_along, value_words_along),
+    *(in_order, run_along, runs_along, key_words_along, value_words_along),
 )

@@ -73,10 +73,12 @@ def test_attend_on_int8_units_needs_no_shared_memory_and_spills_nothing(case, te
     assert bytes_of_a_word_are_neighbours(*texts)
 
 
-@pytest.mark.parametrize(("bits", "dim"), [((4, 3), 128), ((5, 2), 128), ((3, 3), 96)], ids=str)
-def test_attend_through_shared_memory_spills_nothing(bits, dim, texts):
+@pytest.mark.parametrize(
+    ("bits", "dim", "rows"), [((4, 3), 128, 4), ((5, 2), 128, 4), ((3, 3), 96, 4), ((4, 4), 64, 8)], ids=str
+)
+def test_attend_through_shared_memory_spills_nothing(bits, dim, rows, texts):
     pair = tuple(formats.codec(f"turboquant:{count}") for count in bits)
-    usage = build.integer_usage(pair, dim, Reader("bool"), 4, 90, True)
+    usage = build.integer_usage(pair, dim, Reader("bool"), rows, 90, True)
     assert usage.shared > 0 and usage.spills == 0
     assert bytes_of_a_word_are_neighbours(*texts)
 
