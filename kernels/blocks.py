@@ -11,7 +11,6 @@ operand, whose parts are 15 bits of the largest in the block and the tile.
 
 from dataclasses import dataclass
 
-import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
@@ -25,6 +24,7 @@ from tqcompile.kernels.operands import (
     bytes_of,
     doublings,
     four_tokens,
+    larger,
     places,
     row_of,
     size_of,
@@ -53,8 +53,9 @@ class BlockSide:
 
     bits: int
     head_dim: int
+    pieces = ()
     crowded = False
-    high_run = 0
+    in_line = False
     order = None
 
     @property
@@ -76,12 +77,14 @@ class BlockSide:
         """Twice head_dim: codes are bytes in registers."""
         return 2 * self.head_dim
 
-    def constants(self, name: str, lanes: int) -> str:
-        """The numbers of `fragment` and of this module for this side; `lanes` hold a token together."""
-        words, dims = BLOCK // 4 // lanes, BLOCK if name == "VALUE" else self.head_dim
-        values = {"BLOCKS": self.blocks, "WORDS": words, "DIMS": dims, "DIM": self.head_dim, "RUN": self.row_bytes}
-        count = self.row_bytes // 4
+    def constants(self, name: str) -> str:
+        """The numbers of `fragment` and of this module for this side."""
+        blocks, count = self.blocks, self.row_bytes // 4
+        values = {"BLOCKS": blocks, "PIECES": 0, "DIM": 64 * blocks, "RUN": self.row_bytes}
         values |= {"ROW": power_of_two(count), "COUNT": count, "STEP": 2 ** (8 - self.bits)}
+        if name == "VALUE":
+            values |= {"PARTS": blocks, "WIDTH": self.width, "DIMS": (BLOCK,) * blocks, "UNIT": (1.0,) * blocks}
+            values["AT"] = tuple(range(0, self.width, BLOCK))
         return "\n".join(f"{name}_{key} = gl.constexpr({value})" for key, value in values.items())
 
 
@@ -218,20 +221,6 @@ def block_scores(blocks, scales, asked, units, T: gl.constexpr, R: gl.constexpr,
 
 
 @gluon.jit
-def repeated(x, COUNT: gl.constexpr):
-    """COUNT times x, as a tuple."""
-    found = ()
-    for _ in gl.static_range(COUNT):
-        found = found + (x,)
-    return found
-
-
-@gluon.jit
-def larger(x, y):
-    return gl.maximum(x, y, propagate_nan=tl.PropagateNan.ALL)
-
-
-@gluon.jit
 def transposed_bytes(words, T: gl.constexpr):
     """Words [T / 4 (b, h, j), 32, 1] of 32 bytes -> for each byte of a word, a word of those of four tokens."""
     first, second, third, fourth = four_tokens(words, T, 1)
@@ -271,5 +260,5 @@ def mix_blocks(blocks, scales, weights, rescale, mixed, T: gl.constexpr, R: gl.c
 
 KERNELS = (
     *(load_key_blocks, load_value_blocks, scale_width, scale_layout, load_scales, each_scale),
-    *(query_blocks, each_byte, block_scores, repeated, larger, transposed_bytes, mix_blocks),
+    *(query_blocks, each_byte, block_scores, transposed_bytes, mix_blocks),
 )

@@ -19,7 +19,7 @@ from tqcompile.formats import codec as codec_named
 from tqcompile.kernels import append, exact, integer, logits, path, portable, shift, step, tune
 from tqcompile.kernels.assembled import Usage, compiled
 from tqcompile.kernels.emit import Reader
-from tqcompile.kernels.sides import in_blocks, in_sectors
+from tqcompile.kernels.sides import Sides, in_blocks, in_sectors
 from tqcompile.kernels.writers import writes
 from tqcompile.layout import layout_of
 from tqcompile.trellis import OVERLAP, window
@@ -111,15 +111,13 @@ def integer_usage(
     pointers |= {"key_scale": torch.float16, "value_scale": torch.float16}
     constants = {"q_d": 1, "mask_s": 1}
     for side, codec in zip(("KEY", "VALUE"), pair):
-        layout = layout_of(codec, head_dim, torch.float32, "cuda")
-        constants[f"{side}_S"] = layout.plane(codec.codes.plane.name).width
-        constants[f"{side}_SCALE_S"] = layout.plane(codec.scale.plane.name).width
+        widths = {store.name: store.width for store in layout_of(codec, head_dim, torch.float32, "cuda").stores}
+        constants |= {f"{side}_S": widths["codes"], f"{side}_SCALE_S": widths["scale"]}
     constants |= {"REACH": reader.mask != "none"}
     constants |= {"T": plan.block_tokens, "R": plan.block_rows, "EARLY": capability >= 90, "num_warps": 1}
     if ring:
         constants |= {"STAGES": tune.STAGES, "SCALES": not in_blocks(sides), "SHIFTED": shifted}
-    types = {"key_words": "*i32", "value_words": "*i32", "key_unit": "fp32", "value_unit": "fp32"}
-    types |= {"reach": "*i32"}
+    types = {"key_words": "*i32", "value_words": "*i32", "scale": "fp32", "reach": "*i32"}
     how = f"{reader.mask}{' causal' * reader.causal} {rows} rows{' ring' * ring}{' shifted' * shifted}"
     label = f"int8 attend {pair[0].name} {pair[1].name} d{head_dim} {how}"
     numbers = plan.block_tokens * 2 * head_dim / 32
@@ -130,15 +128,14 @@ def logits_usage(codec: Codec, head_dim: int, dtype: torch.dtype, rows: int, cap
     """Compile `logits_fragments` for contiguous planes and queries of `dtype`."""
     side = logits.side_of(codec, head_dim)
     plan = logits.plan_of(side, rows, 8, 4096, torch.device("cpu"))
-    layout = layout_of(codec, head_dim, torch.float32, "cuda")
-    strides = {"KEY_S": codec.codes, "KEY_SCALE_S": codec.scale}
+    widths = {store.name: store.width for store in layout_of(codec, head_dim, torch.float32, "cuda").stores}
     constants = {
-        **{name: layout.plane(look_up.plane.name).width for name, look_up in strides.items()},
+        **{"KEY_S": widths["codes"], "KEY_SCALE_S": widths["scale"]},
         **{"q_d": 1, "T": plan.block_tokens, "R": plan.block_rows, "num_warps": 1},
     }
     pointers = {"q": dtype, "codes": torch.uint8, "scale": torch.float16}
     label = f"int8 logits {codec.name} d{head_dim} {str(dtype)[6:]} {rows} rows"
-    kernel, types = logits.module(side, None).logits_fragments, {"words": "*i32", "unit": "fp32"}
+    kernel, types = logits.module(side, None).logits_fragments, {"words": "*i32"}
     numbers = plan.block_tokens * head_dim / 32
     return compiled(label, kernel, pointers, constants, types, 1, plan.registers, capability, GluonASTSource, numbers)
 
@@ -214,6 +211,12 @@ def path_usage(bits: int, width: int, capability: int) -> Usage:
     return compiled(label, path.find_paths, pointers, constants, {}, path.WARPS, 255, capability)
 
 
+def ways_of(sides: Sides) -> list[tuple[bool, bool]]:
+    """Whether tiles of such sides come through shared memory, and heads there begin anywhere: what is launched."""
+    whole = all(len(side.pieces) == 1 for side in sides)
+    return [(False, False)] + in_sectors(sides) * [(True, False)] + (in_sectors(sides) and whole) * [(True, True)]
+
+
 def every_usage() -> Iterator[Usage]:
     """Every registered codec, alone and in some pairs, at each head_dim, reader and capability."""
     for capability in CAPABILITIES:
@@ -252,8 +255,7 @@ def every_usage() -> Iterator[Usage]:
                     for dtype in (torch.bfloat16, torch.float32):
                         yield step_usage(pair, head_dim, dtype, capability)
                 if sides := integer.sides_of(pair, (head_dim, head_dim)):
-                    ways = ((False, False), (True, False), (True, True))
-                    for way in ways[: 1 + in_sectors(sides) * (2 - in_blocks(sides))]:
+                    for way in ways_of(sides):
                         for reader in READERS:
                             yield integer_usage(pair, head_dim, reader, 4, capability, *way)
                         yield integer_usage(pair, head_dim, READERS[0], 8, capability, *way)

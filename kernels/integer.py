@@ -9,13 +9,28 @@ from types import ModuleType
 
 import torch
 
-from tqcompile import scores, tables
+from tqcompile import scores
 from tqcompile.codec import Codec
 from tqcompile.coding import Planes, split
-from tqcompile.kernels import blocks, emit, fragment, operands, ptx, query, ring, ringed, spans, stretch, tune, tuned
+from tqcompile.kernels import (
+    blocks,
+    emit,
+    fragment,
+    operands,
+    ptx,
+    query,
+    ring,
+    ringed,
+    spans,
+    stretch,
+    sums,
+    tiles,
+    tune,
+    tuned,
+)
 from tqcompile.kernels.blocks import BlockSide
 from tqcompile.kernels.emit import Reader
-from tqcompile.kernels.sides import Side, Sides, in_blocks, in_sectors, side_of, sides_of
+from tqcompile.kernels.sides import Side, Sides, in_blocks, in_sectors, side_of, sides_of, whole_numbers
 
 HEADER = '''"""{title}
 
@@ -36,18 +51,23 @@ KERNEL = {False: "attend_fragments", True: "attend_ringed"}
 
 
 def key_look_up(side: Side) -> str:
-    """`key_look_up`, whose instructions `ptx` prints."""
-    block = ptx.key_look_up(side.bits, side.fields)
-    inputs = "codes, high" if side.bits % 2 else "codes"
-    return "\n".join([_signature("key_look_up(codes, high, table)"), *_call(block, inputs)])
+    """`key_look_up` for each piece, whose instructions `ptx` prints."""
+    lines = [_signature("key_look_up(codes, high, table, PIECE: gl.constexpr)")]
+    for place, piece in enumerate(side.pieces):
+        inputs = "codes, high" if ptx.has_high(piece.bits) else "codes"
+        lines += [f"    if PIECE == {place}:", *_call(ptx.key_look_up(piece.bits, piece.fields), inputs)]
+    return "\n".join(lines)
 
 
 def value_look_up(side: Side) -> str:
-    """`value_look_up`, whose instructions `ptx` prints."""
-    block = ptx.value_look_up(side.bits, side.fields)
-    inputs = [f"words[{token}]" for token in range(4)]
-    inputs += [f"high[{token}]" for token in range(4)] if side.bits % 2 else []
-    return "\n".join([_signature("value_look_up(words, high, table)"), *_call(block, ", ".join(inputs))])
+    """`value_look_up` for each piece, whose instructions `ptx` prints."""
+    lines = [_signature("value_look_up(words, high, table, PIECE: gl.constexpr)")]
+    for place, piece in enumerate(side.pieces):
+        inputs = [f"words[{token}]" for token in range(4)]
+        inputs += [f"high[{token}]" for token in range(4)] if ptx.has_high(piece.bits) else []
+        block = ptx.value_look_up(piece.bits, piece.fields)
+        lines += [f"    if PIECE == {place}:", *_call(block, ", ".join(inputs))]
+    return "\n".join(lines)
 
 
 def _signature(text: str) -> str:
@@ -59,14 +79,14 @@ def _call(block: ptx.Block, inputs: str) -> list[str]:
     lines = " ".join(block.text().splitlines())
     types = ", ".join(["gl.int32"] * block.outputs)
     return [
-        "    return gl.inline_asm_elementwise(",
-        f'        "{lines}",',
-        f'        "{block.constraints()}",',
-        f"        [{inputs}, {table}],",
-        f"        dtype=({types}),",
-        "        is_pure=True,",
-        "        pack=1,",
-        "    )",
+        "        return gl.inline_asm_elementwise(",
+        f'            "{lines}",',
+        f'            "{block.constraints()}",',
+        f"            [{inputs}, {table}],",
+        f"            dtype=({types}),",
+        "            is_pure=True,",
+        "            pack=1,",
+        "        )",
     ]
 
 
@@ -97,8 +117,8 @@ def source(keys: Side | BlockSide, values: Side | BlockSide, reader: Reader) -> 
         f"Attention over keys of {keys.bits} bits, {keys.head_dim} dims, values of {values.bits}, {values.head_dim}."
     )
     helpers = (
-        keys.constants("KEY", 4),
-        values.constants("VALUE", 8),
+        keys.constants("KEY"),
+        values.constants("VALUE"),
         *(f"{name} = gl.constexpr({getattr(module, name).value!r})" for module, name in CONSTANTS),
         *([] if isinstance(keys, BlockSide) else [key_look_up(keys)]),
         *([] if isinstance(values, BlockSide) else [value_look_up(values)]),
@@ -116,15 +136,14 @@ CONSTANTS = (
 )
 KERNELS = (
     *(operands.doublings, operands.word_layout, operands.weight_layout, operands.bytes_of),
-    *(operands.places, operands.shifted),
-    *(operands.key_operand, operands.four_tokens, operands.eight_nibbles, operands.value_operand),
-    *(operands.weight_operand, operands.table_like, *query.KERNELS, fragment.key_product),
-    *(fragment.value_product, fragment.scores_of, fragment.mix, fragment.absorb, fragment.nothing_absorbed),
-    *(fragment.tables_like, fragment.sums_layout, fragment.store_sums, *spans.KERNELS),
+    *(operands.larger, operands.places, operands.shifted),
+    *(operands.key_operand, operands.four_tokens, operands.eight_nibbles, operands.fields_of, operands.value_operand),
+    *(operands.weight_operand, operands.table_like, *query.KERNELS, *fragment.KERNELS, *sums.KERNELS),
+    *spans.KERNELS,
 )
 LOADED = (
     *(operands.load_words, operands.row_of, operands.load_keys, operands.load_values),
-    *(fragment.load_tile, fragment.attend_fragments),
+    *(*tiles.KERNELS, fragment.load_tile, fragment.attend_fragments),
 )
 RINGED = (*ring.KERNELS, *stretch.KERNELS, *ringed.KERNELS)
 
@@ -137,9 +156,12 @@ def module(keys: Side | BlockSide, values: Side | BlockSide, reader: Reader, fol
 
 @cache
 def table_of(codec: Codec, head_dim: int, device: torch.device) -> torch.Tensor:
-    """The look-up operands of a codec for every lane, int32 [6, 32]; zeros that nothing reads where none are needed."""
-    whole = tables.integers(codec.codes, head_dim)
-    words = ptx.table_words(whole[0]) if whole else [0] * ptx.TABLE_WORDS
+    """The look-up operands of a codec's pieces for every lane, int32 [6 pieces, 32]; zeros that nothing reads where
+    none are needed."""
+    wholes = [
+        whole_numbers(term.codes, band.stop - band.start) for term, band in zip(codec.terms, codec.bands(head_dim))
+    ]
+    words = [word for whole in wholes for word in (ptx.table_words(whole) if whole else [0] * ptx.TABLE_WORDS)]
     # Whole when this returns: a kernel may read it before the one that runs before it has ended.
     return torch.tensor(words, dtype=torch.int32, device="cpu")[:, None].expand(-1, 32).contiguous().to(device)
 
@@ -184,8 +206,8 @@ def in_ring(sides: Sides, codes: Sequence[torch.Tensor], scales: Sequence[torch.
     """Whether tiles of such planes come through shared memory: copies move whole sectors of codes, the rings of a
     multiprocessor fit, and, as far as Triton sees, rows with top bits lie without a gap and scalars two in a word, save
     those of blocks, which are not copied; or tokens of all heads are one row of them."""
-    rows = all(_in_line(plane, side.row_bytes) for side, plane in zip(sides, codes) if side.high_run)
-    paired = in_blocks(sides) or all(_in_line(scale, 1) for scale in scales)
+    rows = all(_in_line(plane, side.row_bytes) for side, plane in zip(sides, codes) if side.in_line)
+    paired = in_blocks(sides) or all(_in_line(scale, scale.shape[3]) for scale in scales)
     lie = (rows and paired) or in_one_row(sides, codes, scales)
     return in_sectors(sides) and lie and _ring_tokens(sides, device) > 0
 
@@ -193,7 +215,9 @@ def in_ring(sides: Sides, codes: Sequence[torch.Tensor], scales: Sequence[torch.
 def in_one_row(sides: Sides, codes: Sequence[torch.Tensor], scales: Sequence[torch.Tensor]) -> bool:
     """Whether the tokens of all heads lie one behind the other, in all planes alike, and those of a head begin at no
     multiple of 16: tiles do then, as if there were one head."""
-    if in_blocks(sides) or not any(stride % 16 for stride in scales[0].stride()[:2]):
+    if in_blocks(sides) or any(scale.shape[3] > 1 for scale in scales):
+        return False
+    if not any(stride % 16 for stride in scales[0].stride()[:2]):
         return False
     if scales[0].numel() % 4:
         # Copies of whole words, up to four, would end behind the last token.
@@ -225,7 +249,8 @@ def choice_of(
     head_dim, breadth = (max(getattr(side, name) for side in sides) for name in ("head_dim", "breadth"))
     tokens = _ring_tokens(sides, device) if through else 0
     bits, row_bytes = max(side.bits for side in sides), sum(side.row_bytes for side in sides)
-    setting = tune.integer_setting(rows, head_dim, breadth, sides[1].crowded, tokens, bits)
+    pieces = max(len(side.pieces) for side in sides)
+    setting = tune.integer_setting(rows, head_dim, breadth, sides[1].crowded, tokens, bits, pieces)
     if through:
         setting = tune.with_small_tiles(setting, row_bytes, rows, heads, length, device)
     return tuned.key_of(source(*sides, Reader()) + KERNEL[through], rows, heads, length, device), setting
@@ -244,7 +269,6 @@ def launch(
     sides = sides_of(codecs, head_dims)
     key_codes, key_scale = split(codecs[0], keys)
     value_codes, value_scale = split(codecs[1], values)
-    units = [tables.unit(codec.codes, dim) for codec, dim in zip(codecs, head_dims)]
     batch, query_heads, queries, _ = q.shape
     kv_heads, length = key_codes.shape[1], key_codes.shape[2]
     groups = query_heads // kv_heads
@@ -259,7 +283,7 @@ def launch(
         *(q, key_codes, key_scale, value_codes, value_scale),
         *(table_of(codec, dim, q.device) for codec, dim in zip(codecs, head_dims)),
         *(part, q if reach is None else reach, *left),
-        *(scale * units[0], units[1], kv_heads, groups, queries, length, plan.span, plan.splits),
+        *(scale, kv_heads, groups, queries, length, plan.span, plan.splits),
         *(*q.stride(), *key_codes.stride()[:2], *key_scale.stride()[:2], *value_codes.stride()[:2]),
         *(*value_scale.stride()[:2], *strides, 0 if reach is None else reach.stride(0)),
         *(key_codes.stride(2), key_scale.stride(2), value_codes.stride(2), value_scale.stride(2)),

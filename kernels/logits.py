@@ -13,37 +13,26 @@ import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from tqcompile import tables
 from tqcompile.codec import Codec
 from tqcompile.coding import Planes, split
-from tqcompile.kernels import blocks, emit, fragment, integer, operands, query, sides, tune, tuned
-from tqcompile.kernels.blocks import BlockSide, load_key_blocks, load_scales
+from tqcompile.kernels import blocks, emit, fragment, integer, operands, query, sides, tiles, tune, tuned
+from tqcompile.kernels.blocks import BlockSide
 from tqcompile.kernels.fragment import scores_of
-from tqcompile.kernels.operands import load_keys, table_like, word_layout
+from tqcompile.kernels.operands import table_like, word_layout
 from tqcompile.kernels.query import load_query, rows_of
-from tqcompile.kernels.sides import MOST_DIMS, Side
+from tqcompile.kernels.sides import Side
+from tqcompile.kernels.tiles import load_key_tile
 
 # Printed by `integer`; the names stand here so that the skeleton can be read, and checked, as ordinary Python.
-KEY_RUN = KEY_HIGH_RUN = KEY_WORDS = KEY_BLOCKS = gl.constexpr(0)
-
-
-@gluon.jit
-def load_key_tile(at, last, T: gl.constexpr, SCORES: gl.constexpr, KEY_S: gl.constexpr, KEY_SCALE_S: gl.constexpr):
-    """Words and scalars of a tile of keys at two pointers; tokens after `last` repeat it (None: there are none)."""
-    if KEY_BLOCKS:
-        return load_key_blocks(at[0], last, T, KEY_S), load_scales(at[1], last, T, KEY_SCALE_S, KEY_BLOCKS)
-    else:
-        codes, high = load_keys(at[0], last, T, KEY_S, KEY_RUN, KEY_HIGH_RUN, KEY_WORDS)
-        token = gl.arange(0, T, gl.SliceLayout(1, SCORES))
-        if last is not None:
-            token = gl.minimum(token, last)
-        return codes, high, gl.load(at[1] + token * KEY_SCALE_S)
+KEY_PIECES = gl.constexpr(0)
+# One number for each piece.
+KEY_WORDS = gl.constexpr(())
 
 
 # fmt: off
-@gluon.jit(do_not_specialize=["unit", "groups", "length", "span"])
+@gluon.jit(do_not_specialize=["groups", "length", "span"])
 def logits_fragments(
-    q, codes, scale, words, out, unit, kv_heads, groups, queries, length, span,
+    q, codes, scale, words, out, kv_heads, groups, queries, length, span,
     q_b, q_h, q_t, q_d, codes_b, codes_h, scale_b, scale_h,
     KEY_S: gl.constexpr, KEY_SCALE_S: gl.constexpr, T: gl.constexpr, R: gl.constexpr, num_warps: gl.constexpr = 1,
 ):
@@ -60,10 +49,12 @@ def logits_fragments(
     q += batch * q_b + head * groups * q_h
     x = load_query(q, q_h, q_t, q_d, queries, groups, R)
     # The first tile is on its way while the rows are prepared.
-    tile = load_key_tile(at, count - 1, T, SCORES, KEY_S, KEY_SCALE_S)
+    tile = load_key_tile(at[0], at[1], count - 1, T, SCORES, KEY_S, KEY_SCALE_S)
 
-    asked, unit = rows_of(x, q, q_h, q_t, q_d, queries, groups, unit, MMA, SCORES, R)
-    table = table_like(words, word_layout(T // 8, KEY_WORDS))
+    asked, unit = rows_of(x, q, q_h, q_t, q_d, queries, groups, 1.0, MMA, SCORES, R)
+    table = ()
+    for piece in gl.static_range(KEY_PIECES):
+        table = table + (table_like(words + 192 * piece, word_layout(T // 8, KEY_WORDS[piece])),)
     row = gl.program_id(1) * R + gl.arange(0, R, gl.SliceLayout(0, SCORES))
     real = (row < groups * queries)[None, :]
     token = gl.arange(0, T, gl.SliceLayout(1, SCORES))[:, None]
@@ -74,7 +65,7 @@ def logits_fragments(
     for i in range(full):
         step = gl.where(i + 1 < full, T, 0)
         at = at[0] + step * KEY_S, at[1] + step * KEY_SCALE_S
-        following = load_key_tile(at, None, T, SCORES, KEY_S, KEY_SCALE_S)
+        following = load_key_tile(at[0], at[1], None, T, SCORES, KEY_S, KEY_SCALE_S)
         scores = scores_of(tile, asked, unit, table, T, R, MMA)
         gl.store(address, scores.to(out.dtype.element_ty), mask=real & (token < T))
         tile = following
@@ -83,7 +74,7 @@ def logits_fragments(
     if count > 0:
         step = gl.where(full > 0, T, 0)
         at = at[0] + step * KEY_S, at[1] + step * KEY_SCALE_S
-        tile = load_key_tile(at, count - 1, T, SCORES, KEY_S, KEY_SCALE_S)
+        tile = load_key_tile(at[0], at[1], count - 1, T, SCORES, KEY_S, KEY_SCALE_S)
         scores = scores_of(tile, asked, unit, table, T, R, MMA)
         gl.store(address, scores.to(out.dtype.element_ty), mask=real & (token < count))
 # fmt: on
@@ -92,8 +83,8 @@ def logits_fragments(
 KERNELS = (
     *(operands.doublings, operands.word_layout, operands.bytes_of, operands.places),
     *(operands.shifted, operands.load_words, operands.row_of, operands.load_keys),
-    *(operands.key_operand, operands.table_like, *query.KERNELS, fragment.key_product, fragment.scores_of),
-    *(load_key_tile, logits_fragments),
+    *(operands.fields_of, operands.key_operand, operands.table_like, *query.KERNELS, fragment.key_product),
+    *(fragment.scores_of, tiles.load_key_tile, tiles.tokens_to, logits_fragments),
 )
 BLOCK_KERNELS = (
     *(blocks.load_key_blocks, blocks.scale_width, blocks.scale_layout, blocks.load_scales, blocks.each_scale),
@@ -104,7 +95,7 @@ CONSTANTS = ("ROUND", "QUERY_LIMIT", "PICK_BYTES")
 
 def side_of(codec: Codec, head_dim: int) -> Side | BlockSide | None:
     """The side of keys that this kernel is printed for, or None where it takes no such codes."""
-    return sides.side_of(codec, head_dim, 4) if head_dim <= MOST_DIMS else None
+    return sides.side_of(codec, head_dim, 4)
 
 
 def takes(q: torch.Tensor, keys: Planes, codec: Codec, head_dim: int) -> bool:
@@ -118,7 +109,7 @@ def source(side: Side | BlockSide) -> str:
     title = f"Queries times keys of {side.bits} bits, {side.head_dim} dims."
     in_blocks = isinstance(side, BlockSide)
     constants = [f"{name} = gl.constexpr({getattr(operands, name).value!r})" for name in CONSTANTS]
-    helpers = (side.constants("KEY", 4), *constants, *([] if in_blocks else [integer.key_look_up(side)]))
+    helpers = (side.constants("KEY"), *constants, *([] if in_blocks else [integer.key_look_up(side)]))
     return emit.module_text(title, helpers, KERNELS + BLOCK_KERNELS * in_blocks, integer.HEADER)
 
 
@@ -165,7 +156,7 @@ def logits(
     groups, side = query_heads // kv_heads, side_of(codec, head_dim)
     plan = plan_of(side, groups * queries, batch * kv_heads, length, q.device)
     module(side, folder).logits_fragments[(batch * kv_heads, -(-groups * queries // plan.block_rows), plan.splits)](
-        *(q, codes, scale, integer.table_of(codec, head_dim, q.device), out, tables.unit(codec.codes, head_dim)),
+        *(q, codes, scale, integer.table_of(codec, head_dim, q.device), out),
         *(kv_heads, groups, queries, length, plan.span),
         *(*q.stride(), *codes.stride()[:2], *scale.stride()[:2], codes.stride(2), scale.stride(2)),
         *(plan.block_tokens, plan.block_rows),

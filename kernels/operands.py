@@ -12,6 +12,7 @@ Which dim a nibble belongs to matters to nothing here: q is loaded in that order
 (`Side.order`).
 """
 
+import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
@@ -73,6 +74,11 @@ def size_of(most):
     alone, 1. (A maximum of floats may drop what is no number.)"""
     size = gl.where(most < 0x7F800000, most.to(gl.float32, bitcast=True), float("nan"))
     return gl.where(most == 0, 1.0, size)
+
+
+@gluon.jit
+def larger(x, y):
+    return gl.maximum(x, y, propagate_nan=tl.PropagateNan.ALL)
 
 
 @gluon.jit
@@ -161,6 +167,18 @@ def eight_nibbles(x, START: gl.constexpr):
     even = gl.join(gl.join(x[START], x[START + 4]), gl.join(x[START + 2], x[START + 6]))
     odd = gl.join(gl.join(x[START + 1], x[START + 5]), gl.join(x[START + 3], x[START + 7]))
     return gl.join(even, odd)
+
+
+@gluon.jit
+def fields_of(x, START: gl.constexpr, STEP: gl.constexpr, COUNT: gl.constexpr):
+    """Elements START, START + STEP ... of a tuple, one for each of COUNT fields, joined: [..., COUNT]."""
+    if COUNT == 1:
+        return x[START]
+    elif COUNT == 2:
+        return gl.join(x[START], x[START + STEP])
+    else:
+        even = gl.join(x[START], x[START + 2 * STEP])
+        return gl.join(even, gl.join(x[START + STEP], x[START + 3 * STEP]))
 
 
 @gluon.jit

@@ -1,7 +1,7 @@
 """Prints the PTX that turns packed codes into int8 numbers, four to a register: `prmt` is a look-up of four bytes.
 
 Each of the four nibbles in the low half of a selector picks one of eight bytes by its low three bits. Its top bit is
-a flag that replaces the byte by its sign, 0 or -1. Codes of two and three bits need one look-up. The number of a wider
+a flag that replaces the byte by its sign, 0 or -1. Codes of one to three bits need one look-up. The number of a wider
 code is a sum of look-ups, which nothing adds here: each goes to the matrix unit, whose sums are exact.
 
 Four bits, l the low three and f the top one: a(l) + (-1 if f else b(l)), where b(l) < 0.
@@ -19,13 +19,18 @@ XOR_AND = "0x28"  # (a ^ b) & c
 OR_AND = "0xf8"  # a | (b & c)
 
 
+def has_high(bits: int) -> bool:
+    """Whether a code of so many bits has its top bit apart from the nibble."""
+    return bits in (3, 5)
+
+
 def terms_of(bits: int) -> int:
     """Look-ups that the number of a code is the sum of."""
     return max(1, bits - 2)
 
 
 def table_words(numbers: Sequence[int]) -> tuple[int, ...]:
-    """The look-up operands of ascending numbers, 4, 8, 16 or 32 of them: six signed 32-bit words of bytes."""
+    """The look-up operands of ascending numbers, 2, 4, 8, 16 or 32 of them: six signed 32-bit words of bytes."""
     numbers = list(numbers)
     if len(numbers) == 32:
         magnitudes = numbers[16:]
@@ -97,15 +102,15 @@ def look_up(block: Block, bits: int, word: str, high: str | None, outputs: Seque
 
 
 def nibbles(block: Block, bits: int, field: int, word: str, high: str | None) -> str:
-    """One nibble for each code of `field` (the low or the high pair of bits) of a word's nibbles.
+    """One nibble for each code of `field` (the low or the high pair of bits, or one of four) of a word's nibbles.
 
     The third bit comes from `high`, where that of field 0 lies lowest in each nibble and that of field 1 two above.
     """
     if bits > 3:
         return word
-    low = block.new("shr", word, 2) if field else word
-    if bits == 2:
-        return block.new("and", low, "0x33333333")
+    low = block.new("shr", word, min(bits, 2) * field) if field else word
+    if bits < 3:
+        return block.new("and", low, "0x33333333" if bits == 2 else "0x11111111")
     top = block.new("and", high if field else block.new("shl", high, 2), "0x44444444")
     return block.new("lop3", low, "0x33333333", top, AND_OR)
 
@@ -130,7 +135,7 @@ def key_look_up(bits: int, fields: int) -> Block:
 
     Outputs: (field or term 0 low, high, field or term 1 low, high ...).
     """
-    terms, odd = terms_of(bits), bits % 2
+    terms, odd = terms_of(bits), has_high(bits)
     block = Block(2 * terms * fields, 1 + odd)
     word, high = block.input(0), block.input(1) if odd else None
     for field in range(fields):
@@ -144,7 +149,7 @@ def value_look_up(bits: int, fields: int) -> Block:
 
     Outputs: eight of each field or term.
     """
-    terms, odd = terms_of(bits), bits % 2
+    terms, odd = terms_of(bits), has_high(bits)
     block = Block(8 * terms * fields, 4 + 4 * odd)
     words, high = ([block.input(start + token) for token in range(4)] for start in (0, 4))
     shared = None if bits == 3 else transposed(block, words)

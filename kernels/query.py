@@ -10,7 +10,9 @@ from tqcompile.kernels.blocks import query_blocks
 from tqcompile.kernels.operands import PICK_BYTES, QUERY_LIMIT, ROUND, bytes_of, doublings, size_of
 
 # Printed by `emit`; the names stand here so that the skeleton can be read, and checked, as ordinary Python.
-KEY_RUN = KEY_WORDS = KEY_FIELDS = KEY_DIMS = KEY_DIM = KEY_BLOCKS = gl.constexpr(0)
+KEY_BLOCKS = KEY_PIECES = gl.constexpr(0)
+# One number for each piece.
+KEY_START = KEY_NUMBERS = KEY_UNIT = KEY_RUN = KEY_WORDS = KEY_FIELDS = KEY_DIMS = gl.constexpr(())
 
 
 @gluon.constexpr_function
@@ -33,29 +35,39 @@ def picked_layout(words, fields, columns):
 
 @gluon.jit
 def load_query(q, q_h, q_t, q_d, queries, groups, R: gl.constexpr):
-    """Rows of q, each twice, [folds, dims of a fold, 2 R]: the dims of the codes that nibbles and fields of one place
-    hold are a fold. Rows past the last repeat it. (For keys in blocks: nothing.)"""
+    """Rows of q as `load_piece` reads them for each piece of the keys. (For keys in blocks: nothing.)"""
     if KEY_BLOCKS:
         return q
     else:
-        FOLDS: gl.constexpr = 2 * KEY_FIELDS
-        LAYOUT: gl.constexpr = query_layout(FOLDS, KEY_WORDS, 2 * R)
-        fold = gl.arange(0, FOLDS, gl.SliceLayout(1, gl.SliceLayout(2, LAYOUT)))[:, None, None]
-        place = gl.arange(0, 16 * KEY_WORDS, gl.SliceLayout(0, gl.SliceLayout(2, LAYOUT)))[None, :, None]
-        column = gl.arange(0, 2 * R, gl.SliceLayout(0, gl.SliceLayout(1, LAYOUT)))[None, None, :]
-        row = gl.minimum(gl.program_id(1) * R + column // 2, groups * queries - 1).to(gl.int64)
-        address = q + (row // queries * q_h + row % queries * q_t) + (fold * KEY_RUN + place) * q_d
-        if KEY_DIM == KEY_DIMS:
-            return gl.load(address)
-        else:
-            inside = (place < KEY_RUN) & (fold * KEY_RUN + place < KEY_DIM)
-            return gl.load(address, mask=inside, other=0.0)
+        found = ()
+        for piece in gl.static_range(KEY_PIECES):
+            found = found + (load_piece(q, q_h, q_t, q_d, queries, groups, piece, R),)
+        return found
 
 
 @gluon.jit
-def four_dims(x, R: gl.constexpr):
-    """What `load_query` reads -> the four numbers of four bytes of keys, each [.., 2 R] in the keys' order of dims."""
-    x = gl.reshape(x, [2, KEY_FIELDS, 4, KEY_WORDS, 2, 2, 2 * R])
+def load_piece(q, q_h, q_t, q_d, queries, groups, PIECE: gl.constexpr, R: gl.constexpr):
+    """Rows of q, each twice, [folds, dims of a fold, 2 R]: the dims of the codes that nibbles and fields of one place
+    hold are a fold. Rows past the last repeat it."""
+    FOLDS: gl.constexpr = 2 * KEY_FIELDS[PIECE]
+    RUN: gl.constexpr = KEY_RUN[PIECE]
+    LAYOUT: gl.constexpr = query_layout(FOLDS, KEY_WORDS[PIECE], 2 * R)
+    fold = gl.arange(0, FOLDS, gl.SliceLayout(1, gl.SliceLayout(2, LAYOUT)))[:, None, None]
+    place = gl.arange(0, 16 * KEY_WORDS[PIECE], gl.SliceLayout(0, gl.SliceLayout(2, LAYOUT)))[None, :, None]
+    column = gl.arange(0, 2 * R, gl.SliceLayout(0, gl.SliceLayout(1, LAYOUT)))[None, None, :]
+    row = gl.minimum(gl.program_id(1) * R + column // 2, groups * queries - 1).to(gl.int64)
+    address = q + (row // queries * q_h + row % queries * q_t) + (KEY_START[PIECE] + fold * RUN + place) * q_d
+    if KEY_NUMBERS[PIECE] == KEY_DIMS[PIECE]:
+        return gl.load(address)
+    else:
+        inside = (place < RUN) & (fold * RUN + place < KEY_NUMBERS[PIECE])
+        return gl.load(address, mask=inside, other=0.0)
+
+
+@gluon.jit
+def four_dims(x, PIECE: gl.constexpr, R: gl.constexpr):
+    """What `load_piece` reads -> the four numbers of four bytes of keys, each [.., 2 R] in the keys' order of dims."""
+    x = gl.reshape(x, [2, KEY_FIELDS[PIECE], 4, KEY_WORDS[PIECE], 2, 2, 2 * R])
     low, high = gl.split(gl.permute(x, [3, 1, 4, 2, 6, 5, 0]))
     first, third = gl.split(low)
     second, fourth = gl.split(high)
@@ -63,36 +75,41 @@ def four_dims(x, R: gl.constexpr):
 
 
 @gluon.jit
-def query_operand(x, LAYOUT: gl.constexpr, R: gl.constexpr):
-    """What `load_query` read as the right operand [KEY_DIMS, 2 R] in the keys' order of dims, and the size of one unit
+def query_operand(x, PIECE: gl.constexpr, LAYOUT: gl.constexpr, R: gl.constexpr):
+    """What `load_piece` read as the right operand [KEY_DIMS, 2 R] in the keys' order of dims, and the size of one unit
     of a row."""
     x = x.to(gl.float32)
     size = size_of(gl.max(gl.max(gl.abs(x).to(gl.int32, bitcast=True), 1), 0))
-    first, second, third, fourth = four_dims(x * (QUERY_LIMIT / size)[None, None, :] + (ROUND + 128.0), R)
+    first, second, third, fourth = four_dims(x * (QUERY_LIMIT / size)[None, None, :] + (ROUND + 128.0), PIECE, R)
     COLUMNS: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, first.type.layout)))
     column = gl.arange(0, 2 * R, gl.SliceLayout(0, COLUMNS))[None, None, None, None, :]
     selector, mask = gl.where(column % 2 == 0, 0x51, 0x40), gl.where(column % 2 == 0, 0, -0x7F7F7F80)
     numbers = [first, second, third, fourth, selector, mask]
     x = gl.inline_asm_elementwise(PICK_BYTES, "=r,r,r,r,r,r,r", numbers, dtype=gl.int32, is_pure=True, pack=1)
-    x = bytes_of(gl.convert_layout(x, picked_layout(KEY_WORDS, KEY_FIELDS, 2 * R)))
+    x = bytes_of(gl.convert_layout(x, picked_layout(KEY_WORDS[PIECE], KEY_FIELDS[PIECE], 2 * R)))
     x = gl.permute(x, [0, 1, 2, 3, 5, 6, 4])
-    operand = gl.convert_layout(gl.reshape(x, [KEY_DIMS, 2 * R]), LAYOUT)
+    operand = gl.convert_layout(gl.reshape(x, [KEY_DIMS[PIECE], 2 * R]), LAYOUT)
     return operand, gl.max(gl.reshape(size, [R, 2]), 1) / QUERY_LIMIT
 
 
 # fmt: off
 @gluon.jit
 def rows_of(
-    x, q, q_h, q_t, q_d, queries, groups, key_unit, MMA: gl.constexpr, SCORES: gl.constexpr, R: gl.constexpr,
+    x, q, q_h, q_t, q_d, queries, groups, scale, MMA: gl.constexpr, SCORES: gl.constexpr, R: gl.constexpr,
 ):
-    """The rows of this program, x of `load_query`, as operands, and for each what a unit of its scores is."""
+    """The rows of this program, x of `load_query`, as operands for each piece or block of the keys, and what a unit of
+    their scores is."""
     RIGHT: gl.constexpr = gl.DotOperandLayout(1, MMA, 4)
     if KEY_BLOCKS:
-        return query_blocks(q, gl.program_id(1) * R, q_h, q_t, q_d, queries, groups, key_unit, RIGHT, SCORES, R)
+        return query_blocks(q, gl.program_id(1) * R, q_h, q_t, q_d, queries, groups, scale, RIGHT, SCORES, R)
     else:
-        asked, unit = query_operand(x, RIGHT, R)
-        return asked, gl.convert_layout(unit, gl.SliceLayout(0, SCORES)) * key_unit
+        operands, units = (), ()
+        for piece in gl.static_range(KEY_PIECES):
+            operand, unit = query_operand(x[piece], piece, RIGHT, R)
+            operands = operands + (operand,)
+            units = units + (gl.convert_layout(unit, gl.SliceLayout(0, SCORES)) * (scale * KEY_UNIT[piece]),)
+        return operands, units
 # fmt: on
 
 
-KERNELS = (size_of, query_layout, picked_layout, load_query, four_dims, query_operand, rows_of)
+KERNELS = (size_of, query_layout, picked_layout, load_query, load_piece, four_dims, query_operand, rows_of)

@@ -81,6 +81,14 @@ def value_layout(rows, words, blocks, kept):
     return row_layout(registers, tokens, lanes, [*rows, 8 * words * blocks // kept, kept])
 
 
+@gluon.constexpr_function
+def pair_layout(tokens):
+    """[2 tokens]: each lane has both scalars of the tokens whose scores it has."""
+    return gl.DistributedLinearLayout(
+        [[1]] + [[at] for at in doublings(16, 2 * tokens)], [[0], [0], [2], [4], [8]], [], [], [2 * tokens]
+    )
+
+
 # fmt: off
 @gluon.jit
 def slots(STAGES: gl.constexpr, T: gl.constexpr, WORDS: gl.constexpr, COUNT: gl.constexpr, STRIDE: gl.constexpr):
@@ -112,12 +120,31 @@ def fetch_rows(slot, codes, last, COUNT: gl.constexpr, STRIDE: gl.constexpr):
 
 
 @gluon.jit
-def fetch_scales(slot, scale, last, T: gl.constexpr):
-    """Ask for the scalars of T tokens that lie in a row, two at once."""
-    token = gl.arange(0, T, gl.BlockedLayout([2], [32], [1], [0]))
+def scale_slots(STAGES: gl.constexpr, T: gl.constexpr, EACH: gl.constexpr):
+    """Shared memory for the scalars of tiles, EACH of a token: one or two, or none."""
+    FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    return gl.allocate_shared_memory(gl.float16, [STAGES, max(1, EACH) * T], FLAT)
+
+
+@gluon.jit
+def fetch_scales(slot, scale, last, T: gl.constexpr, EACH: gl.constexpr):
+    """Ask for the scalars of T tokens, EACH of a token, that lie in a row, two at once."""
+    at = gl.arange(0, EACH * T, gl.BlockedLayout([2], [32], [1], [0]))
     if last is not None:
-        token = gl.minimum(token, last // 2 * 2 + token % 2)
-    copy_async(slot, scale + token)
+        at = gl.minimum(at, (EACH * last + EACH - 1) // 2 * 2 + at % 2)
+    copy_async(slot, scale + at)
+
+
+@gluon.jit
+def read_scales(slot, T: gl.constexpr, EACH: gl.constexpr, SCORES: gl.constexpr):
+    """The scalars [T] of each piece of a tile."""
+    if EACH == 1:
+        return (slot.load(gl.SliceLayout(1, SCORES)),)
+    else:
+        LAYOUT: gl.constexpr = pair_layout(T)
+        first, second = gl.split(gl.reshape(slot.load(LAYOUT), [T, 2]))
+        TOKENS: gl.constexpr = gl.SliceLayout(1, SCORES)
+        return gl.convert_layout(first, TOKENS), gl.convert_layout(second, TOKENS)
 
 
 @gluon.jit
@@ -178,5 +205,6 @@ def value_words_of(slot, T: gl.constexpr, WORDS: gl.constexpr, SHARED: gl.conste
 
 KERNELS = (
     *(copied, rows_at_once, copy_layout, slot_layout, row_layout, key_layout, value_layout, slots, fetch_rows),
-    *(fetch_scales, read_rows, read_keys, read_values, each_block, value_words_of),
+    *(pair_layout, scale_slots, fetch_scales, read_scales, read_rows, read_keys, read_values, each_block),
+    value_words_of,
 )

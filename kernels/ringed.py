@@ -13,17 +13,28 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from tqcompile.kernels.blocks import load_scales
-from tqcompile.kernels.fragment import absorb, nothing_absorbed, scores_of, store_sums, tables_like
+from tqcompile.kernels.fragment import absorb, nothing_absorbed, scores_of, tables_like
 from tqcompile.kernels.query import load_query, rows_of
-from tqcompile.kernels.ring import fetch_rows, fetch_scales, read_keys, read_values, slots, value_words_of
+from tqcompile.kernels.ring import (
+    fetch_rows,
+    fetch_scales,
+    read_keys,
+    read_scales,
+    read_values,
+    scale_slots,
+    slots,
+    value_words_of,
+)
 from tqcompile.kernels.spans import advanced, masked_by, reached, reached_in_words
 from tqcompile.kernels.stretch import fetch_stretch, key_words_along, stretches, value_words_along
+from tqcompile.kernels.sums import store_sums
 
 # Printed by `emit`; the names stand here so that the skeleton can be read, and checked, as ordinary Python.
 read_scores = None
-KEY_RUN = KEY_HIGH_RUN = KEY_WORDS = KEY_BLOCKS = gl.constexpr(0)
-VALUE_RUN = VALUE_HIGH_RUN = VALUE_WORDS = VALUE_BLOCKS = gl.constexpr(0)
-VALUE_SHARED = gl.constexpr(False)
+KEY_BLOCKS = KEY_PIECES = VALUE_BLOCKS = VALUE_PIECES = gl.constexpr(0)
+# One number for each piece.
+KEY_OFFSET = KEY_RUN = KEY_HIGH_RUN = KEY_WORDS = gl.constexpr(())
+VALUE_OFFSET = VALUE_RUN = VALUE_HIGH_RUN = VALUE_WORDS = VALUE_SHARED = gl.constexpr(())
 # Words of a row in the ring, or zero where rows lie there as they do in memory, and in memory.
 KEY_ROW = KEY_COUNT = VALUE_ROW = VALUE_COUNT = gl.constexpr(0)
 
@@ -38,11 +49,9 @@ def codes_ring(STAGES: gl.constexpr, T: gl.constexpr, ROW: gl.constexpr, COUNT: 
 @gluon.jit
 def make_ring(STAGES: gl.constexpr, T: gl.constexpr, KEY_S: gl.constexpr, VALUE_S: gl.constexpr):
     """Shared memory for `STAGES` tiles: codes and scalars of keys, and of values."""
-    FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     keys = codes_ring(STAGES, T, KEY_ROW, KEY_COUNT, KEY_S)
     values = codes_ring(STAGES, T, VALUE_ROW, VALUE_COUNT, VALUE_S)
-    scales = gl.allocate_shared_memory(gl.float16, [STAGES, T], FLAT)
-    return keys, scales, values, gl.allocate_shared_memory(gl.float16, [STAGES, T], FLAT)
+    return keys, scale_slots(STAGES, T, KEY_PIECES), values, scale_slots(STAGES, T, VALUE_PIECES)
 
 
 @gluon.jit
@@ -63,11 +72,11 @@ def fetch_tile(
     """Ask for a tile at four pointers, first its keys; tokens after `last` repeat it (None: there are none)."""
     fetch_codes(ring[0], stage, at[0], last, T, KEY_ROW, KEY_COUNT, KEY_S)
     if SCALES:
-        fetch_scales(ring[1].index(stage), at[1], last, T)
+        fetch_scales(ring[1].index(stage), at[1], last, T, KEY_PIECES)
     async_copy.commit_group()
     fetch_codes(ring[2], stage, at[2], last, T, VALUE_ROW, VALUE_COUNT, VALUE_S)
     if SCALES:
-        fetch_scales(ring[3].index(stage), at[3], last, T)
+        fetch_scales(ring[3].index(stage), at[3], last, T, VALUE_PIECES)
     async_copy.commit_group()
 
 
@@ -78,13 +87,18 @@ def keys_in(ring, stage, scales, T: gl.constexpr, SCORES: gl.constexpr, SCALES: 
     if KEY_BLOCKS:
         return read_keys(rows, T, 2, KEY_ROW // 8), scales
     else:
-        if KEY_ROW:
-            words = read_keys(rows.slice(0, 4 * KEY_WORDS, 2), T, KEY_WORDS, 1)[0]
-            high = words
-        else:
-            words, high = key_words_along(rows, T, KEY_RUN, KEY_HIGH_RUN, KEY_WORDS)
+        words, high = (), ()
+        for piece in gl.static_range(KEY_PIECES):
+            if KEY_ROW:
+                low = read_keys(rows.slice(0, 4 * KEY_WORDS[0], 2), T, KEY_WORDS[0], 1)[0]
+                top = low
+            else:
+                low, top = key_words_along(
+                    rows, T, KEY_OFFSET[piece] // 4, KEY_COUNT, KEY_RUN[piece], KEY_HIGH_RUN[piece], KEY_WORDS[piece],
+                )
+            words, high = words + (low,), high + (top,)
         if SCALES:
-            scales = ring[1].index(stage).load(gl.SliceLayout(1, SCORES))
+            scales = read_scales(ring[1].index(stage), T, KEY_PIECES, SCORES)
         return words, high, scales
 
 
@@ -95,13 +109,19 @@ def values_in(ring, stage, scales, T: gl.constexpr, SCORES: gl.constexpr, SCALES
     if VALUE_BLOCKS:
         return read_values(rows, T, 1, VALUE_ROW // 8), scales
     else:
-        if VALUE_ROW:
-            words = value_words_of(rows, T, VALUE_WORDS, VALUE_SHARED)
-            high = words
-        else:
-            words, high = value_words_along(rows, T, VALUE_RUN, VALUE_HIGH_RUN, VALUE_WORDS, VALUE_SHARED)
+        words, high = (), ()
+        for piece in gl.static_range(VALUE_PIECES):
+            if VALUE_ROW:
+                low = value_words_of(rows, T, VALUE_WORDS[0], VALUE_SHARED[0])
+                top = low
+            else:
+                low, top = value_words_along(
+                    rows, T, VALUE_OFFSET[piece] // 4, VALUE_COUNT, VALUE_RUN[piece], VALUE_HIGH_RUN[piece],
+                    VALUE_WORDS[piece], VALUE_SHARED[piece],
+                )
+            words, high = words + (low,), high + (top,)
         if SCALES:
-            scales = ring[3].index(stage).load(gl.SliceLayout(1, SCORES))
+            scales = read_scales(ring[3].index(stage), T, VALUE_PIECES, SCORES)
         return words, high, scales
 
 
@@ -114,7 +134,10 @@ def those_there(scores, values, skip, left, T: gl.constexpr):
     if (left < T) | (skip > 0):
         scores = gl.where(inside[:, None], scores, float("-inf"))
         if not VALUE_BLOCKS:
-            scalars = gl.where(inside, scalars, 0.0)
+            there = ()
+            for piece in gl.static_range(VALUE_PIECES):
+                there = there + (gl.where(inside, scalars[piece], 0.0),)
+            scalars = there
     if VALUE_BLOCKS:
         return scores, values
     else:
@@ -140,27 +163,33 @@ def fetch_next(
 def scalars_of(at, last, T: gl.constexpr, KEY_STRIDE: gl.constexpr, VALUE_STRIDE: gl.constexpr, SCORES: gl.constexpr):
     """Scalars of a tile of keys and of values out of memory; tokens after `last` repeat it."""
     return (
-        side_scalars(at[0], last, T, KEY_STRIDE, KEY_BLOCKS, SCORES),
-        side_scalars(at[1], last, T, VALUE_STRIDE, VALUE_BLOCKS, SCORES),
+        side_scalars(at[0], last, T, KEY_STRIDE, KEY_BLOCKS, KEY_PIECES, SCORES),
+        side_scalars(at[1], last, T, VALUE_STRIDE, VALUE_BLOCKS, VALUE_PIECES, SCORES),
     )
 
 
 @gluon.jit
-def side_scalars(at, last, T: gl.constexpr, STRIDE: gl.constexpr, BLOCKS: gl.constexpr, SCORES: gl.constexpr):
+def side_scalars(
+    at, last, T: gl.constexpr, STRIDE: gl.constexpr, BLOCKS: gl.constexpr, PIECES: gl.constexpr, SCORES: gl.constexpr,
+):
     """Scalars of a tile of one side."""
     if BLOCKS:
         return load_scales(at, last, T, STRIDE, BLOCKS)
     else:
-        return gl.load(at + gl.minimum(gl.arange(0, T, gl.SliceLayout(1, SCORES)), last) * STRIDE)
+        at += gl.minimum(gl.arange(0, T, gl.SliceLayout(1, SCORES)), last) * STRIDE
+        found = ()
+        for piece in gl.static_range(PIECES):
+            found = found + (gl.load(at + piece),)
+        return found
 
 
 @gluon.jit(do_not_specialize=[
-    "key_unit", "value_unit", "groups", "length", "span", "splits", "mask_b", "mask_h", "mask_t",
+    "scale", "groups", "length", "span", "splits", "mask_b", "mask_h", "mask_t",
     "reach_b",
 ])
 def attend_ringed(
     q, key_codes, key_scale, value_codes, value_scale, key_words, value_words, mask, reach, out, peaks, totals,
-    key_unit, value_unit, kv_heads, groups, queries, length, span, splits,
+    scale, kv_heads, groups, queries, length, span, splits,
     q_b, q_h, q_t, q_d, key_b, key_h, key_scale_b, key_scale_h, value_b, value_h, value_scale_b, value_scale_h,
     mask_b, mask_h, mask_t, mask_s, reach_b,
     KEY_S: gl.constexpr, KEY_SCALE_S: gl.constexpr, VALUE_S: gl.constexpr, VALUE_SCALE_S: gl.constexpr,
@@ -216,7 +245,7 @@ def attend_ringed(
         last = gl.maximum(count, 1) - 1
         scales = scalars_of(scale_at, last, T, KEY_SCALE_S, VALUE_SCALE_S, SCORES)
 
-    asked, unit = rows_of(x, q, q_h, q_t, q_d, queries, groups, key_unit, MMA, SCORES, R)
+    asked, unit = rows_of(x, q, q_h, q_t, q_d, queries, groups, scale, MMA, SCORES, R)
     for stage in range(1, STAGES):
         at = advanced(at, T, KEY_S, KEY_SCALE_S, VALUE_S, VALUE_SCALE_S)
         fetch_next(ring, stage, at, count - stage * T, T, KEY_S, VALUE_S, SCALES)
@@ -245,7 +274,7 @@ def attend_ringed(
             scales = later
         query -= T
         mask += T * mask_s
-    store_sums(out, peaks, totals, state, splits, groups * queries, value_unit, R)
+    store_sums(out, peaks, totals, state, splits, groups * queries, R)
 # fmt: on
 
 

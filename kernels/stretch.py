@@ -89,7 +89,7 @@ def words_along(slot, START: gl.constexpr, COUNT: gl.constexpr, STEP: gl.constex
 @gluon.jit
 def eight_keys(slot, START: gl.constexpr, KEPT: gl.constexpr, COUNT: gl.constexpr, WORDS: gl.constexpr):
     """Words [1, 32, WORDS] of eight rows of keys, of which KEPT words from START on are read."""
-    if COUNT % WORDS:
+    if (START | COUNT) % WORDS:
         # Two words at once would begin at odd ones in every other row, and such a load is none.
         LAYOUT: gl.constexpr = key_layout([1, 8], 1, 1, KEPT // 2)
         x = gl.join(
@@ -139,38 +139,46 @@ def run_along(
 
 @gluon.jit
 def runs_along(
-    slot, word, T: gl.constexpr, RUN: gl.constexpr, HIGH_RUN: gl.constexpr, WORDS: gl.constexpr, ROWS: gl.constexpr,
+    slot, word, START: gl.constexpr, COUNT: gl.constexpr, T: gl.constexpr, RUN: gl.constexpr, HIGH_RUN: gl.constexpr,
+    WORDS: gl.constexpr, ROWS: gl.constexpr,
 ):
     """Words of nibbles and of top bits [T / ROWS, 32, WORDS] of a tile, and top bits where a lane's first ones lie;
-    `word` is which of its row each is."""
-    COUNT: gl.constexpr = (RUN + HIGH_RUN) // 4
+    rows have COUNT words, these begin at START, and `word` is which of them each is."""
     HIGH: gl.constexpr = HIGH_RUN // 4
     KEPT: gl.constexpr = room_for(RUN // 4)
-    words = run_along(slot, 0, KEPT, COUNT, T, WORDS, ROWS)
-    if room_for(HIGH) == HIGH:
-        high = run_along(slot, RUN // 4, HIGH, COUNT, T, WORDS, ROWS)
+    AFTER: gl.constexpr = START + RUN // 4
+    words = run_along(slot, START, KEPT, COUNT, T, WORDS, ROWS)
+    if HIGH == 0:
+        return words, words
     else:
-        # No layout repeats three words: the second turn is read as if it began where the first ends.
-        first = run_along(slot, RUN // 4, KEPT, COUNT, T, WORDS, ROWS)
-        high = gl.where(word < HIGH, first, run_along(slot, RUN // 4 - HIGH, KEPT, COUNT, T, WORDS, ROWS))
-    return words, shifted(high, word // HIGH)
+        if room_for(HIGH) == HIGH:
+            high = run_along(slot, AFTER, HIGH, COUNT, T, WORDS, ROWS)
+        else:
+            # No layout repeats three words: the second turn is read as if it began where the first ends.
+            first = run_along(slot, AFTER, KEPT, COUNT, T, WORDS, ROWS)
+            high = gl.where(word < HIGH, first, run_along(slot, AFTER - HIGH, KEPT, COUNT, T, WORDS, ROWS))
+        return words, shifted(high, word // HIGH)
 
 
 @gluon.jit
-def key_words_along(slot, T: gl.constexpr, RUN: gl.constexpr, HIGH_RUN: gl.constexpr, WORDS: gl.constexpr):
+def key_words_along(
+    slot, T: gl.constexpr, START: gl.constexpr, COUNT: gl.constexpr, RUN: gl.constexpr, HIGH_RUN: gl.constexpr,
+    WORDS: gl.constexpr,
+):
     """Words of nibbles and of top bits [T / 8, 32, WORDS] of a tile of keys."""
     _, lane, word = places(word_layout(T // 8, WORDS), T // 8, WORDS)
-    return runs_along(slot, lane % 4 * WORDS + word, T, RUN, HIGH_RUN, WORDS, 8)
+    return runs_along(slot, lane % 4 * WORDS + word, START, COUNT, T, RUN, HIGH_RUN, WORDS, 8)
 
 
 @gluon.jit
 def value_words_along(
-    slot, T: gl.constexpr, RUN: gl.constexpr, HIGH_RUN: gl.constexpr, WORDS: gl.constexpr, SHARED: gl.constexpr,
+    slot, T: gl.constexpr, START: gl.constexpr, COUNT: gl.constexpr, RUN: gl.constexpr, HIGH_RUN: gl.constexpr,
+    WORDS: gl.constexpr, SHARED: gl.constexpr,
 ):
     """The same [T / 4 (b, h, j), 32, WORDS] of values; a lane's field of a word that two share is shifted, too."""
     _, lane, word = places(word_layout(T // 4, WORDS), T // 4, WORDS)
     word = lane // 4 % 4 if SHARED else lane // 4 * WORDS + word
-    words, high = runs_along(slot, word, T, RUN, HIGH_RUN, WORDS, 4)
+    words, high = runs_along(slot, word, START, COUNT, T, RUN, HIGH_RUN, WORDS, 4)
     if SHARED:
         high, words = shifted(high, lane // 16 * 2), shifted(words, lane // 16 * 2)
     return words, high

@@ -137,20 +137,22 @@ def attend_plan(
 
 
 def integer_setting(
-    rows: int, head_dim: int, breadth: int, crowded: bool, ring_tokens: int = 0, bits: int = 0
+    rows: int, head_dim: int, breadth: int, crowded: bool, ring_tokens: int = 0, bits: int = 0, pieces: int = 1
 ) -> Setting:
     """What attention on int8 units does unless a search found better: registers for two tiles of codes at once.
 
     `breadth` is head_dim, or twice that where codes are bytes in registers; `crowded` codes need more registers than
     others of their head_dim, and get smaller tiles. Where tiles come through shared memory, they have `ring_tokens`, or
-    fewer: eight rows leave registers for the largest ones of few `bits` alone.
+    fewer: eight rows leave registers for the largest ones of few `bits` alone. Codes in several `pieces` cost more for
+    each tile, whatever its size.
     """
     block_rows = 4 if rows <= 4 or head_dim > 128 or crowded else 8
     if ring_tokens:
         roomy = block_rows == 4 or (breadth <= 64 and bits <= 3)
-        most = 32 if block_rows * breadth > 1024 else 128 if roomy else 64
+        most = 32 if block_rows * breadth > 1024 else 128 if roomy and pieces == 1 else 64
         return Setting(block_rows, min(ring_tokens, most), RING_PROGRAMS, 255)
-    return Setting(block_rows, 64 if block_rows * breadth <= 512 and not crowded else 32, 8, 255)
+    large = bits <= 3 and block_rows == 4 if pieces > 1 else block_rows * breadth <= 512 and not crowded
+    return Setting(block_rows, 64 if large else 32, 8, 255)
 
 
 def with_small_tiles(

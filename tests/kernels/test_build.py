@@ -38,6 +38,9 @@ INTEGER = [
     (("q8_0", "turboquant:3"), 96, Reader(), 4, 80),
     (("q4_0", "q4_0"), 128, Reader("bool"), 8, 90),
     (("turboquant:5", "q8_0"), 256, Reader("additive"), 4, 90),
+    (("turboquant:3.5", "turboquant:3.5"), 128, Reader("bool"), 4, 90),
+    (("turboquant_prod:5", "turboquant_prod:5"), 128, Reader(), 4, 80),
+    (("qjl:2", "kvtc:4"), 128, Reader(), 8, 90),
 ]
 
 

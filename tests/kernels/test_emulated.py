@@ -11,7 +11,7 @@ from triton.experimental.gluon import language as gl
 
 from tqcompile import formats, reference
 from tqcompile.coding import split
-from tqcompile.kernels import attend, integer, stretch, tune, tuned
+from tqcompile.kernels import attend, integer, sides, stretch, tune, tuned
 
 NAMES = ["q8_0", *(f"turboquant:{bits}" for bits in (2, 3, 4, 5))]
 PAIRS = [(name, name) for name in NAMES] + [("q8_0", "turboquant:3"), ("turboquant:5", "q8_0")]
@@ -60,6 +60,35 @@ def test_nibbles_in_blocks_attend_like_the_reference(names, dims, rows, length):
     assert all(integer.sides_of((formats.codec("q4_0"),) * 2, (dim, 64)) is None for dim in (32, 96))
 
 
+# Codes of one bit, and of terms that share dims out, or add up; the last are of a side that is wider than the other.
+IN_PIECES = [(name, name) for name in ("turboquant:1", "turboquant:2.5", "turboquant_prod:2", "turboquant_prod:5")]
+IN_PIECES += [("kvtc:3", "kvtc:4"), ("qjl:2", "turboquant:3.5"), ("turboquant:3.5", "q8_0"), ("kvtc:2", "turboquant:5")]
+
+
+@pytest.mark.parametrize("names", IN_PIECES, ids=str)
+@pytest.mark.parametrize("rows", [4, 7])
+@pytest.mark.parametrize("length", [1, 77, 144])
+def test_codes_in_pieces_attend_like_the_reference(names, rows, length):
+    torch.manual_seed(10)
+    codecs, q = list(map(formats.codec, names)), torch.randn(1, 2 * rows, 1, formats.codec(names[0]).coordinates(128))
+    planes = [compressed(codec, torch.randn(1, 2, length, codec.coordinates(128))) for codec in codecs]
+    attends_like_the_reference(q, *planes, None, False, names, (128, 128))
+
+
+@pytest.mark.parametrize("name", ["turboquant:3.5", "turboquant_prod:3"])
+@pytest.mark.parametrize("side", [0, 1])
+@pytest.mark.parametrize("place", [0, 1])
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+def test_a_piece_that_is_no_number_reaches_its_own_numbers_alone(name, side, place, wrong):
+    torch.manual_seed(11)
+    codec = formats.codec(name)
+    planes = [list(compressed(codec, torch.randn(1, 1, 48, codec.coordinates(128)))) for _ in range(2)]
+    split(codec, planes[side])[1][0, 0, 40, place] = wrong
+    q, keep = torch.randn(1, 4, 1, codec.coordinates(128)), torch.arange(48).view(1, 1, 1, 48) != 40
+    for mask in (None, keep):
+        attends_like_the_reference(q, *planes, mask, False, (name, name), (128, 128))
+
+
 @pytest.mark.parametrize("gathers", [False, True])
 @pytest.mark.parametrize(
     ("names", "dims"), [((3, 5), (128, 64)), ((5, 3), (32, 32)), ((3, 3), (256, 128)), ((3, 3), (96, 96))], ids=str
@@ -76,6 +105,25 @@ def test_rows_of_two_runs_are_read_where_they_lie_in_a_stretch(gathers, names, d
     sides = integer.sides_of(tuple(map(formats.codec, names)), dims)
     assert integer.in_ring(sides, codes, scales, torch.device("cpu"))
     attends_like_the_reference(torch.randn(2, 8, 1, dims[0]), *planes, None, False, names, dims)
+
+
+@pytest.mark.parametrize("gathers", [False, True])
+@pytest.mark.parametrize("name", ["turboquant:3.5", "turboquant_prod:3", "turboquant_prod:4", "kvtc:3"])
+def test_pieces_are_read_where_they_lie_in_a_stretch(gathers, name, monkeypatch):
+    """Rows of some lengths by one of the ways alone."""
+    torch.manual_seed(12)
+    monkeypatch.setattr(stretch, "GATHERS", gl.constexpr(gathers))
+    monkeypatch.setattr(integer, "source", integer.source.__wrapped__)
+    monkeypatch.setattr(integer, "in_sectors", integer.in_sectors.__wrapped__)
+    codec = formats.codec(name)
+    monkeypatch.setattr(sides, "in_stretches", sides.in_stretches.__wrapped__)
+    planes = [compressed(codec, torch.randn(2, 2, 208, codec.coordinates(128))) for _ in range(2)]
+    codes, scales = zip(*(split(codec, plane) for plane in planes))
+    ring = integer.in_ring(integer.sides_of((codec, codec), (128, 128)), codes, scales, torch.device("cpu"))
+    assert ring == (gathers or name == "turboquant_prod:3")
+    attends_like_the_reference(
+        torch.randn(2, 8, 1, codec.coordinates(128)), *planes, None, False, (name, name), (128, 128)
+    )
 
 
 @pytest.mark.parametrize("name", ["turboquant:2", "turboquant:4"])

@@ -11,7 +11,7 @@ from cases import TOLERANCE, close, compressed
 from tqcompile import formats, ops, reference
 from tqcompile.kernels import decoded, logits, tune
 
-NAMES = ["q8_0", "q4_0", *(f"turboquant:{bits}" for bits in (2, 3, 4, 5))]
+NAMES = ["q8_0", "q4_0", *(f"turboquant:{bits}" for bits in (1, 2, 3, "3.5", 4, 5)), "turboquant_prod:3", "kvtc:2"]
 ON_A_GPU = pytest.mark.parametrize("device", [pytest.param("cuda", marks=pytest.mark.gpu)], indirect=True)
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -29,12 +29,14 @@ def taken(device, monkeypatch):
 
 def scores(q, keys, name, **options):
     codec = formats.codec(name)
-    assert q.device.type == "cpu" or logits.takes(q, keys, codec, q.shape[-1])
-    return logits.logits(q, keys, codec, q.shape[-1], **options)
+    head_dim = codec.head_dim(q.shape[-1])
+    assert q.device.type == "cpu" or logits.takes(q, keys, codec, head_dim)
+    return logits.logits(q, keys, codec, head_dim, **options)
 
 
 def equals_the_reference(q, keys, name):
-    close(scores(q, keys, name), reference.logits(q, keys, formats.codec(name), q.shape[-1]), torch.float32)
+    codec = formats.codec(name)
+    close(scores(q, keys, name), reference.logits(q, keys, codec, codec.head_dim(q.shape[-1])), torch.float32)
 
 
 @pytest.mark.parametrize(
@@ -45,9 +47,10 @@ def test_every_codec_scores_like_the_reference_around_the_edges_of_tiles(device,
     torch.manual_seed(0)
     groups, lengths = (1, 4, 7, 8), (1, 31, 32, 33, 63, 64, 65, 127, 128, 129, 1000)
     cases = itertools.product(groups, lengths) if device == "cuda" else [(1, 65), (4, 63), (7, 129), (8, 32)]
+    width = formats.codec(name).coordinates(head_dim)
     for group, length in cases:
-        keys = compressed(formats.codec(name), torch.randn(2, 3, length, head_dim, device=device))
-        equals_the_reference(torch.randn(2, 3 * group, 1, head_dim, device=device), keys, name)
+        keys = compressed(formats.codec(name), torch.randn(2, 3, length, width, device=device))
+        equals_the_reference(torch.randn(2, 3 * group, 1, width, device=device), keys, name)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -115,8 +118,9 @@ def test_nothing_gives_scores_of_nothing(device, length, queries):
 
 def test_codecs_without_a_side_are_not_taken():
     sides = {name: logits.side_of(codec, 128) for name, codec in formats.REGISTRY.items()}
-    with_the_norm = {f"turboquant:{bits}:norm" for bits in (2, 3, 4)}
-    assert {name for name, side in sides.items() if side} == {*NAMES, *with_the_norm, "q4_0:hadamard"}
+    without = {"identity", "polarquant", "kvtc:1", "qjl:4", *(f"turboquant:{bits}" for bits in (6, 7, 8))}
+    without |= {name for name in formats.REGISTRY if name.endswith(":trellis")}
+    assert {name for name, side in sides.items() if side is None} == without
     assert logits.side_of(formats.codec("turboquant:4"), 512) is None
     assert logits.side_of(formats.codec("q4_0"), 96) is None
 
