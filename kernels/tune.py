@@ -26,6 +26,8 @@ APPEND_REGISTERS = 128
 STAGES = 2
 RING_PROGRAMS = 8
 RESERVED_BYTES = 1024
+# Bits of a token in registers, padding among them, up to which codes in several pieces have tiles of 64 tokens.
+PIECES_BITS = 576
 # Tokens of a program up to which tiles are small, and how many bytes of codes they then have, or 32 tokens: nothing
 # hides what is done with the last.
 SHORT_SPAN = 256
@@ -151,7 +153,9 @@ def integer_setting(
         roomy = block_rows == 4 or (breadth <= 64 and bits <= 3)
         most = 32 if block_rows * breadth > 1024 else 128 if roomy and pieces == 1 else 64
         return Setting(block_rows, min(ring_tokens, most), RING_PROGRAMS, 255)
-    large = bits <= 3 and block_rows == 4 if pieces > 1 else block_rows * breadth <= 512 and not crowded
+    large = block_rows * breadth <= 512 and not crowded
+    if pieces > 1:
+        large = block_rows == 4 and bits * breadth <= PIECES_BITS
     return Setting(block_rows, 64 if large else 32, 8, 255)
 
 

@@ -3,9 +3,9 @@
 import torch
 
 from tqcompile import tables
-from tqcompile.codec import Codec
+from tqcompile.codec import Codec, Lookup, Term
 from tqcompile.kernels.address import DEVICE_TYPE, power_of_two
-from tqcompile.layout import Section, layout_of
+from tqcompile.layout import PlaneLayout, Section, layout_of
 
 # A look-up of up to so many bits is a sum of comparisons.
 MOST_COMPARED_BITS = 5
@@ -18,7 +18,7 @@ WRITE_SIGNATURE = (
 # The scalar of a normalised vector: what leaves inner products unbiased, or the norm.
 SCALARS = {
     "sphere": """\
-    centroid = tl.load(table + {{name}}_code(unit, edges))
+    centroid = tl.load(table + {at})
     fitted = sum_of(tl.where(inside, unit * centroid, 0.0), 1)
     scalar = tl.div_rn(peak * size_divisor * {root}, tl.where(usable, fitted, 1.0))""",
     "norm": """\
@@ -46,18 +46,30 @@ def exact_writer(codec: Codec, head_dim: int) -> str:
 
 
 def sphere_writer(codec: Codec, head_dim: int) -> str:
-    """`write_tokens` of a codec that takes the nearest centroid of a normalised vector.
+    """`write_tokens` of a codec whose terms take the nearest centroids of normalised vectors."""
+    layout, lines, codes = layout_of(codec, head_dim, torch.float32, DEVICE_TYPE), [WRITE_SIGNATURE], []
+    for place, (term, band) in enumerate(zip(codec.terms, codec.bands(head_dim))):
+        name = "{name}_code" if len(codec.terms) == 1 else f"{{name}}_code_{place}"
+        codes += [*code_lines_of(term.codes, band.stop - band.start, name), "", ""]
+        start = tables.table_offsets(codec, head_dim)[term.codes.plane.name]
+        lines += _sphere_lines(term, layout.plane(term.codes.plane.name), band.start, name, start)
+        lines.append(f"    tl.store({_after(place, 'scale')}, scalar, mask=valid)")
+        for section in layout.plane(term.codes.plane.name).sections:
+            lines += _sphere_section(section, band, name)
+    return "\n".join([*codes, *lines])
+
+
+def _sphere_lines(term: Term, layout: PlaneLayout, first: int, name: str, start: int) -> list[str]:
+    """The scalar of a term whose coordinates begin at `first`, and whose centroids at `start` of the table.
 
     A byte holds pieces of several coordinates: each is read and quantised again where its byte is built, which is
     the same arithmetic and so the same code, and needs no exchange between threads.
     """
-    layout = layout_of(codec, head_dim, torch.float32, DEVICE_TYPE).plane(codec.codes.plane.name)
-    root = repr(float(head_dim) ** 0.5)
-    lines = [
-        WRITE_SIGNATURE,
-        "    d = tl.arange(0, BLOCK_D)[None, :]",
-        f"    inside = valid[:, None] & (d < {head_dim})",
-        "    number = tl.load(y[:, None] + d * y_stride, mask=inside, other=0.0).to(tl.float32)",
+    root = repr(float(layout.count) ** 0.5)
+    return [
+        f"    d = tl.arange(0, {max(16, power_of_two(layout.count))})[None, :]",
+        f"    inside = valid[:, None] & (d < {layout.count})",
+        f"    number = tl.load(y[:, None] + {_after(first, 'd')} * y_stride, mask=inside, other=0.0).to(tl.float32)",
         "    peak = maximum_of(tl.abs(number), 1)",
         '    peak = tl.where(sum_of((number != number).to(tl.int32), 1) > 0, float("nan"), peak)',
         '    usable = (peak > 0.0) & (peak < float("inf"))',
@@ -66,37 +78,37 @@ def sphere_writer(codec: Codec, head_dim: int) -> str:
         "    size = tl.sqrt_rn(sum_of(shape * shape, 1))",
         "    size_divisor = tl.where(size > 0.0, size, 1.0)",
         f"    unit = tl.div_rn(shape, size_divisor[:, None]) * {root}",
-        *SCALARS[codec.terms[0].fit].format(root=root).splitlines(),
-        "    tl.store(scale, tl.where(peak == 0.0, 0.0, scalar).to(tl.float16), mask=valid)",
+        *SCALARS[term.fit].format(root=root, at=_after(start, f"{name}(unit, edges)")).splitlines(),
+        "    scalar = tl.where(peak == 0.0, 0.0, scalar).to(tl.float16)",
     ]
-    for section in layout.sections:
-        lines += _sphere_section(section, layout.count, root)
-    return "\n".join([*code_lines_of(codec, head_dim), "", "", *lines])
 
 
-def code_lines_of(codec: Codec, head_dim: int) -> list[str]:
+def _after(start: int, name: str) -> str:
+    return f"({start} + {name})" if start else name
+
+
+def code_lines_of(codes: Lookup, coordinates: int, name: str) -> list[str]:
     """`code` of a number in units of its codebook: few edges are compared with, many are searched in memory."""
-    bits = codec.codes.plane.bits
-    lines = ["@triton.jit", "def {name}_code(unit, edges):"]
-    if bits > MOST_COMPARED_BITS:
-        return [*lines, f"    return nearest(unit, edges, {bits})"]
-    edges = tables.boundaries(tables.numbers(codec.codes, head_dim))
+    lines = ["@triton.jit", f"def {name}(unit, edges):"]
+    if codes.plane.bits > MOST_COMPARED_BITS:
+        return [*lines, f"    return nearest(unit, edges, {codes.plane.bits})"]
+    edges = tables.boundaries(tables.numbers(codes, coordinates))
     lines += ["    code = tl.full(unit.shape, 0, tl.int32)"]
     lines += [f"    code = tl.where(unit > {edge!r}, {code}, code)" for code, edge in enumerate(edges, 1)]
     return [*lines, "    return code"]
 
 
-def _sphere_section(section: Section, count: int, root: str) -> list[str]:
-    extent = power_of_two(section.run)
+def _sphere_section(section: Section, band: slice, name: str) -> list[str]:
+    extent, count, near = power_of_two(section.run), band.stop - band.start, _after(band.start, "d")
     return [
         f"    j = tl.arange(0, {extent})[None, :]",
         f"    byte = tl.full([BLOCK_T, {extent}], 0, tl.int32)",
         f"    for field in tl.static_range({section.fields}):",
         f"        d = field * {section.run} + j",
         f"        inside = valid[:, None] & (j < {section.run}) & (d < {count})",
-        "        number = tl.load(y[:, None] + d * y_stride, mask=inside, other=0.0).to(tl.float32)",
+        f"        number = tl.load(y[:, None] + {near} * y_stride, mask=inside, other=0.0).to(tl.float32)",
         "        shape = tl.where(usable[:, None], tl.div_rn(number, divisor[:, None]), 0.0)",
-        f"        code = {{name}}_code(tl.div_rn(shape, size_divisor[:, None]) * {root}, edges)",
+        f"        code = {name}(tl.div_rn(shape, size_divisor[:, None]) * {float(count) ** 0.5!r}, edges)",
         piece_line(section),
         f"    inside = valid[:, None] & (j < {section.run})",
         f"    tl.store(codes[:, None] + {section.offset} + j, byte.to(tl.uint8), mask=inside)",
@@ -174,10 +186,17 @@ _WRITERS = {
 
 def writes(codec: Codec, head_dim: int) -> bool:
     """Whether there is a kernel that writes tokens of a codec."""
+    if len(codec.terms) > 1:
+        return all(_shares_out(term) for term in codec.terms) and sum(term.share for term in codec.terms) == 1
     if not codec.is_plain or codec.scale is None or codec.scale.plane.per is None:
         return codec.is_plain
     layout = layout_of(codec, head_dim, torch.float32, DEVICE_TYPE).plane(codec.codes.plane.name)
     return not any(section.fields > 1 and section.run % codec.scale.plane.per for section in layout.sections)
+
+
+def _shares_out(term: Term) -> bool:
+    """Whether a term is written by itself, of coordinates that no other has."""
+    return term.share < 1 and term.fit in ("sphere", "norm") and term.codes.plane.bits <= MOST_COMPARED_BITS
 
 
 def writer(codec: Codec, head_dim: int, name: str = "write_tokens") -> str:

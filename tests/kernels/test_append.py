@@ -17,8 +17,8 @@ TIE = 1e-5
 
 
 def dims_of(codec, head_dim):
-    """`head_dim`, or 64 where bytes of narrow codes would cross blocks, which no kernel writes."""
-    return head_dim if writers.writes(codec, head_dim) else 64
+    """`head_dim`, or 64 where it is too small, or bytes of narrow codes would cross blocks, which no kernel writes."""
+    return head_dim if head_dim >= codec.minimum_head_dim and writers.writes(codec, head_dim) else 64
 
 
 def both(codec, y, length, positions, growing=False):
@@ -33,23 +33,29 @@ def both(codec, y, length, positions, growing=False):
 def near_a_tie(codec, y):
     """Which numbers of y [A, B, T, D] lie within TIE of a place where their code changes."""
     y = y.float()
-    if codec.codes.table == "codebook":
-        edges = torch.tensor(tables.boundaries(tables.numbers(codec.codes, y.shape[-1])), device=y.device)
-        unit = y / y.norm(dim=-1, keepdim=True) * math.sqrt(y.shape[-1])
-        return ((unit.unsqueeze(-1) - edges).abs() < TIE).any(-1)
+    if codec.terms[0].codes.table == "codebook":
+        bands = codec.bands(codec.head_dim(y.shape[-1]))
+        return torch.cat([near_an_edge(term, y[..., band]) for term, band in zip(codec.terms, bands)], -1)
     scale = coding.split(codec, coding.encode(codec, y))[1].float()
     ratio = y / scale.repeat_interleave(codec.scale.plane.per, -1)[..., : y.shape[-1]]
     return ((ratio - ratio.floor() - 0.5).abs() < TIE * ratio.abs().clamp_min(1)) | ~ratio.isfinite()
 
 
+def near_an_edge(term, y):
+    edges = torch.tensor(tables.boundaries(tables.numbers(term.codes, y.shape[-1])), device=y.device)
+    unit = y / y.norm(dim=-1, keepdim=True) * math.sqrt(y.shape[-1])
+    return ((unit.unsqueeze(-1) - edges).abs() < TIE).any(-1)
+
+
 def agree(codec, planes, y, positions):
     """Codes equal save at ties; scalars within one step of float16; a codec without codes equal bit for bit."""
     (mine, scale), (theirs, expected) = (coding.split(codec, side) for side in planes)
-    if codec.scale is None:
+    if scale is None:
         assert torch.equal(mine.nan_to_num(1.5), theirs.nan_to_num(1.5))
         return
-    layout = layout_of(codec, y.shape[-1], torch.float32, y.device.type).plane(codec.codes.plane.name)
-    differ = layout.unpack(mine) != layout.unpack(theirs)
+    layout = layout_of(codec, codec.head_dim(y.shape[-1]), torch.float32, y.device.type)
+    each = [layout.plane(term.codes.plane.name) for term in codec.terms]
+    differ = torch.cat([plane.unpack(mine) != plane.unpack(theirs) for plane in each], -1)
     rows = positions if positions is not None else torch.arange(y.shape[2], device=y.device)
     allowed = torch.zeros_like(differ).index_copy_(2, rows, near_a_tie(codec, y))
     assert not (differ & ~allowed).any()
@@ -103,9 +109,11 @@ def test_zeros_huge_numbers_and_broken_tokens_are_written_as_the_reference_does(
 def test_there_is_a_kernel_for_what_is_said_to_be_written_and_none_for_the_rest(head_dim):
     written = {name for name, codec in formats.REGISTRY.items() if writers.writes(codec, head_dim)}
     plain = {name for name, codec in formats.REGISTRY.items() if codec.is_plain}
-    assert written <= plain
+    shared_out = {f"turboquant:{bits}{end}" for bits in ("2.5", "3.5") for end in ("", ":norm")}
+    shared_out |= {f"kvtc:{bits}" for bits in (2, 3, 4)}
+    assert written <= plain | shared_out
     # A byte of two nibbles would hold pieces of two blocks.
-    assert plain - written == (set() if head_dim in (64, 128, 256) else {"q4_0", "q4_0:hadamard"})
+    assert (plain | shared_out) - written == (set() if head_dim in (64, 128, 256) else {"q4_0", "q4_0:hadamard"})
     for name in written:
         assert "tl.store" in writers.writer(formats.codec(name), head_dim)
 
