@@ -51,12 +51,12 @@ def attend(
     them for the first tokens, and `asked` is q in the model's basis: they take the place of their tokens' codes. An
     `owned` mask, of float32 over all queries and tokens, may be written. The scores of a `second` cache of keys, where
     `joins` takes it, are added to the others before the mask.
-    Returns [B, Hq, T, Dv] in `dtype`, rotated back by `basis`. On a GPU, up to 128 rows a KV head over
-    codes of two to five bits, or signed bytes or nibbles in blocks of 32, run on int8 units (`integer`), with 15 bits
-    of q and of the probabilities, and more rows of any codec on decoded heads (`decoded`). Elsewhere products run in
-    the dtype of q (float32: without tf32) and accumulate in float32; a plane of native numbers in another dtype than
-    q's is read as float32. Nothing waits for the device, and after a call with like arguments (codecs, dtypes, reader,
-    strides) a CUDA graph can capture it. Generated files go to `folder`.
+    Returns [B, Hq, T, Dv] in `dtype`, rotated back by `basis`. On a GPU, up to 128 rows a KV head over codes of one to
+    five bits, in several pieces or not, or signed bytes or nibbles in blocks of 32, run on int8 units (`integer`), with
+    15 bits of q and of the probabilities, and more rows of any codec on decoded heads (`decoded`). Elsewhere products
+    run in the dtype of q (float32: without tf32) and accumulate in float32; a plane of native numbers in another dtype
+    than q's is read as float32. Nothing waits for the device, and after a call with like arguments (codecs, dtypes,
+    reader, strides) a CUDA graph can capture it. Generated files go to `folder`.
 
     Raises:
         ValueError: q has a dtype that no cache holds, or its heads are no multiple of the planes'.
@@ -101,7 +101,7 @@ def attend(
         left = portable.launch(built, q, *sides, mask, reach, scale, codecs, place, second)
     sinks = None if sinks is None else sinks.float().expand(batch, query_heads, queries, 1).contiguous()
     final = torch.float32 if known else dtype
-    if basis is None or value_codec.is_plain:
+    if basis is None or basis.shape[0] == basis.shape[1]:
         out = combine(left, place, folder, basis, final, sinks, others, order)
     else:
         # The last kernel rotates by square matrices.

@@ -1,4 +1,4 @@
-"""Attention of a few query rows over codes of two to five bits, on int8 matrix units: the kernel.
+"""Attention of a few query rows over codes of one to five bits, on int8 matrix units: the kernel.
 
 One warp is a program: it takes one KV head, up to eight rows (query head of the group, query), and a span of tokens.
 Keys and values go from packed codes to matrix operands in registers (`operands`). Sums of products are exact integers;
@@ -32,7 +32,7 @@ from tqcompile.kernels.tiles import load_key_tile, load_value_tile
 
 # Printed by `emit`; the names stand here so that the skeleton can be read, and checked, as ordinary Python.
 key_look_up = value_look_up = read_scores = None
-KEY_DIM = VALUE_DIM = gl.constexpr(0)
+KEY_BREADTH = VALUE_BREADTH = gl.constexpr(0)
 # Blocks of a side of `blocks`, or pieces where its codes are looked up; the other is zero.
 KEY_BLOCKS = KEY_PIECES = VALUE_BLOCKS = VALUE_PIECES = VALUE_PARTS = gl.constexpr(0)
 # One number for each piece.
@@ -238,7 +238,7 @@ def attend_fragments(
 
     full = count // T
     # Where a tile's codes and the rows take most registers, none are left to ask for the next one meanwhile.
-    AHEAD: gl.constexpr = KEY_DIM + VALUE_DIM + 64 * R <= 768
+    AHEAD: gl.constexpr = KEY_BREADTH + VALUE_BREADTH + 64 * R <= 768
     for i in range(full):
         if not AHEAD:
             tile = load_tile(at, None, T, SCORES, KEY_S, KEY_SCALE_S, VALUE_S, VALUE_SCALE_S)

@@ -204,8 +204,8 @@ def _in_words(plane: torch.Tensor) -> bool:
 
 def in_ring(sides: Sides, codes: Sequence[torch.Tensor], scales: Sequence[torch.Tensor], device: torch.device) -> bool:
     """Whether tiles of such planes come through shared memory: copies move whole sectors of codes, the rings of a
-    multiprocessor fit, and, as far as Triton sees, rows with top bits lie without a gap and scalars two in a word, save
-    those of blocks, which are not copied; or tokens of all heads are one row of them."""
+    multiprocessor fit, and, as far as Triton sees, rows that are copied together lie without a gap and scalars two in a
+    word, save those of blocks, which are not copied; or tokens of all heads are one row of them."""
     rows = all(_in_line(plane, side.row_bytes) for side, plane in zip(sides, codes) if side.in_line)
     paired = in_blocks(sides) or all(_in_line(scale, scale.shape[3]) for scale in scales)
     lie = (rows and paired) or in_one_row(sides, codes, scales)
@@ -232,7 +232,11 @@ def in_one_row(sides: Sides, codes: Sequence[torch.Tensor], scales: Sequence[tor
 
 
 def _ring_tokens(sides: Sides, device: torch.device) -> int:
-    return tune.ring_tokens(*(side.row_bytes for side in sides), device)
+    return tune.ring_tokens(*(side.row_bytes for side in sides), _pieces(sides), device)
+
+
+def _pieces(sides: Sides) -> int:
+    return max(1, *(len(side.pieces) for side in sides))
 
 
 def _in_line(plane: torch.Tensor, width: int) -> bool:
@@ -249,8 +253,7 @@ def choice_of(
     head_dim, breadth = (max(getattr(side, name) for side in sides) for name in ("head_dim", "breadth"))
     tokens = _ring_tokens(sides, device) if through else 0
     bits, row_bytes = max(side.bits for side in sides), sum(side.row_bytes for side in sides)
-    pieces = max(len(side.pieces) for side in sides)
-    setting = tune.integer_setting(rows, head_dim, breadth, sides[1].crowded, tokens, bits, pieces)
+    setting = tune.integer_setting(rows, head_dim, breadth, sides[1].crowded, tokens, bits, _pieces(sides))
     if through:
         setting = tune.with_small_tiles(setting, row_bytes, rows, heads, length, device)
     return tuned.key_of(source(*sides, Reader()) + KERNEL[through], rows, heads, length, device), setting

@@ -3,7 +3,7 @@
 A program is one warp. Its ring holds some tiles; each is asked for by copies that no register waits for, long before it
 is used, and then read as the matrix unit wants it (`operands`): a lane reads words of the tokens that are its own.
 Rows are as wide as the lanes' words together, and a power of two: one of memory is repeated where it has fewer. Those
-with top bits are for `stretch`.
+of several runs are for `stretch`.
 """
 
 from triton.experimental import gluon

@@ -115,15 +115,17 @@ class Side:
     def constants(self, name: str) -> str:
         """The numbers of `fragment` and `ringed` for this side."""
         pieces, count = self.pieces, self.row_bytes // 4
-        names = ["start", "numbers", "unit", "offset", "run", "high_run", "words", "fields", "terms"]
+        names = ["unit", "offset", "run", "high_run", "words", "fields", "terms"]
         values = {key.upper(): tuple(getattr(piece, key) for piece in pieces) for key in names}
         values["DIMS"] = tuple(piece.width for piece in pieces)
+        if name == "KEY":
+            values |= {key.upper(): tuple(getattr(piece, key) for piece in pieces) for key in ("start", "numbers")}
         if name == "VALUE":
             values["SHARED"] = tuple(piece.shared for piece in pieces)
             values |= {"PARTS": len(pieces), "WIDTH": self.width, "AT": tuple(accumulate(values["DIMS"], initial=0))}
         read = 4 if pieces[0].shared else pieces[0].lanes * pieces[0].words
         row = 0 if self.in_line else max(read, power_of_two(count))
-        values |= {"PIECES": len(pieces), "BLOCKS": 0, "DIM": self.breadth, "COUNT": count, "ROW": row}
+        values |= {"PIECES": len(pieces), "BLOCKS": 0, "BREADTH": self.breadth, "COUNT": count, "ROW": row}
         return "\n".join(f"{name}_{key} = gl.constexpr({value})" for key, value in values.items())
 
 
@@ -186,7 +188,7 @@ def sides_of(codecs: tuple[Codec, Codec], head_dims: tuple[int, int]) -> Sides |
 def in_sectors(sides: Sides) -> bool:
     """Whether tiles come through shared memory: where copies of all rows of codes move whole sectors and no more.
 
-    Rows with top bits are copied together (`in_stretches`).
+    Rows of several runs are copied together (`in_stretches`).
     """
     return all(
         in_stretches(side) if side.in_line else side.row_bytes in (64, 128) or side.row_bytes <= 32 for side in sides
@@ -202,12 +204,14 @@ def in_stretches(side: Side) -> bool:
 def _in_turns(piece: Piece, count: int) -> bool:
     """Whether the runs of a piece are read so in rows of `count` words."""
     start, kept = piece.offset // 4, power_of_two(piece.run // 4)
+    after = start + piece.run // 4 if piece.high_run else start
     high = 0 if (piece.run, piece.high_run) == (24, 12) else piece.high_run // 4
     # A lane's words are read at once from where they may be, or two of keys one by one. Three words of top bits come in
     # two turns.
-    near = (start | count) % piece.words == 0 or (piece.words == 2 and piece.lanes == 4)
+    near = (start | after | count) % piece.words == 0 or (piece.words == 2 and piece.lanes == 4)
     # What is read behind the last row must lie in the power of two of words that has room for all.
-    inside = kept <= count and start + kept - count <= power_of_two(32 * count) - 32 * count
+    last = max(start + kept, after + (high or kept))
+    inside = kept <= count and last - count <= power_of_two(32 * count) - 32 * count
     gaps = [count - kept, *([count - high] if high else [])]
     apart = stretch.GATHERS.value or all(gap == power_of_two(gap) for gap in gaps)
     return near and inside and apart and high in (0, power_of_two(high))

@@ -1,4 +1,4 @@
-"""Rows of codes in two runs on their way through shared memory: parts of the skeleton in `ringed`.
+"""Rows of codes in several runs on their way through shared memory: parts of the skeleton in `ringed`.
 
 A row of nibbles and of top bits behind them, 48 bytes say, is no whole sectors, but the rows of a tile are, where they
 lie without a gap. They are copied as one stretch of memory, and read where they lie in it, a row every COUNT words.

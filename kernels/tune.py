@@ -170,7 +170,8 @@ def with_small_tiles(
 
 
 def logits_setting(rows: int, head_dim: int, breadth: int, crowded: bool, bits: int) -> Setting:
-    """The same of scores alone: without values, two tiles of codes take fewer registers, and more programs are held."""
+    """The same of scores alone: without values, two tiles of codes take fewer registers, and more programs are held;
+    several pieces have what one of their breadth has."""
     tile = integer_setting(rows, head_dim, breadth, crowded)
     if tile.block_rows == 4 and breadth <= 128 and bits != 5:
         return replace(tile, programs=16, registers=128)
@@ -229,12 +230,13 @@ def processors_of(device: torch.device) -> int:
 
 
 @cache
-def ring_tokens(key_bytes: int, value_bytes: int, device: torch.device) -> int:
-    """Tokens of a tile that comes through shared memory, of so many bytes of codes each; 0 where it has no room."""
+def ring_tokens(key_bytes: int, value_bytes: int, pieces: int, device: torch.device) -> int:
+    """Tokens of a tile that comes through shared memory, of so many bytes of codes each, and so many `pieces` on either
+    side; 0 where it has no room."""
     most = max(key_bytes, value_bytes)
     tokens = 128 if most <= 32 else 64 if most <= 80 else 32
-    # Rows lie at powers of two, or share what they leave of one; each has two scalars.
-    row = power_of_two(key_bytes) + power_of_two(value_bytes) + 4
+    # Rows lie at powers of two, or share what they leave of one; each piece has a scalar.
+    row = power_of_two(key_bytes) + power_of_two(value_bytes) + 4 * pieces
     while STAGES * tokens * row > shared_bytes_of(device) // RING_PROGRAMS - RESERVED_BYTES:
         tokens //= 2
     return tokens if tokens >= 32 else 0

@@ -187,7 +187,8 @@ _WRITERS = {
 def writes(codec: Codec, head_dim: int) -> bool:
     """Whether there is a kernel that writes tokens of a codec."""
     if len(codec.terms) > 1:
-        return all(_shares_out(term) for term in codec.terms) and sum(term.share for term in codec.terms) == 1
+        whole = sum(term.share for term in codec.terms) == 1 and head_dim >= codec.minimum_head_dim
+        return whole and all(_shares_out(term) for term in codec.terms)
     if not codec.is_plain or codec.scale is None or codec.scale.plane.per is None:
         return codec.is_plain
     layout = layout_of(codec, head_dim, torch.float32, DEVICE_TYPE).plane(codec.codes.plane.name)

@@ -167,7 +167,7 @@ class Codec:
 
     @cached_property
     def is_plain(self) -> bool:
-        """Whether it is one term of one number a coordinate and at most a scalar: what special kernels are made for."""
+        """Whether it is one term of one number a coordinate and at most a scalar."""
         term = self.terms[0]
         return len(self.terms) == 1 and term.share == 1 and term.is_plain and term.codes.table != "sign"
 

@@ -228,6 +228,7 @@ def jit(function=None, **options):
 
 def padded(intervals, shape, order):
     """Places from row to row, and from one number to the next, of a padded layout of rows."""
+    assert all(number & (number - 1) == 0 for pair in intervals for number in pair), "no powers of two"
     assert order == [2, 1, 0] and intervals[-1][0] == shape[-1] and all(size == 1 for size, _ in intervals[:-1])
     step = 1 + sum(padding for _, padding in intervals[:-1])
     return step * shape[-1] + intervals[-1][1], step

@@ -18,7 +18,7 @@ TIE = 1e-5
 
 def dims_of(codec, head_dim):
     """`head_dim`, or 64 where it is too small, or bytes of narrow codes would cross blocks, which no kernel writes."""
-    return head_dim if head_dim >= codec.minimum_head_dim and writers.writes(codec, head_dim) else 64
+    return head_dim if writers.writes(codec, head_dim) else 64
 
 
 def both(codec, y, length, positions, growing=False):

@@ -7,7 +7,7 @@ import torch
 import triton
 
 from tqcompile import formats
-from tqcompile.kernels import assembled, build, combine, tune
+from tqcompile.kernels import assembled, build, combine, stretch, tune
 from tqcompile.kernels.emit import Reader
 
 FEW = [
@@ -76,11 +76,16 @@ def test_attend_on_int8_units_needs_no_shared_memory_and_spills_nothing(case, te
     assert bytes_of_a_word_are_neighbours(*texts)
 
 
-@pytest.mark.parametrize(
-    ("bits", "dim", "rows"), [((4, 3), 128, 4), ((5, 2), 128, 4), ((3, 3), 96, 4), ((4, 4), 64, 8)], ids=str
-)
-def test_attend_through_shared_memory_spills_nothing(bits, dim, rows, texts):
-    pair = tuple(formats.codec(f"turboquant:{count}") for count in bits)
+RING = [(tuple(f"turboquant:{count}" for count in bits), 128, 4) for bits in ((4, 3), (5, 2))]
+RING += [(("turboquant:3",) * 2, 96, 4), (("turboquant:4",) * 2, 64, 8), (("turboquant:1",) * 2, 128, 8)]
+RING += [((f"turboquant_prod:{bits}",) * 2, 128, 4) for bits in (2, 3, 5)]
+RING += [(("turboquant_prod:4",) * 2, 96, 4), (("turboquant:5", "turboquant_prod:3"), 128, 8)]
+RING += [((name,) * 2, 128, 4) for name in ("turboquant:2.5", "turboquant:3.5") if stretch.GATHERS.value]
+
+
+@pytest.mark.parametrize(("names", "dim", "rows"), RING, ids=str)
+def test_attend_through_shared_memory_spills_nothing(names, dim, rows, texts):
+    pair = tuple(map(formats.codec, names))
     usage = build.integer_usage(pair, dim, Reader("bool"), rows, 90, True)
     assert usage.shared > 0 and usage.spills == 0
     assert bytes_of_a_word_are_neighbours(*texts)
@@ -93,6 +98,9 @@ LOGITS = [
     ("turboquant:2", 64, torch.float32, 8, 80),
     ("q8_0", 256, torch.bfloat16, 4, 80),
     ("q4_0", 128, torch.float32, 4, 90),
+    ("turboquant_prod:4", 128, torch.bfloat16, 4, 90),
+    ("kvtc:4", 128, torch.float32, 8, 90),
+    ("qjl:2", 128, torch.bfloat16, 4, 80),
 ]
 
 

@@ -79,7 +79,7 @@ def test_codes_in_pieces_attend_like_the_reference(names, rows, length):
 @pytest.mark.parametrize("side", [0, 1])
 @pytest.mark.parametrize("place", [0, 1])
 @pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
-def test_a_piece_that_is_no_number_reaches_its_own_numbers_alone(name, side, place, wrong):
+def test_a_piece_that_is_no_number_reaches_what_the_reference_lets_it_reach(name, side, place, wrong):
     torch.manual_seed(11)
     codec = formats.codec(name)
     planes = [list(compressed(codec, torch.randn(1, 1, 48, codec.coordinates(128)))) for _ in range(2)]
@@ -107,9 +107,16 @@ def test_rows_of_two_runs_are_read_where_they_lie_in_a_stretch(gathers, names, d
     attends_like_the_reference(torch.randn(2, 8, 1, dims[0]), *planes, None, False, names, dims)
 
 
+GATHERED = [("turboquant:3.5", 128), ("kvtc:3", 128), ("turboquant_prod:4", 128)]
+
+
 @pytest.mark.parametrize("gathers", [False, True])
-@pytest.mark.parametrize("name", ["turboquant:3.5", "turboquant_prod:3", "turboquant_prod:4", "kvtc:3"])
-def test_pieces_are_read_where_they_lie_in_a_stretch(gathers, name, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "dim"),
+    [*GATHERED, ("turboquant_prod:4", 96)]
+    + [(f"turboquant_prod:{bits}", dim) for bits in (2, 3, 5) for dim in (64, 128)],
+)
+def test_pieces_are_read_where_they_lie_in_a_stretch(gathers, name, dim, monkeypatch):
     """Rows of some lengths by one of the ways alone."""
     torch.manual_seed(12)
     monkeypatch.setattr(stretch, "GATHERS", gl.constexpr(gathers))
@@ -117,12 +124,13 @@ def test_pieces_are_read_where_they_lie_in_a_stretch(gathers, name, monkeypatch)
     monkeypatch.setattr(integer, "in_sectors", integer.in_sectors.__wrapped__)
     codec = formats.codec(name)
     monkeypatch.setattr(sides, "in_stretches", sides.in_stretches.__wrapped__)
-    planes = [compressed(codec, torch.randn(2, 2, 208, codec.coordinates(128))) for _ in range(2)]
+    planes = [compressed(codec, torch.randn(2, 2, 208, codec.coordinates(dim))) for _ in range(2)]
     codes, scales = zip(*(split(codec, plane) for plane in planes))
-    ring = integer.in_ring(integer.sides_of((codec, codec), (128, 128)), codes, scales, torch.device("cpu"))
-    assert ring == (gathers or name == "turboquant_prod:3")
+    ring = integer.in_ring(integer.sides_of((codec, codec), (dim, dim)), codes, scales, torch.device("cpu"))
+    # Triton 3.6 looks at rows whose gaps are powers of two.
+    assert ring == (gathers or (name, dim) not in GATHERED)
     attends_like_the_reference(
-        torch.randn(2, 8, 1, codec.coordinates(128)), *planes, None, False, (name, name), (128, 128)
+        torch.randn(2, 8, 1, codec.coordinates(dim)), *planes, None, False, (name, name), (dim, dim)
     )
 
 
