@@ -98,7 +98,8 @@ def encode_into(planes: list[torch.Tensor], y: torch.Tensor, positions: torch.Te
         if positions is None:
             plane.copy_(code)
         else:
-            plane.index_copy_(plane.dim() - 2, positions, code.to(plane.dtype))
+            # Not `index_copy_`, which Inductor makes a write to a permuted view.
+            plane[..., positions, :] = code.to(plane.dtype)
 
 
 @reference.as_stored

@@ -140,8 +140,11 @@ class Writer(Centrer, Keeper):
         rank = tensor_of(source).dim()
         order = [other for other in range(rank - 1) if other != dim]
         order = (*order[: rank - 2], dim, rank - 1)
-        planes = [self.call(torch.permute, plane, order) for plane in planes]
-        self.encode(planes, self.call_like(torch.permute, source, order), positions, site)
+        # PyTorch 2.11 writes in place to an input of a graph, and not to a view of one.
+        if order != tuple(range(rank)):
+            planes = [self.call(torch.permute, plane, order) for plane in planes]
+            source = self.call_like(torch.permute, source, order)
+        self.encode(planes, source, positions, site)
 
     def _wrapped(self, positions: fx.Node, plane: fx.Node, dim: int, size: str) -> fx.Node:
         """The places along `dim` of a plane that an assignment writes: computed once for all layers of one size."""

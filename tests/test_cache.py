@@ -149,7 +149,8 @@ INDICES = {
 def test_indexing_reads_what_dense_has(name, codec):
     cache = made(codec)
     found, dense = cache[INDICES[name]], cache.decode()[INDICES[name]]
-    torch.testing.assert_close(found * 1, dense, atol=1e-6, rtol=0)
+    # Sums of up to 96 numbers in float32, in an order that depends on the CPU.
+    torch.testing.assert_close(found * 1, dense, atol=4e-6, rtol=0)
     assert found.dtype == dense.dtype and found.stride() == dense.stride()
     if isinstance(found, CompressedKV):
         assert torch.equal(codes(found), codes(cache)[INDICES[name]])
