@@ -80,7 +80,7 @@ class BlockSide:
     def constants(self, name: str) -> str:
         """The numbers of `fragment` and of this module for this side."""
         blocks, count = self.blocks, self.row_bytes // 4
-        values = {"BLOCKS": blocks, "PIECES": 0, "BREADTH": 64 * blocks, "RUN": self.row_bytes}
+        values = {"BLOCKS": blocks, "PIECES": 0, "BREADTH": self.breadth, "RUN": self.row_bytes}
         values |= {"ROW": power_of_two(count), "COUNT": count, "STEP": 2 ** (8 - self.bits)}
         if name == "VALUE":
             values |= {"PARTS": blocks, "WIDTH": self.width, "DIMS": (BLOCK,) * blocks, "UNIT": (1.0,) * blocks}

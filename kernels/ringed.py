@@ -90,7 +90,7 @@ def keys_in(ring, stage, scales, T: gl.constexpr, SCORES: gl.constexpr, SCALES: 
         words, high = (), ()
         for piece in gl.static_range(KEY_PIECES):
             if KEY_ROW:
-                low = read_keys(rows.slice(0, 4 * KEY_WORDS[0], 2), T, KEY_WORDS[0], 1)[0]
+                low = read_keys(rows.slice(0, 4 * KEY_WORDS[piece], 2), T, KEY_WORDS[piece], 1)[0]
                 top = low
             else:
                 low, top = key_words_along(
@@ -112,7 +112,7 @@ def values_in(ring, stage, scales, T: gl.constexpr, SCORES: gl.constexpr, SCALES
         words, high = (), ()
         for piece in gl.static_range(VALUE_PIECES):
             if VALUE_ROW:
-                low = value_words_of(rows, T, VALUE_WORDS[0], VALUE_SHARED[0])
+                low = value_words_of(rows, T, VALUE_WORDS[piece], VALUE_SHARED[piece])
                 top = low
             else:
                 low, top = value_words_along(

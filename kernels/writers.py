@@ -4,6 +4,7 @@ import torch
 
 from tqcompile import tables
 from tqcompile.codec import Codec, Lookup, Term
+from tqcompile.kernels import tune
 from tqcompile.kernels.address import DEVICE_TYPE, power_of_two
 from tqcompile.layout import PlaneLayout, Section, layout_of
 
@@ -67,7 +68,7 @@ def _sphere_lines(term: Term, layout: PlaneLayout, first: int, name: str, start:
     """
     root = repr(float(layout.count) ** 0.5)
     return [
-        f"    d = tl.arange(0, {max(16, power_of_two(layout.count))})[None, :]",
+        f"    d = tl.arange(0, {tune.extent(layout.count)})[None, :]",
         f"    inside = valid[:, None] & (d < {layout.count})",
         f"    number = tl.load(y[:, None] + {_after(first, 'd')} * y_stride, mask=inside, other=0.0).to(tl.float32)",
         "    peak = maximum_of(tl.abs(number), 1)",
