@@ -46,8 +46,9 @@ def reach(mask: torch.Tensor) -> torch.Tensor:
     # In int64: Inductor 2.11 mixes the widths up where the length is a symbol.
     token = torch.arange(length, device=mask.device)
     some, blind = seen.flatten(1, 2).any(1), ~seen.any(-1).flatten(1).all(-1)
-    # One more column: there is no least number of none, where there are no tokens yet.
-    first = pad(torch.where(some, token, length), (0, 1), value=length).amin(-1).masked_fill(blind, 0)
+    # One more column: there is no least number of none, where there are no tokens yet. Of zeros: PyTorch would take any
+    # other number of padding for a constant, and compile for one length alone.
+    first = (pad(torch.where(some, token - length, 0), (0, 1)).amin(-1) + length).masked_fill(blind, 0)
     stop = pad(torch.where(some, token + 1, 0), (0, 1)).amax(-1).masked_fill(blind, length)
     return torch.stack([first, stop], -1).to(torch.int32)
 

@@ -1,4 +1,7 @@
-"""How often a conversation compiles: a graph for each phase, one for any length, and never again."""
+"""How often a conversation compiles: a graph for each phase, one for any length, and never again.
+
+AOTAutograd is there throughout: what it traces may ask for one length of what Dynamo left open.
+"""
 
 import pytest
 import torch
@@ -32,7 +35,7 @@ def feed(conversation: Conversation, calls) -> None:
 @KINDS
 def test_five_hundred_steps_and_thousands_of_tokens_compile_nothing(kind):
     shape = Shape(batch=1, heads=2, kv_heads=1, layers=1, length=LONG)
-    ours, _ = conversations(kind, shape, CODECS)
+    ours, _ = conversations(kind, shape, CODECS, inner="aot_eager")
     feed(ours, WARM_UP)
     compiled = graphs()
     with torch.compiler.set_stance("fail_on_recompile"):
@@ -43,7 +46,7 @@ def test_five_hundred_steps_and_thousands_of_tokens_compile_nothing(kind):
 
 @KINDS
 def test_a_second_conversation_of_another_length_compiles_nothing(kind):
-    ours, _ = conversations(kind, Shape(layers=1, length=64), CODECS)
+    ours, _ = conversations(kind, Shape(layers=1, length=64), CODECS, inner="aot_eager")
     feed(ours, WARM_UP)
     ours.again()
     feed(ours, (6, 1))
@@ -64,7 +67,7 @@ def test_the_first_calls_compile_as_often_as_those_of_a_dense_model(kind):
     counts = {}
     for backend in ("eager", "turboquant"):
         torch._dynamo.reset()
-        ours, _ = conversations(kind, Shape(layers=1), CODECS)
+        ours, _ = conversations(kind, Shape(layers=1), CODECS, inner="aot_eager")
         if backend == "eager":
             ours.call = torch.compile(ours.model, backend="eager")
         before = graphs()
@@ -76,24 +79,33 @@ def test_the_first_calls_compile_as_often_as_those_of_a_dense_model(kind):
 
 def test_a_cache_that_grows_asks_for_any_length_where_sizes_are_static_otherwise():
     ours, _ = conversations("tuples", Shape(layers=1), CODECS)
-    ours.call = torch.compile(ours.model, backend=tqcompile.turboquant(preset="small", inner="eager"), dynamic=False)
+    ours.call = torch.compile(
+        ours.model, backend=tqcompile.turboquant(preset="small", inner="aot_eager"), dynamic=False
+    )
     feed(ours, (5, 1, 1))
     with torch.compiler.set_stance("fail_on_recompile"):
         feed(ours, [1] * 20)
 
 
+@pytest.mark.parametrize("padded", [False, True], ids=["", "padded"])
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
-def test_a_llama_decodes_for_long_without_compiling(kind):
+def test_a_llama_decodes_for_long_without_compiling(kind, padded):
     model = tiny("llama")
     call = torch.compile(
-        model, backend="turboquant", options={"keys": "turboquant:4", "values": "turboquant:2", "inner": "eager"}
+        model, backend="turboquant", options={"keys": "turboquant:4", "values": "turboquant:2", "inner": "aot_eager"}
     )
     cache = StaticCache(config=model.config, max_cache_len=128) if kind == "static" else new_cache(kind, model)
 
+    seen = torch.zeros(2, 0, dtype=torch.int64)
+
     @torch.no_grad()
     def generate(calls):
+        nonlocal seen
         for tokens in calls:
-            call(torch.randint(0, VOCABULARY, (1, tokens)), past_key_values=cache, use_cache=True)
+            seen = torch.cat([seen, torch.ones(2, tokens, dtype=torch.int64)], 1)
+            seen[0, :2] = 0
+            mask = {"attention_mask": seen} if padded else {}
+            call(torch.randint(0, VOCABULARY, (2, tokens)), past_key_values=cache, use_cache=True, **mask)
 
     generate(WARM_UP)
     compiled = graphs()
@@ -106,8 +118,8 @@ def test_a_llama_decodes_for_long_without_compiling(kind):
 @pytest.mark.parametrize("how", [{"dynamic": True}, {"dynamic": False}, {"mode": "reduce-overhead"}], ids=str)
 @pytest.mark.parametrize("kind", ["tuples", "counter", "slices"])
 def test_how_torch_compile_is_asked_does_not_change_the_numbers(kind, how):
-    ours, twin = conversations(kind, Shape(layers=1), CODECS)
-    backend = tqcompile.turboquant(keys=CODECS[0], values=CODECS[1], inner="eager")
+    ours, twin = conversations(kind, Shape(layers=1), CODECS, inner="aot_eager")
+    backend = tqcompile.turboquant(keys=CODECS[0], values=CODECS[1], inner="aot_eager")
     ours.call = torch.compile(ours.model, backend=backend, **how)
     for at, tokens in enumerate((4, 1, 1, 2, 1)):
         x = torch.randn(2, tokens, EMBED)
@@ -140,7 +152,7 @@ SPECIAL = 9
 @pytest.mark.parametrize("lengths", [[1] * 9, [2, 2, 3, 2, 1], [4, 3, 4]], ids=str)
 def test_the_length_that_a_graph_reads_of_a_past_is_without_the_tokens_that_it_appends(lengths):
     torch.compiler.reset()
-    backend = tqcompile.turboquant(preset="lossless", inner="eager")
+    backend = tqcompile.turboquant(preset="lossless", inner="aot_eager")
     compiled = torch.compile(_scored_by_length, backend=backend, dynamic=True)
     q, tokens = torch.randn(2, 2, 3, 24, 16, generator=torch.Generator().manual_seed(0)).unbind()
     at = SPECIAL - sum(lengths[: len(lengths) // 2])
@@ -165,7 +177,7 @@ def test_a_graph_of_sizes_that_are_all_symbols_is_right(kind, options):
     shape = Shape(length=64)
     ours, eager = Conversation(MODELS[kind](shape)), Conversation(MODELS[kind](shape))
     eager.model.load_state_dict(ours.model.state_dict())
-    backend = tqcompile.turboquant(preset="lossless", inner="eager", **options)
+    backend = tqcompile.turboquant(preset="lossless", inner="aot_eager", **options)
     ours.call = torch.compile(ours.model.requires_grad_(False), backend=backend, dynamic=True)
     for tokens in (5, 1, 1, 3, 4, 1, 8):
         x = torch.randn(shape.batch, tokens, EMBED)

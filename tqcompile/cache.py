@@ -6,6 +6,7 @@ dimensions in the model's order, so that whatever moves whole tokens is done on 
 
 import weakref
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -14,6 +15,7 @@ from tqcompile.buffer import Buffer, Planes
 from tqcompile.centre import Centre, Centring, Rotation
 from tqcompile.codec import Codec
 from tqcompile.encoding import encode_dense
+from tqcompile.guarded import Guarded, guarded
 from tqcompile.readonly import in_parts
 from tqcompile.recent import Recent, Regions, empty
 
@@ -24,8 +26,7 @@ class CompressedKV(torch.Tensor):
     `centre` is what was taken off its tokens, or None. `part_of` are the caches it was taken from, and `family` they
     and all views of them. `copied` says that it should show their memory but its planes could only be copied: a write
     would be lost. `counted` takes what eager code makes of it, for the report. `recent` has some of its tokens as they
-    are, less that centre. `described` is its codec, dtype and device. It has another `stamp` once it keeps other
-    tensors.
+    are, less that centre. It has another `stamp` once it keeps other tensors.
     """
 
     __torch_function__ = torch._C._disabled_torch_function_impl
@@ -58,15 +59,21 @@ class CompressedKV(torch.Tensor):
             self = torch.Tensor._make_wrapper_subclass(cls, shape, strides, dtype=dtype, device=device)
         torch._C._set_throw_on_mutable_data_ptr(self)
         self.__dict__.update(planes=tuple(planes), codec=codec, buffer=buffer, start=start, centre=None, recent=None)
-        # Guards ask for what is described at each call, and a tensor of a Python class is slow to tell it.
-        self.__dict__.update(described=(codec.name, dtype, device), stamp=object())
-        self.__dict__.update(part_of=(), family=[], copied=False, counted=None)
+        self.__dict__.update(part_of=(), family=[], copied=False, counted=None, stamp=object())
+        self._guard(dtype, device)
         return self
 
     def __setattr__(self, name: str, value) -> None:
         super().__setattr__(name, value)
         if name in ("planes", "buffer", "centre", "recent"):
             self.__dict__["stamp"] = object()
+        if name == "centre":
+            self._guard(self.dtype, self.device)
+
+    def _guard(self, dtype: torch.dtype, device: torch.device) -> None:
+        flattened = (["anchor"], guarded(self.codec, dtype, device, self.centre))
+        # Dynamo's guards call this twice for each cache at each call of a graph, where a function of Python is slow.
+        self.__dict__.update(flattened=flattened, __tensor_flatten__=partial(tuple, flattened))
 
     @classmethod
     def encode(cls, dense: torch.Tensor, codec: Codec, centring: Centring | None = None) -> "CompressedKV":
@@ -226,20 +233,15 @@ class CompressedKV(torch.Tensor):
         return False
 
     def __tensor_flatten__(self):
-        # Dynamo sees a dense tensor, guarded by codec and centre; planes as its inner ones would bring their sizes.
-        centre = None if self.centre is None else self.centre.kind
-        return ["anchor"], (*self.described, centre)
-
-    @classmethod
-    def __metadata_guard__(cls, expected, found) -> bool:
-        return expected == found
+        # Dynamo sees a dense tensor: planes as its inner ones would bring their sizes.
+        return self.flattened
 
     @staticmethod
-    def __tensor_unflatten__(inner, context, outer_size, outer_stride):
+    def __tensor_unflatten__(inner, context: Guarded, outer_size, outer_stride):
         mode = torch._guards.detect_fake_mode()
         assert mode is not None, "a compressed cache is only flattened while a compiler traces"
         with mode:
-            return torch.empty_strided(outer_size, outer_stride, dtype=context[1], device=context[2])
+            return torch.empty_strided(outer_size, outer_stride, dtype=context.dtype, device=context.device)
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):

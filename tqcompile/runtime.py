@@ -2,6 +2,8 @@
 
 import gc
 from collections.abc import Callable
+from itertools import chain
+from operator import attrgetter, itemgetter
 
 import torch
 from torch import fx
@@ -28,8 +30,8 @@ class CompiledGraph:
         self.first = any(entry.site.kind == "append" for entry in with_site)
         self.written_back = tuple(entry.index for entry in context.inputs if entry.writes_back)
         self.outputs = tuple(context.outputs)
-        # Caches of the last call that this graph can write into as they are: index, stamp.
-        self.settled: tuple[tuple[int, object], ...] = ()
+        self.settled: Settled | None = None
+        self.arguments = len(original.graph.find_nodes(op="placeholder"))
         self.tokens = {e.index: _token_count(e.tokens, original) for e in context.inputs if e.tokens is not None}
 
     def __call__(self, *args):
@@ -38,7 +40,7 @@ class CompiledGraph:
             # cache would live on beside its successor until Python happens to collect.
             self.first = False
             gc.collect()
-        values = self._settled_values(args)
+        values = None if self.settled is None else self.settled.values(args)
         if values is not None:
             return self._given(self.compiled(*values), args, {})
         if self._begins(args):
@@ -58,23 +60,10 @@ class CompiledGraph:
                 args[index].copy_(caches[index])
         return tuple(self._output(output, args, caches, results) for output in self.outputs)
 
-    def _settled_values(self, args: tuple) -> list | None:
-        """What the compiled graph takes, where each cache is the one of the last call, and keeps the same tensors; None
-        where some is not."""
-        values, start = [], 0
-        for index, stamp in self.settled:
-            held = args[index]
-            if type(held) is not CompressedKV or held.stamp is not stamp:
-                return None
-            values += args[start:index]
-            values += held.planes if held.centre is None and held.recent is None else held.tensors
-            start = index + 1
-        return [*values, *args[start:]] if self.settled else None
-
     def _settle(self, caches: dict) -> None:
         """Remember the caches of this call, where all are written in place: the next one need not look at them."""
         if len(self.in_place) == len(self.inputs) and all(cache.buffer is None for cache in caches.values()):
-            self.settled = tuple((index, cache.stamp) for index, cache in sorted(caches.items()))
+            self.settled = Settled(caches, self.arguments)
 
     def _planes(self, args: tuple, caches: dict) -> list:
         values = []
@@ -158,6 +147,39 @@ class CompiledGraph:
         cache.forget_length()
         self.record.track(output.name, cache)
         return cache
+
+
+_stamp = attrgetter("stamp")
+
+
+class Settled:
+    """Caches of the last call that a graph can write into as they are, by their index among its arguments.
+
+    A model has two for each layer, and each call asks for all: builtins do the work.
+    """
+
+    def __init__(self, caches: dict[int, CompressedKV], arguments: int):
+        held = [caches[index] for index in sorted(caches)]
+        plain = all(len(cache.tensors) == len(cache.planes) for cache in held)
+        self.held, self.stamps = _items(sorted(caches)), list(map(_stamp, held))
+        self.tensors = attrgetter("planes" if plain else "tensors")
+        places = iter(range(arguments, arguments + sum(len(cache.tensors) for cache in held)))
+        taken = {index: [next(places) for _ in caches[index].tensors] for index in sorted(caches)}
+        self.values_of = _items([place for index in range(arguments) for place in taken.get(index, [index])])
+
+    def values(self, args: tuple) -> tuple | None:
+        """What the compiled graph takes, where each cache is the one of the last call, and keeps the same tensors; None
+        where some is not."""
+        held = self.held(args)
+        try:
+            same = list(map(_stamp, held)) == self.stamps
+        except AttributeError:  # a dense one
+            return None
+        return self.values_of((*args, *chain.from_iterable(map(self.tensors, held)))) if same else None
+
+
+def _items(places: list[int]) -> Callable[[tuple], tuple]:
+    return itemgetter(*places) if len(places) > 1 else lambda values: tuple(values[place] for place in places)
 
 
 def _shown(part: torch.Tensor, held: torch.Tensor, decoded: torch.Tensor | None) -> torch.Tensor:
