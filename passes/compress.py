@@ -260,7 +260,7 @@ class _Rewriter(Masker):
         if regions is not None:
             made += self.first_and_last(original, self.left.get(original, original), regions)
         what = len(made), site.codec, int(value.shape[-1]), value.dtype, name_of(original)
-        parts = {"centring": self.context.centres.get(site.root), "regions": regions}
+        parts = {"centring": self.context.centres.get(site.root), "regions": regions, "tokens": site.tokens}
         self.context.outputs.append(Output("planes", len(values), *what, **parts))
         values.extend(made)
         self.changed += 1

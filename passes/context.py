@@ -58,7 +58,7 @@ class Output:
     `of` is. `argument`: argument `index`, as it is. `appended`: of the cache that
     grew out of argument `index`, the tokens `run` along a dimension. `planes`: a new cache of the values
     `index .. index + count`: its planes, the vectors of its centre where it has a `centring`, and two of what is kept
-    of `regions`, where there are such.
+    of `regions`, where there are such; the next graph is to leave open how many `tokens` it has along that dimension.
     """
 
     kind: str
@@ -71,6 +71,7 @@ class Output:
     run: tuple[int, slice] | None = None
     centring: Centring | None = None
     regions: Regions | None = None
+    tokens: int | None = None
     of: int = -1
 
 

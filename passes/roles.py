@@ -96,6 +96,16 @@ def along_tokens(survey: Survey, root: fx.Node) -> bool:
     return True
 
 
+def tokens_of(survey: Survey, root: fx.Node) -> int | None:
+    """The dimension that every read of a tensor takes for its tokens, where nothing writes into it."""
+    if any(view.root is root for view in survey.writes.values()):
+        return None
+    read = [places_of(view, turned) if view.base is root else None for _, view, turned in _sides(survey, root)]
+    along = {places and places.tokens for places in read}
+    tokens = along.pop() if len(along) == 1 else None
+    return tokens[0] if tokens and len(tokens) == 1 else None
+
+
 def paged(survey: Survey, root: fx.Node) -> bool:
     """Whether attention reads two dimensions of a tensor as its tokens."""
     read = [places_of(view, turned) for _, view, turned in _sides(survey, root)]

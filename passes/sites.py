@@ -21,7 +21,17 @@ from tqcompile.passes.overlooked import overlooked, read_only
 from tqcompile.passes.places import operands_of
 from tqcompile.passes.records import Append, Read
 from tqcompile.passes.refusals import FLOATS, Refusal, foreign_cache, refuse, unknown_cache, wrapped
-from tqcompile.passes.roles import along_tokens, codec_of, paged, real, role_behind, role_beside, role_of, unfit
+from tqcompile.passes.roles import (
+    along_tokens,
+    codec_of,
+    paged,
+    real,
+    role_behind,
+    role_beside,
+    role_of,
+    tokens_of,
+    unfit,
+)
 from tqcompile.passes.survey import STATE, TURNED, Survey
 from tqcompile.passes.views import View, written_value
 
@@ -40,6 +50,8 @@ class Site:
     role: str
     codec: Codec
     append: Append | None
+    # The dimension of a new cache's tokens, where all of them were made here.
+    tokens: int | None = None
 
 
 def sites(gm: fx.GraphModule, context) -> int:
@@ -186,7 +198,8 @@ def _decide_created(survey: Survey, made: list[fx.Node], context) -> tuple[list[
         reason = _obstacle(root, role, False, None, context) or _repeats(root, context.survey)
         reason = "it is returned beside a part of it" if root in parts else reason
         if reason is None:
-            found.append(Site(root, "create", role, codec_of(root, role, context), None))
+            tokens = tokens_of(survey, root) if root is _whole(root) else None
+            found.append(Site(root, "create", role, codec_of(root, role, context), None, tokens))
         else:
             refused.append(refuse(root, reason))
     return found, refused

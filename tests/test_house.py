@@ -37,7 +37,8 @@ ROOM = {module: room for room in FLOOR for module in room.split("+")}
 COMPILERS = ("torch._dynamo", "torch._inductor", "torch._functorch", "functorch")
 # A hint about a tensor's sizes, and the folder that all generated code goes to.
 ALLOWED = {
-    "cache": ("torch._dynamo.maybe_mark_dynamic",),
+    "buffer": ("torch._dynamo.maybe_mark_dynamic",),
+    "runtime": ("torch._dynamo.maybe_mark_dynamic",),
     "kernels.emit": ("torch._inductor.runtime.cache_dir_utils",),
 }
 

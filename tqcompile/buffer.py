@@ -21,9 +21,11 @@ class Buffer:
         self.capacity = length + room + max(32, length // 16)
         self.seq_dim = seq_dim
         self.used = length
+        self._marks: dict[str, object] = {}
         self._holders: list[weakref.ref] = []
         with torch.inference_mode(False):
             self.storage = tuple(self._allocate(plane) for plane in planes)
+        self._runs = [(plane, *_run_of(plane, seq_dim, length), plane.stride(0)) for plane in self.storage]
         for target, plane in zip(self.view(0, length), planes):
             target.copy_(plane)
 
@@ -33,7 +35,11 @@ class Buffer:
 
     def view(self, start: int, stop: int) -> Planes:
         """Tokens start..stop, in the cache's own order of dimensions."""
-        return tuple(_sequence_view(plane, self.seq_dim, start, stop) for plane in self.storage)
+        views = []
+        for plane, size, stride, step in self._runs:
+            size[self.seq_dim] = stop - start
+            views.append(plane.as_strided(size, stride, start * step))
+        return tuple(views)
 
     def fits(self, used: int, tokens: int, seq_dim: int) -> bool:
         """Whether so many `tokens` along `seq_dim` have room behind the first `used`, which are all that it holds."""
@@ -47,6 +53,15 @@ class Buffer:
     def shared(self) -> bool:
         """Whether more than one cache that is still alive was made of this storage."""
         return sum(holder() is not None for holder in self._holders) > 1
+
+    def forget_length(self, cache: torch.Tensor) -> None:
+        """Ask Dynamo to compile the next step for any length of a cache that shows tokens of this storage."""
+        if not self._marks:
+            before = set(vars(cache))
+            torch._dynamo.maybe_mark_dynamic(cache, self.seq_dim)
+            self._marks = {name: vars(cache)[name] for name in set(vars(cache)) - before}
+        # Marking is slow, and every step has caches of its own.
+        vars(cache).update(self._marks)
 
     def place(self, plane: torch.Tensor) -> int:
         """The first token of a view of the first plane, or -1 where it is no whole run of tokens."""
@@ -64,7 +79,3 @@ def _run_of(storage: torch.Tensor, seq_dim: int, tokens: int) -> tuple[list[int]
     size.insert(seq_dim, tokens)
     stride.insert(seq_dim, storage.stride(0))
     return size, stride
-
-
-def _sequence_view(storage: torch.Tensor, seq_dim: int, start: int, stop: int) -> torch.Tensor:
-    return storage.as_strided(*_run_of(storage, seq_dim, stop - start), start * storage.stride(0))

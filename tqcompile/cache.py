@@ -6,7 +6,7 @@ dimensions in the model's order, so that whatever moves whole tokens is done on 
 
 import weakref
 from collections.abc import Callable
-from functools import partial
+from contextlib import nullcontext
 
 import torch
 
@@ -15,7 +15,7 @@ from tqcompile.buffer import Buffer, Planes
 from tqcompile.centre import Centre, Centring, Rotation
 from tqcompile.codec import Codec
 from tqcompile.encoding import encode_dense
-from tqcompile.guarded import Guarded, guarded
+from tqcompile.guarded import Guarded, flattener
 from tqcompile.readonly import in_parts
 from tqcompile.recent import Recent, Regions, empty
 
@@ -55,7 +55,7 @@ class CompressedKV(torch.Tensor):
         strides: tuple[int, ...] | None = None,
     ) -> "CompressedKV":
         shape, device = (*planes[0].shape[:-1], head_dim), planes[0].device
-        with torch.inference_mode(False):
+        with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
             self = torch.Tensor._make_wrapper_subclass(cls, shape, strides, dtype=dtype, device=device)
         torch._C._set_throw_on_mutable_data_ptr(self)
         self.__dict__.update(planes=tuple(planes), codec=codec, buffer=buffer, start=start, centre=None, recent=None)
@@ -64,16 +64,17 @@ class CompressedKV(torch.Tensor):
         return self
 
     def __setattr__(self, name: str, value) -> None:
-        super().__setattr__(name, value)
+        if name not in self.__dict__:
+            return super().__setattr__(name, value)
+        self.__dict__[name] = value
         if name in ("planes", "buffer", "centre", "recent"):
             self.__dict__["stamp"] = object()
         if name == "centre":
             self._guard(self.dtype, self.device)
 
     def _guard(self, dtype: torch.dtype, device: torch.device) -> None:
-        flattened = (["anchor"], guarded(self.codec, dtype, device, self.centre))
-        # Dynamo's guards call this twice for each cache at each call of a graph, where a function of Python is slow.
-        self.__dict__.update(flattened=flattened, __tensor_flatten__=partial(tuple, flattened))
+        kind = None if self.centre is None else self.centre.kind
+        self.__dict__["__tensor_flatten__"] = flattener(self.codec.name, dtype, device, kind)
 
     @classmethod
     def encode(cls, dense: torch.Tensor, codec: Codec, centring: Centring | None = None) -> "CompressedKV":
@@ -105,7 +106,8 @@ class CompressedKV(torch.Tensor):
 
     def centred(self, centre: Centre | None) -> "CompressedKV":
         """This cache, as one whose tokens `centre` was taken off."""
-        self.centre = centre
+        if centre is not self.centre:
+            self.centre = centre
         return self
 
     @property
@@ -218,11 +220,6 @@ class CompressedKV(torch.Tensor):
         self.buffer, self.start = None, 0
         return None
 
-    def forget_length(self) -> None:
-        """Ask Dynamo to compile the next step for any length, where this cache grows."""
-        if self.buffer is not None:
-            torch._dynamo.maybe_mark_dynamic(self, self.buffer.seq_dim)
-
     @property
     def nbytes(self) -> int:
         """Bytes of live storage behind this cache, spare capacity included."""
@@ -233,8 +230,7 @@ class CompressedKV(torch.Tensor):
         return False
 
     def __tensor_flatten__(self):
-        # Dynamo sees a dense tensor: planes as its inner ones would bring their sizes.
-        return self.flattened
+        return self.__dict__["__tensor_flatten__"]()
 
     @staticmethod
     def __tensor_unflatten__(inner, context: Guarded, outer_size, outer_stride):

@@ -1,12 +1,10 @@
 """What Dynamo guards of a compressed cache, beside its shape."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 
 import torch
-
-from tqcompile.centre import Centre
-from tqcompile.codec import Codec
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,9 +23,10 @@ class Guarded:
         return self
 
 
-_interned = cache(Guarded)
+@cache
+def flattener(codec: str, dtype: torch.dtype, device: torch.device, centre: object) -> Callable[[], tuple]:
+    """`__tensor_flatten__` of such caches, which guards call twice for each at each call of a graph: no Python there.
 
-
-def guarded(codec: Codec, dtype: torch.dtype, device: torch.device, centre: Centre | None) -> Guarded:
-    """That of a cache of `codec` and `dtype` on `device`, whose tokens `centre` was taken off."""
-    return _interned(codec.name, dtype, device, None if centre is None else centre.kind)
+    Dynamo sees a dense tensor: planes as its inner ones would bring their sizes.
+    """
+    return partial(tuple, (["anchor"], Guarded(codec, dtype, device, centre)))

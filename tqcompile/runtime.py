@@ -24,7 +24,7 @@ class CompiledGraph:
 
     def __init__(self, original: fx.GraphModule, compiled: Callable, context: Context, record: Graph):
         self.original, self.compiled, self.record = original, compiled, record
-        self.inputs = {entry.index: entry for entry in context.inputs}
+        self.inputs = {entry.index: entry for entry in sorted(context.inputs, key=lambda entry: entry.index)}
         with_site = [entry for entry in context.inputs if entry.site is not None]
         self.in_place = tuple(entry for entry in with_site if entry.site.kind == "in_place")
         self.first = any(entry.site.kind == "append" for entry in with_site)
@@ -66,15 +66,15 @@ class CompiledGraph:
             self.settled = Settled(caches, self.arguments)
 
     def _planes(self, args: tuple, caches: dict) -> list:
-        values = []
-        for index, argument in enumerate(args):
-            cache = caches.get(index)
+        values, start = [], 0
+        for index, cache in caches.items():
+            values += args[start:index]
+            start = index + 1
             if isinstance(cache, CompressedKV):
-                values.extend(cache.parts)
-                values.extend(cache.recent.tensors if self.inputs[index].regions is not None else ())
+                values += cache.parts if self.inputs[index].regions is None else cache.tensors
             else:
-                values.append(argument if cache is None else cache)
-        return values
+                values.append(cache)
+        return [*values, *args[start:]]
 
     def _begins(self, args: tuple) -> bool:
         """Whether this call writes the first tokens of a cache whose keys are to be less the mean of those.
@@ -144,7 +144,10 @@ class CompiledGraph:
             cache = caches[output.index].kept(*output.run)
         else:
             cache = _made(results[output.index : output.index + output.count], output)
-        cache.forget_length()
+        if cache.buffer is not None:
+            cache.buffer.forget_length(cache)
+        elif output.tokens is not None:
+            torch._dynamo.maybe_mark_dynamic(cache, output.tokens)
         self.record.track(output.name, cache)
         return cache
 
