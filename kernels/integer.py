@@ -17,6 +17,7 @@ from tqcompile.kernels import (
     emit,
     fragment,
     operands,
+    placement,
     ptx,
     query,
     ring,
@@ -193,55 +194,7 @@ def serves(q: torch.Tensor, codes: Sequence[torch.Tensor]) -> bool:
     if tune.capability_of(q.device) < CAPABILITY:
         return False
     rows = q.shape[1] // max(1, codes[0].shape[1]) * q.shape[2]
-    return rows <= tune.MOST_ROWS and all(map(_in_words, codes))
-
-
-def _in_words(plane: torch.Tensor) -> bool:
-    """Whether every token of a plane starts at a whole word."""
-    strides = [stride for stride, size in zip(plane.stride()[:3], plane.shape) if size > 1]
-    return plane.data_ptr() % 4 == 0 and not any(stride % 4 for stride in strides)
-
-
-def in_ring(sides: Sides, codes: Sequence[torch.Tensor], scales: Sequence[torch.Tensor], device: torch.device) -> bool:
-    """Whether tiles of such planes come through shared memory: copies move whole sectors of codes, the rings of a
-    multiprocessor fit, and, as far as Triton sees, rows that are copied together lie without a gap and scalars two in a
-    word, save those of blocks, which are not copied; or tokens of all heads are one row of them."""
-    rows = all(_in_line(plane, side.row_bytes) for side, plane in zip(sides, codes) if side.in_line)
-    paired = in_blocks(sides) or all(_in_line(scale, scale.shape[3]) for scale in scales)
-    lie = (rows and paired) or in_one_row(sides, codes, scales)
-    return in_sectors(sides) and lie and _ring_tokens(sides, device) > 0
-
-
-def in_one_row(sides: Sides, codes: Sequence[torch.Tensor], scales: Sequence[torch.Tensor]) -> bool:
-    """Whether the tokens of all heads lie one behind the other, in all planes alike, and those of a head begin at no
-    multiple of 16: tiles do then, as if there were one head."""
-    if in_blocks(sides) or any(scale.shape[3] > 1 for scale in scales):
-        return False
-    if not any(stride % 16 for stride in scales[0].stride()[:2]):
-        return False
-    if scales[0].numel() % 4:
-        # Copies of whole words, up to four, would end behind the last token.
-        return False
-    places = (*scales[0].stride()[:2], 1)
-    widths = ((scales, (1, 1)), (codes, [side.row_bytes for side in sides]))
-    return all(
-        plane.stride()[:3] == tuple(place * width for place in places) and plane.data_ptr() % 16 == 0
-        for planes, each in widths
-        for plane, width in zip(planes, each)
-    )
-
-
-def _ring_tokens(sides: Sides, device: torch.device) -> int:
-    return tune.ring_tokens(*(side.row_bytes for side in sides), _pieces(sides), device)
-
-
-def _pieces(sides: Sides) -> int:
-    return max(1, *(len(side.pieces) for side in sides))
-
-
-def _in_line(plane: torch.Tensor, width: int) -> bool:
-    """Whether the tokens of a plane, of `width` numbers each, lie one behind the other from a multiple of 16 on."""
-    return plane.stride(2) == width and plane.data_ptr() % 16 == 0 and not any(s % 16 for s in plane.stride()[:2])
+    return rows <= tune.MOST_ROWS and all(map(placement.in_words, codes))
 
 
 def choice_of(
@@ -251,9 +204,11 @@ def choice_of(
     kernel is that of two sides, over a ring or not."""
     sides, through = kernel
     head_dim, breadth = (max(getattr(side, name) for side in sides) for name in ("head_dim", "breadth"))
-    tokens = _ring_tokens(sides, device) if through else 0
+    tokens = placement.ring_tokens(sides, device) if through else 0
     bits, row_bytes = max(side.bits for side in sides), sum(side.row_bytes for side in sides)
-    setting = tune.integer_setting(rows, head_dim, breadth, sides[1].crowded, tokens, bits, _pieces(sides))
+    setting = tune.integer_setting(
+        rows, head_dim, breadth, sides[1].crowded, tokens, bits, placement.most_pieces(sides)
+    )
     if through:
         setting = tune.with_small_tiles(setting, row_bytes, rows, heads, length, device)
     return tuned.key_of(source(*sides, Reader()) + KERNEL[through], rows, heads, length, device), setting
@@ -275,8 +230,8 @@ def launch(
     batch, query_heads, queries, _ = q.shape
     kv_heads, length = key_codes.shape[1], key_codes.shape[2]
     groups = query_heads // kv_heads
-    through = in_ring(sides, (key_codes, value_codes), (key_scale, value_scale), q.device)
-    shifted = through and in_one_row(sides, (key_codes, value_codes), (key_scale, value_scale))
+    codes, scales = (key_codes, value_codes), (key_scale, value_scale)
+    through, shifted = placement.way(codecs, head_dims, *map(placement.laid, (codes, scales)), q.device)
     plan = plan_of((sides, through), groups * queries, batch * kv_heads, length, q.device)
     left = parts(sides[1].width, plan.splits)
     part, strides = mask if mask is not None else (q, (0, 0, 0, 0))

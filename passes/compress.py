@@ -50,7 +50,7 @@ class _Rewriter(Masker):
             if node in self.sites:
                 self._open(index, node)
             elif node in self.context.decoded_inputs:
-                self.context.inputs.append(CacheInput(index, None, name_of(node), (), writes_back=node in written))
+                self.context.inputs.append(CacheInput(index, None, name_of(node), writes_back=node in written))
         for node in list(self.graph.nodes):
             if node.op in ("call_function", "call_method"):
                 with self.graph.inserting_before(node):
@@ -89,7 +89,7 @@ class _Rewriter(Masker):
         site = self.sites[root]
         value = tensor_of(site.append.node if site.append else root)
         layout = layout_of(site.codec, int(value.shape[-1]), value.dtype, value.device.type)
-        nodes, strides = [], []
+        nodes = []
         with self.graph.inserting_before(root):
             for store in layout.stores:
                 node = self.graph.placeholder(f"{root.name}_{store.name}")
@@ -98,14 +98,13 @@ class _Rewriter(Masker):
                 fake = value.new_empty_strided(shape, stride, dtype=store.dtype)
                 node.meta = {"example_value": fake, "tensor_dict": dict(root.meta.get("tensor_dict", {}))}
                 nodes.append(node)
-                strides.append(tuple(fake.stride()))
             centring = self.context.centres.get(root)
             if centring is not None:
                 self.vectors[root] = self._open_vectors(root, value, centring)
         tokens = tensor_of(site.append.tokens).shape[site.append.dim] if site.append else None
         regions = self.open_regions(root, value)
         what = {"centring": centring, "regions": regions}
-        self.context.inputs.append(CacheInput(index, site, name_of(root), tuple(strides), tokens, **what))
+        self.context.inputs.append(CacheInput(index, site, name_of(root), tokens, **what))
         self.planes[root] = tuple(nodes)
 
     def _open_vectors(self, root: fx.Node, value: torch.Tensor, centring: Centring) -> fx.Node:
@@ -260,7 +259,7 @@ class _Rewriter(Masker):
         if regions is not None:
             made += self.first_and_last(original, self.left.get(original, original), regions)
         what = len(made), site.codec, int(value.shape[-1]), value.dtype, name_of(original)
-        parts = {"centring": self.context.centres.get(site.root), "regions": regions, "tokens": site.tokens}
+        parts = {"centring": self.context.centres.get(site.root), "regions": regions, "token_dim": site.token_dim}
         self.context.outputs.append(Output("planes", len(values), *what, **parts))
         values.extend(made)
         self.changed += 1

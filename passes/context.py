@@ -43,7 +43,6 @@ class CacheInput:
     index: int
     site: Site | None
     name: str
-    strides: tuple[tuple, ...]
     tokens: object = None
     writes_back: bool = False
     centring: Centring | None = None
@@ -58,7 +57,7 @@ class Output:
     `of` is. `argument`: argument `index`, as it is. `appended`: of the cache that
     grew out of argument `index`, the tokens `run` along a dimension. `planes`: a new cache of the values
     `index .. index + count`: its planes, the vectors of its centre where it has a `centring`, and two of what is kept
-    of `regions`, where there are such; the next graph is to leave open how many `tokens` it has along that dimension.
+    of `regions`, where there are such. The next graph is to leave its size along `token_dim` open.
     """
 
     kind: str
@@ -71,7 +70,7 @@ class Output:
     run: tuple[int, slice] | None = None
     centring: Centring | None = None
     regions: Regions | None = None
-    tokens: int | None = None
+    token_dim: int | None = None
     of: int = -1
 
 

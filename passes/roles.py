@@ -96,7 +96,7 @@ def along_tokens(survey: Survey, root: fx.Node) -> bool:
     return True
 
 
-def tokens_of(survey: Survey, root: fx.Node) -> int | None:
+def token_dim_of(survey: Survey, root: fx.Node) -> int | None:
     """The dimension that every read of a tensor takes for its tokens, where nothing writes into it."""
     if any(view.root is root for view in survey.writes.values()):
         return None

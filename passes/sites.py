@@ -29,7 +29,7 @@ from tqcompile.passes.roles import (
     role_behind,
     role_beside,
     role_of,
-    tokens_of,
+    token_dim_of,
     unfit,
 )
 from tqcompile.passes.survey import STATE, TURNED, Survey
@@ -50,8 +50,8 @@ class Site:
     role: str
     codec: Codec
     append: Append | None
-    # The dimension of a new cache's tokens, where all of them were made here.
-    tokens: int | None = None
+    # Of a cache that is created, where all reads agree on it, nothing writes into it, and the whole of it is kept.
+    token_dim: int | None = None
 
 
 def sites(gm: fx.GraphModule, context) -> int:
@@ -198,8 +198,8 @@ def _decide_created(survey: Survey, made: list[fx.Node], context) -> tuple[list[
         reason = _obstacle(root, role, False, None, context) or _repeats(root, context.survey)
         reason = "it is returned beside a part of it" if root in parts else reason
         if reason is None:
-            tokens = tokens_of(survey, root) if root is _whole(root) else None
-            found.append(Site(root, "create", role, codec_of(root, role, context), None, tokens))
+            dim = token_dim_of(survey, root) if root is _whole(root) else None
+            found.append(Site(root, "create", role, codec_of(root, role, context), None, dim))
         else:
             refused.append(refuse(root, reason))
     return found, refused

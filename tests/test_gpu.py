@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from checkpoints import VOCABULARY, new_cache, tensors, tiny
 from conversations import conversations, fake_quantised
 from models import EMBED, MODELS, Shape
 from representatives import OF_DENSE, REPRESENTATIVES
@@ -63,6 +64,22 @@ def test_half_precision_differs_by_its_own_rounding(reader, dtype, tolerance):
     worst, ours = talk("counter", shape, ("turboquant:4", "turboquant:3"), [5, 1, 1, 3, 1], inner="inductor")
     assert worst < tolerance
     assert_compressed(ours, ("turboquant:4", "turboquant:3"))
+
+
+@torch.no_grad()
+def test_a_growing_cache_under_a_padding_mask_compiles_a_prefill_and_a_step():
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    model = tiny()
+    call, cache = torch.compile(model, backend="turboquant"), new_cache("dynamic", model)
+    seen = torch.ones(2, 0, dtype=torch.int64)
+    for tokens in (9, *[1] * 12):
+        seen = torch.cat([seen, torch.ones(2, tokens, dtype=torch.int64)], 1)
+        seen[0, :2] = 0
+        call(torch.randint(0, VOCABULARY, (2, tokens)), attention_mask=seen, past_key_values=cache, use_cache=True)
+    # The lengths of a mask are learnt from two of them.
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 3
+    assert all(isinstance(tensor, CompressedKV) and tensor.is_cuda for tensor in tensors(cache))
 
 
 @pytest.mark.parametrize("kind", ["buffers", "counter"])

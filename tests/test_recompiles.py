@@ -78,6 +78,30 @@ def test_the_first_calls_compile_as_often_as_those_of_a_dense_model(kind):
     assert counts == {"eager": 3 + (kind == "tuples"), "turboquant": 3}
 
 
+def _made_then_written(x, state, position):
+    q = x.unflatten(-1, (2, 32)).transpose(1, 2)
+    if state is None:
+        keys, values = 3 * q, 2 * q
+    else:
+        keys, values = state
+        keys.index_copy_(2, position, 3 * q), values.index_copy_(2, position, 2 * q)
+    return torch.nn.functional.scaled_dot_product_attention(q, keys, values), (keys, values)
+
+
+@torch.no_grad()
+def test_caches_of_other_lengths_are_written_where_they_lie():
+    torch.compiler.reset()
+    compiled = torch.compile(_made_then_written, backend=tqcompile.turboquant(preset="quality", inner="aot_eager"))
+    for length in (5, 9, 7, 12):
+        x = torch.randn(1, length, 64)
+        _, state = compiled(x, None, None)
+        shown, planes = [cache[:, :, :3] for cache in state], [cache.planes for cache in state]
+        _, state = compiled(x[:, :1], state, torch.tensor([2]))
+        assert all(cache.planes is held for cache, held in zip(state, planes))
+        assert all(torch.equal(part, cache.decode()[:, :, :3]) for part, cache in zip(shown, state))
+    assert not any(graph.events for graph in tqcompile.report().graphs)
+
+
 def test_a_cache_that_grows_asks_for_any_length_where_sizes_are_static_otherwise():
     ours, _ = conversations("tuples", Shape(layers=1), CODECS)
     ours.call = torch.compile(

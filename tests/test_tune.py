@@ -9,7 +9,7 @@ from tqcompile.bench import compressed, tune
 from tqcompile.bench.check import WrongResult
 from tqcompile.bench.clock import Sample
 from tqcompile.coding import split
-from tqcompile.kernels import emit, integer, tuned
+from tqcompile.kernels import emit, integer, placement, tuned
 from tqcompile.kernels import tune as settings
 from tqcompile.layout import layout_of
 
@@ -64,7 +64,7 @@ def test_what_is_kept_is_what_a_launch_over_such_planes_asks_for(timed, monkeypa
     codec, device = formats.codec("turboquant:4"), torch.device("cpu")
     codes, scale = split(codec, layout_of(codec, 64, torch.bfloat16, "cpu").allocate((2, 2, context), device))
     sides = integer.sides_of((codec, codec), (64, 64))
-    kernel = sides, integer.in_ring(sides, (codes,) * 2, (scale,) * 2, device)
+    kernel = sides, placement.in_ring(sides, (codes,) * 2, (scale,) * 2, device)
     assert kernel[1] == room
     assert integer.choice_of(kernel, 4, 4, context, device)[0].path.exists()
 

@@ -1,6 +1,7 @@
 """The storage that a functional cache grows in: an append writes behind the last token instead of copying them all."""
 
 import weakref
+from copy import copy
 
 import torch
 
@@ -37,7 +38,7 @@ class Buffer:
         """Tokens start..stop, in the cache's own order of dimensions."""
         views = []
         for plane, size, stride, step in self._runs:
-            size[self.seq_dim] = stop - start
+            size = (*size[: self.seq_dim], stop - start, *size[self.seq_dim + 1 :])
             views.append(plane.as_strided(size, stride, start * step))
         return tuple(views)
 
@@ -57,11 +58,11 @@ class Buffer:
     def forget_length(self, cache: torch.Tensor) -> None:
         """Ask Dynamo to compile the next step for any length of a cache that shows tokens of this storage."""
         if not self._marks:
+            # Every step has a cache of its own, and marking is slow: what it leaves is the same for all.
             before = set(vars(cache))
             torch._dynamo.maybe_mark_dynamic(cache, self.seq_dim)
             self._marks = {name: vars(cache)[name] for name in set(vars(cache)) - before}
-        # Marking is slow, and every step has caches of its own.
-        vars(cache).update(self._marks)
+        vars(cache).update({name: copy(mark) for name, mark in self._marks.items()})
 
     def place(self, plane: torch.Tensor) -> int:
         """The first token of a view of the first plane, or -1 where it is no whole run of tokens."""

@@ -205,10 +205,10 @@ class CompressedKV(torch.Tensor):
             if other().recent is not self.recent:
                 other().recent = None
 
-    def own(self, strides: tuple[tuple[int, ...], ...]) -> str | None:
-        """Make the planes this cache's alone, and of these strides, before a graph writes there, or say why not."""
+    def own(self) -> str | None:
+        """Make the planes this cache's alone, and contiguous, before a graph writes there, or say why not."""
         alone = self.buffer is None or not self.buffer.shared
-        if alone and not self.copied and all(p.stride() == stride for p, stride in zip(self.planes, strides)):
+        if alone and not self.copied and all(plane.is_contiguous() for plane in self.planes):
             return None
         if self.is_part:
             return "it is a view of another compressed cache, whose planes lie otherwise"

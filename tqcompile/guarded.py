@@ -19,8 +19,16 @@ class Guarded:
     device: torch.device
     centre: object
 
-    def __deepcopy__(self, memo) -> "Guarded":
-        return self
+    def __reduce__(self):
+        return guarded, (self.codec, self.dtype, self.device, self.centre)
+
+
+_one_each: dict[tuple, Guarded] = {}
+
+
+def guarded(*what) -> Guarded:
+    """The one of these fields."""
+    return _one_each.setdefault(what, Guarded(*what))
 
 
 @cache
@@ -29,4 +37,4 @@ def flattener(codec: str, dtype: torch.dtype, device: torch.device, centre: obje
 
     Dynamo sees a dense tensor: planes as its inner ones would bring their sizes.
     """
-    return partial(tuple, (["anchor"], Guarded(codec, dtype, device, centre)))
+    return partial(tuple, (["anchor"], guarded(codec, dtype, device, centre)))

@@ -2,7 +2,7 @@
 
 import gc
 from collections.abc import Callable
-from itertools import chain
+from itertools import chain, count
 from operator import attrgetter, itemgetter
 
 import torch
@@ -62,7 +62,11 @@ class CompiledGraph:
 
     def _settle(self, caches: dict) -> None:
         """Remember the caches of this call, where all are written in place: the next one need not look at them."""
-        if len(self.in_place) == len(self.inputs) and all(cache.buffer is None for cache in caches.values()):
+        if (
+            self.in_place
+            and len(self.in_place) == len(self.inputs)
+            and all(cache.buffer is None for cache in caches.values())
+        ):
             self.settled = Settled(caches, self.arguments)
 
     def _planes(self, args: tuple, caches: dict) -> list:
@@ -71,7 +75,8 @@ class CompiledGraph:
             values += args[start:index]
             start = index + 1
             if isinstance(cache, CompressedKV):
-                values += cache.parts if self.inputs[index].regions is None else cache.tensors
+                values += cache.parts
+                values += cache.recent.tensors if self.inputs[index].regions is not None else ()
             else:
                 values.append(cache)
         return [*values, *args[start:]]
@@ -104,7 +109,7 @@ class CompiledGraph:
                 reason = adopt(held, entry.site.codec, entry.centring)
                 if reason is None:
                     held.recent = kept and kept.less(held.centre)
-            reason = held.own(entry.strides) if reason is None else reason
+            reason = held.own() if reason is None else reason
             if reason is not None:
                 self.record.events[entry.name] = reason
                 complete = False
@@ -146,8 +151,8 @@ class CompiledGraph:
             cache = _made(results[output.index : output.index + output.count], output)
         if cache.buffer is not None:
             cache.buffer.forget_length(cache)
-        elif output.tokens is not None:
-            torch._dynamo.maybe_mark_dynamic(cache, output.tokens)
+        elif output.token_dim is not None:
+            torch._dynamo.maybe_mark_dynamic(cache, output.token_dim)
         self.record.track(output.name, cache)
         return cache
 
@@ -162,12 +167,11 @@ class Settled:
     """
 
     def __init__(self, caches: dict[int, CompressedKV], arguments: int):
-        held = [caches[index] for index in sorted(caches)]
-        plain = all(len(cache.tensors) == len(cache.planes) for cache in held)
-        self.held, self.stamps = _items(sorted(caches)), list(map(_stamp, held))
+        plain = all(len(cache.tensors) == len(cache.planes) for cache in caches.values())
+        self.held, self.stamps = _items(list(caches)), list(map(_stamp, caches.values()))
         self.tensors = attrgetter("planes" if plain else "tensors")
-        places = iter(range(arguments, arguments + sum(len(cache.tensors) for cache in held)))
-        taken = {index: [next(places) for _ in caches[index].tensors] for index in sorted(caches)}
+        behind = count(arguments)
+        taken = {index: [next(behind) for _ in cache.tensors] for index, cache in caches.items()}
         self.values_of = _items([place for index in range(arguments) for place in taken.get(index, [index])])
 
     def values(self, args: tuple) -> tuple | None:

@@ -11,7 +11,7 @@ from triton.experimental.gluon import language as gl
 
 from tqcompile import formats, reference
 from tqcompile.coding import split
-from tqcompile.kernels import attend, integer, sides, stretch, tune, tuned
+from tqcompile.kernels import attend, integer, placement, sides, stretch, tune, tuned
 
 NAMES = ["q8_0", *(f"turboquant:{bits}" for bits in (2, 3, 4, 5))]
 PAIRS = [(name, name) for name in NAMES] + [("q8_0", "turboquant:3"), ("turboquant:5", "q8_0")]
@@ -103,7 +103,7 @@ def test_rows_of_two_runs_are_read_where_they_lie_in_a_stretch(gathers, names, d
     planes = [compressed(formats.codec(name), torch.randn(2, 2, length, dim)) for name, dim in zip(names, dims)]
     codes, scales = zip(*(split(formats.codec(name), plane) for name, plane in zip(names, planes)))
     sides = integer.sides_of(tuple(map(formats.codec, names)), dims)
-    assert integer.in_ring(sides, codes, scales, torch.device("cpu"))
+    assert placement.in_ring(sides, codes, scales, torch.device("cpu"))
     attends_like_the_reference(torch.randn(2, 8, 1, dims[0]), *planes, None, False, names, dims)
 
 
@@ -126,7 +126,7 @@ def test_pieces_are_read_where_they_lie_in_a_stretch(gathers, name, dim, monkeyp
     monkeypatch.setattr(sides, "in_stretches", sides.in_stretches.__wrapped__)
     planes = [compressed(codec, torch.randn(2, 2, 208, codec.coordinates(dim))) for _ in range(2)]
     codes, scales = zip(*(split(codec, plane) for plane in planes))
-    ring = integer.in_ring(integer.sides_of((codec, codec), (dim, dim)), codes, scales, torch.device("cpu"))
+    ring = placement.in_ring(integer.sides_of((codec, codec), (dim, dim)), codes, scales, torch.device("cpu"))
     # Triton 3.6 looks at rows whose gaps are powers of two.
     assert ring == (gathers or (name, dim) not in GATHERED)
     attends_like_the_reference(
@@ -160,7 +160,7 @@ def test_heads_begin_anywhere_in_a_row_of_tokens(names, kind, length, splits, mo
         x[0, 1, -15:] = float("nan")
     planes = [compressed(codec, x) for codec, x in zip(codecs, dense)]
     codes, scales = zip(*(split(codec, plane) for codec, plane in zip(codecs, planes)))
-    assert integer.in_one_row(integer.sides_of(tuple(codecs), (64, 64)), codes, scales)
+    assert placement.in_one_row(integer.sides_of(tuple(codecs), (64, 64)), codes, scales)
     q, keep = torch.randn(2, 8, 2, 64), torch.rand(2, 1, 2, length) < 0.8
     mask = {"bool": keep, "additive": torch.where(keep, 0.0, -1e4)}.get(kind)
     names = [codec.name for codec in codecs]

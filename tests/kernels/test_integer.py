@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from tqcompile import formats, reference
 from tqcompile.coding import split
-from tqcompile.kernels import attend, integer, tune
+from tqcompile.kernels import attend, integer, placement, tune
 
 CODECS = [
     *(f"turboquant:{bits}" for bits in (1, 2, "2.5", 3, "3.5", 4, 5)),
@@ -89,7 +89,7 @@ def test_whole_sectors_come_through_shared_memory(device, name, dim, kind):
             continue
         keys, values = (compressed(codec, torch.randn(2, 2, length, width, device=device)) for _ in range(2))
         codes, scales = zip(*(split(codec, planes) for planes in (keys, values)))
-        assert integer.in_ring(integer.sides_of((codec, codec), (dim, dim)), codes, scales, torch.device(device))
+        assert placement.in_ring(integer.sides_of((codec, codec), (dim, dim)), codes, scales, torch.device(device))
         keep = torch.rand(2, 1, 1, length, device=device) < 0.8
         mask = {"none": None, "bool": keep, "additive": torch.where(keep, 0.0, -1e4)}[kind]
         q = torch.randn(2, 8, 1, width, device=device)

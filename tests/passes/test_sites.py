@@ -70,7 +70,7 @@ def test_keys_that_leave_the_graph_are_a_cache_that_it_creates():
         return attend(q, k, v), k, v, x * 4
 
     context = found(step, Q, K, torch.randn(8, 8))
-    assert [(site.kind, site.role, site.tokens) for site in context.sites] == [
+    assert [(site.kind, site.role, site.token_dim) for site in context.sites] == [
         ("create", "keys", 2),
         ("create", "values", 2),
     ]
@@ -168,7 +168,7 @@ def test_a_window_that_is_made_in_the_graph_is_created_by_what_attention_reads()
 
     context = found(step, Q, K, torch.randn(8, 8))
     assert [(site.kind, site.role) for site in context.sites] == [("create", "keys"), ("create", "values")]
-    assert all(site.root.meta["example_value"].shape[2] == 2 and site.tokens is None for site in context.sites)
+    assert all(site.root.meta["example_value"].shape[2] == 2 and site.token_dim is None for site in context.sites)
 
 
 def test_a_roll_with_a_token_written_and_copied_back_is_a_write_in_place():

@@ -18,7 +18,7 @@ from tqcompile.bench.request import tokens, whole
 from tqcompile.bench.shapes import Case, Shape
 from tqcompile.codec import Codec
 from tqcompile.coding import split
-from tqcompile.kernels import integer, logits, tune, tuned
+from tqcompile.kernels import integer, logits, placement, tune, tuned
 from tqcompile.kernels.address import DEVICE_TYPE
 from tqcompile.layout import layout_of
 
@@ -86,7 +86,7 @@ def _searches(cases: list[Case], place: torch.device) -> Iterator[tuple[Case, tu
         shape, codecs = case.shape, (formats.codec(case.keys), formats.codec(case.values))
         if case.task == "attend":
             kernel, choice = integer.sides_of(codecs, (shape.head_dim, shape.head_dim)), integer.choice_of
-            kernel = kernel and (kernel, integer.in_ring(kernel, *_planes(shape, codecs), place))
+            kernel = kernel and (kernel, placement.in_ring(kernel, *_planes(shape, codecs), place))
         else:
             kernel, choice = logits.side_of(codecs[0], shape.head_dim), logits.choice_of
         rows = shape.heads // shape.kv_heads
