@@ -12,6 +12,7 @@ import sys
 
 import pytest
 from checkpoints import save_characters
+from transformers import LlamaConfig
 
 from tqcompile import formats
 
@@ -249,6 +250,17 @@ def test_option_costs(capsys, monkeypatch):
     for name, ms, ratio, more in rows:
         assert float(ratio) == pytest.approx(times["dense"] / float(ms), abs=0.02)
         assert float(more) == pytest.approx(1e3 * (times[name] - times["plain codes"]), abs=1.1)
+
+
+def test_growing_cache(capsys, monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    example = importlib.import_module("growing_cache")
+    sizes = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 50}
+    monkeypatch.setattr(example, "LlamaConfig", lambda **given: LlamaConfig(**given | sizes | {"intermediate_size": 8}))
+    example.main(["--device", "cpu", "--inner", "eager", "--batch", "2", "--context", "40", "--layers", "1"])
+    rows = re.findall(r"^(\S+) +((?:[\d.]+, ){2}[\d.]+) +([\d.]+) +([\d.]+)$", capsys.readouterr().out, re.MULTILINE)
+    assert [name for name, *_ in rows] == ["dense", "turboquant:4"]
+    assert all(float(step) > 0 for _, _, step, _ in rows)
 
 
 def test_latent_costs(capsys, monkeypatch):
