@@ -3,8 +3,8 @@
     python examples/growing_cache.py [--batch 8] [--context 32768] [--layers 8] [--codec turboquant:4]
 
 A Llama of the shape of Llama 3 8B, but for its layers, reads a prompt of random tokens, and then one by one more, over
-the `DynamicCache` of transformers. Its first steps compile; `step` is a mean of 40 later ones, and `kernels` is how long
-a GPU works on one of them, in a profile.
+the `DynamicCache` of transformers. Its first steps compile; `step` is a mean of 40 later ones, and `kernels` is how
+long a GPU works on one of them, in a profile.
 """
 
 import argparse
