@@ -121,7 +121,9 @@ def test_pieces_are_read_where_they_lie_in_a_stretch(gathers, name, dim, monkeyp
     torch.manual_seed(12)
     monkeypatch.setattr(stretch, "GATHERS", gl.constexpr(gathers))
     monkeypatch.setattr(integer, "source", integer.source.__wrapped__)
-    monkeypatch.setattr(integer, "in_sectors", integer.in_sectors.__wrapped__)
+    for module in (integer, placement):
+        monkeypatch.setattr(module, "in_sectors", sides.in_sectors.__wrapped__)
+    monkeypatch.setattr(placement, "way", placement.way.__wrapped__)
     codec = formats.codec(name)
     monkeypatch.setattr(sides, "in_stretches", sides.in_stretches.__wrapped__)
     planes = [compressed(codec, torch.randn(2, 2, 208, codec.coordinates(dim))) for _ in range(2)]
