@@ -7,18 +7,16 @@ the `DynamicCache` of transformers. Its first steps compile; `step` is a mean of
 long a GPU works on one of them, in a profile.
 """
 
-import argparse
 import time
 
 import torch
-from smollm2 import positive
+from smollm2 import costs_parser, live_bytes, tensors
 from tabulate import tabulate
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
-from tqcompile import CompressedKV, formats, turboquant
-from tqcompile.bench.compressed import live_bytes
+from tqcompile import CompressedKV, turboquant
 from tqcompile.options import INNERS
 
 FIRST, STEPS, PROFILED = 3, 40, 3
@@ -45,33 +43,23 @@ class Conversation:
         self.call, self.cache = torch.compile(model, backend=backend), DynamicCache()
         self.device = next(model.parameters()).device
 
-    def feed(self, tokens: torch.Tensor) -> float:
-        """Read tokens [B, T], and return the seconds that took."""
-        start = self._now()
-        self.call(input_ids=tokens, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
-        return self._now() - start
-
-    def steps(self, token: torch.Tensor, count: int) -> float:
-        """Seconds a step, of so many under way."""
+    def feed(self, tokens: torch.Tensor, count: int = 1) -> float:
+        """Read tokens [B, T] so many times, one call behind the other, and return the seconds of each."""
         start = self._now()
         for _ in range(count):
-            self.call(input_ids=token, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+            self.call(input_ids=tokens, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
         return (self._now() - start) / count
 
     def kernels(self, token: torch.Tensor) -> float:
         """Seconds that a GPU works on a step."""
         with profile(activities=[ProfilerActivity.CUDA]) as seen:
-            self.steps(token, PROFILED)
+            self.feed(token, PROFILED)
         on_device = (event for event in seen.events() if event.device_type == torch.autograd.DeviceType.CUDA)
         return sum(event.device_time for event in on_device) / PROFILED / 1e6
 
-    def tensors(self) -> list[torch.Tensor]:
-        """Keys and values of each layer."""
-        return [tensor for layer in self.cache.layers for tensor in (layer.keys, layer.values)]
-
     def require_compressed(self) -> None:
         """Raise where a cache stayed dense."""
-        if not all(isinstance(tensor, CompressedKV) for tensor in self.tensors()):
+        if not all(isinstance(tensor, CompressedKV) for tensor in tensors(self.cache)):
             raise SystemExit("a cache stayed dense: print(tqcompile.report()) says why")
 
     def _now(self) -> float:
@@ -88,17 +76,13 @@ def row(model: LlamaForCausalLM, name: str, backend, prompt: torch.Tensor) -> tu
     first = ", ".join(f"{talk.feed(token):.2f}" for _ in range(FIRST))
     if name != "dense":
         talk.require_compressed()
-    step = f"{1e3 * talk.steps(token, STEPS):.2f}"
+    step = f"{1e3 * talk.feed(token, STEPS):.2f}"
     kernels = f"{1e3 * talk.kernels(token):.2f}" if prompt.device.type == "cuda" else ""
-    return name, first, step, kernels, f"{live_bytes(talk.tensors()) / 2**20:.1f}"
+    return name, first, step, kernels, f"{live_bytes(talk.cache) / 2**20:.1f}"
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in (("batch", 8), ("context", 32768), ("layers", 8)):
-        parser.add_argument(f"--{name}", type=positive, default=default, metavar="N", help=f"default {default}")
-    parser.add_argument("--codec", choices=formats.FOR_VALUES, default="turboquant:4", metavar="CODEC")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser = costs_parser(__doc__, {"batch": 8, "context": 32768, "layers": 8})
     parser.add_argument("--inner", choices=INNERS, default="inductor", help="compiler (default inductor)")
     given = parser.parse_args(arguments)
     torch.manual_seed(0)

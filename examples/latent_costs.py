@@ -11,7 +11,7 @@ import argparse
 from collections.abc import Iterator
 
 import torch
-from smollm2 import positive
+from smollm2 import costs_parser, positive
 from tabulate import tabulate
 from tqdm import tqdm
 
@@ -130,12 +130,8 @@ def measured(given: argparse.Namespace, heads: int, device: torch.device) -> lis
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in (("batch", 8), ("context", 32768), ("latent", 512), ("rope", 64)):
-        parser.add_argument(f"--{name}", type=positive, default=default, metavar="N", help=f"default {default}")
+    parser = costs_parser(__doc__, {"batch": 8, "context": 32768, "latent": 512, "rope": 64})
     parser.add_argument("--heads", type=positive, nargs="+", default=[16, 128], metavar="N", help="default 16 128")
-    parser.add_argument("--codec", choices=formats.FOR_VALUES, default="turboquant:4", metavar="CODEC")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
     given = parser.parse_args(arguments)
     rows = []
     for heads in given.heads:

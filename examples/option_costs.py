@@ -6,15 +6,14 @@ The model is a decoder of random weights whose caches are full; each row is the 
 graphs. The last column is what a layer takes more than with plain codes, less than nothing where it takes less.
 """
 
-import argparse
 import time
 
 import torch
-from smollm2 import positive
+from smollm2 import costs_parser
 from tabulate import tabulate
 from tqdm import tqdm
 
-from tqcompile import formats, turboquant
+from tqcompile import turboquant
 from tqcompile.bench.decoder import Written
 from tqcompile.bench.shapes import Shape
 from tqcompile.options import INNERS
@@ -57,11 +56,7 @@ def _run(decoder: Written, compiled, device: torch.device) -> float:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in (("batch", 8), ("context", 32768), ("layers", 4)):
-        parser.add_argument(f"--{name}", type=positive, default=default, metavar="N", help=f"default {default}")
-    parser.add_argument("--codec", choices=formats.FOR_VALUES, default="turboquant:4", metavar="CODEC")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser = costs_parser(__doc__, {"batch": 8, "context": 32768, "layers": 4})
     parser.add_argument("--inner", choices=INNERS, default="inductor", help="compiler (default inductor)")
     given = parser.parse_args(arguments)
     shape, device = Shape(batch=given.batch, context=given.context), torch.device(given.device)

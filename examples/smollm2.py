@@ -173,6 +173,18 @@ def device(text: str) -> str:
     return text
 
 
+def costs_parser(text: str, sizes: dict[str, int]) -> argparse.ArgumentParser:
+    """Arguments of a program that times one codec on a GPU: `sizes` by their defaults, `--codec` and `--device`."""
+    from tqcompile import formats
+
+    parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, default in sizes.items():
+        parser.add_argument(f"--{name}", type=positive, default=default, metavar="N", help=f"default {default}")
+    parser.add_argument("--codec", choices=formats.FOR_VALUES, default="turboquant:4", metavar="CODEC")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
+    return parser
+
+
 def add_codecs(parser: argparse.ArgumentParser) -> None:
     """`--preset`, `--keys` and `--values`, by the names the backend knows; its default where they are left out."""
     from tqcompile import formats

@@ -31,7 +31,6 @@ class CompiledGraph:
         self.written_back = tuple(entry.index for entry in context.inputs if entry.writes_back)
         self.outputs = tuple(context.outputs)
         self.settled: Settled | None = None
-        self.arguments = len(original.graph.find_nodes(op="placeholder"))
         self.tokens = {e.index: _token_count(e.tokens, original) for e in context.inputs if e.tokens is not None}
 
     def __call__(self, *args):
@@ -50,7 +49,7 @@ class CompiledGraph:
         if not self._adopt(args):
             return self.original(*args)
         caches = {index: self._cache(entry, args) for index, entry in self.inputs.items()}
-        self._settle(caches)
+        self._settle(caches, len(args))
         return self._given(self.compiled(*self._planes(args, caches)), args, caches)
 
     def _given(self, results, args: tuple, caches: dict) -> tuple:
@@ -60,14 +59,14 @@ class CompiledGraph:
                 args[index].copy_(caches[index])
         return tuple(self._output(output, args, caches, results) for output in self.outputs)
 
-    def _settle(self, caches: dict) -> None:
+    def _settle(self, caches: dict, arguments: int) -> None:
         """Remember the caches of this call, where all are written in place: the next one need not look at them."""
         if (
             self.in_place
             and len(self.in_place) == len(self.inputs)
             and all(cache.buffer is None for cache in caches.values())
         ):
-            self.settled = Settled(caches, self.arguments)
+            self.settled = Settled(caches, arguments)
 
     def _planes(self, args: tuple, caches: dict) -> list:
         values, start = [], 0

@@ -1,0 +1,29 @@
+"""What is found of how planes lie is what is found of the planes."""
+
+import pytest
+import torch
+
+from tqcompile import formats
+from tqcompile.coding import split
+from tqcompile.kernels import placement, sides
+from tqcompile.layout import layout_of
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("name", ["turboquant:2", "turboquant:3", "turboquant:4", "q8_0"])
+def test_planes_and_how_they_lie_go_the_same_way(name):
+    codec, seen = formats.codec(name), set()
+    for length in (64, 68, 76, 131):
+        whole = layout_of(codec, 128, torch.bfloat16, "cpu").allocate((1, 3, length), CPU)
+        grown = [plane.transpose(0, 2).contiguous().transpose(0, 2) for plane in whole]
+        for planes in (whole, grown, [plane[:, :, 1:] for plane in whole]):
+            codes, scales = ((part,) * 2 for part in split(codec, planes))
+            pair = sides.sides_of((codec, codec), (128, 128))
+            through = placement.in_ring(pair, codes, scales, CPU)
+            shifted = through and placement.in_one_row(pair, codes, scales)
+            found = placement.way((codec, codec), (128, 128), *map(placement.laid, (codes, scales)), CPU)
+            assert found == (through, shifted)
+            seen.add(found)
+    # Rows of whole sectors come alone, and scalars of blocks are not copied: these lie as they like.
+    assert seen == {(True, False)} | (set() if name == "q8_0" else {(True, True), (False, False)})
