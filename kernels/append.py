@@ -13,7 +13,7 @@ import triton.language as tl
 from tqcompile import tables
 from tqcompile.codec import Codec
 from tqcompile.coding import Planes, split
-from tqcompile.kernels import emit, tune
+from tqcompile.kernels import emit, launcher, tune
 from tqcompile.kernels.combine import maximum_of, sum_of
 from tqcompile.kernels.portable import table_of
 from tqcompile.kernels.writers import writer
@@ -143,17 +143,14 @@ def append(
         return
     scale = codes if scale is None else scale
     block, warps = tune.append_plan(tokens, head_dim)
-    module(codec, head_dim, folder, interpreted).append_tokens[(batch * heads, -(-tokens // block))](
-        *(
-            y,
-            codes,
-            scale,
-            edges_of(codec, head_dim, y.device),
-            table_of(codec, head_dim, torch.float32, y.device),
-        ),
-        *(y if positions is None else positions, heads, tokens, length),
-        *(*y.stride(), *codes.stride()[:3], *scale.stride()[:3]),
-        *(positions is not None, block, tune.extent(head_dim)),
+    tables = edges_of(codec, head_dim, y.device), table_of(codec, head_dim, torch.float32, y.device)
+    launcher.launch(
+        module(codec, head_dim, folder, interpreted),
+        "append_tokens",
+        (batch * heads, -(-tokens // block)),
+        (y, codes, scale, *tables, y if positions is None else positions),
+        (heads, tokens, length, *y.stride(), *codes.stride()[:3], *scale.stride()[:3]),
+        (positions is not None, block, tune.extent(head_dim)),
         num_warps=warps,
         maxnreg=tune.APPEND_REGISTERS,
     )

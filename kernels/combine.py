@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_wait
 
-from tqcompile.kernels import emit, tune
+from tqcompile.kernels import emit, launcher, tune
 from tqcompile.reference import rotate_back
 
 # The import that the printed text of `attend_combine` needs.
@@ -144,10 +144,14 @@ def combine(
     basis_bytes = 0 if basis is None else basis.element_size()
     *blocks, warps = tune.combine_blocks(splits, width, heads * rows, basis_bytes)
     early, has = tune.overlaps(out.device), [part is not None for part in (order, sinks, others)]
-    built.attend_combine[(heads * rows, -(-width // blocks[1]))](
-        *(*left, left[0] if sinks is None else sinks, *(left if others is None else others)),
-        *(left[0] if basis is None else basis, left[0] if order is None else order, out, rows, splits),
-        *(value_dim, width, *blocks, *has, early),
+    given = (sinks, *(left if others is None else others), basis, order)
+    launcher.launch(
+        built,
+        "attend_combine",
+        (heads * rows, -(-width // blocks[1])),
+        (*left, *(left[0] if tensor is None else tensor for tensor in given), out),
+        (rows, splits),
+        (value_dim, width, *blocks, *has, early),
         num_warps=warps,
         **({"launch_pdl": True} if early else {}),
     )

@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqcompile import tables
 from tqcompile.codec import Codec
 from tqcompile.coding import Planes, split
-from tqcompile.kernels import emit, tune
+from tqcompile.kernels import emit, launcher, tune
 from tqcompile.kernels.combine import maximum_of
 from tqcompile.recent import counting
 from tqcompile.reference import rotate_back, softmax
@@ -75,9 +75,13 @@ def decode(
     scale = codes if scale is None else scale
     block = max(1, tune.DECODED_NUMBERS // tune.extent(width))
     built = module(codec, head_dim, folder, codes.device.type == "cpu")
-    built.decode_tokens[(batch * heads, -(-length // block))](
-        *(codes, scale, table, out, heads, length, *codes.stride()[:3], *scale.stride()[:3]),
-        *(width, block, tune.extent(width)),
+    launcher.launch(
+        built,
+        "decode_tokens",
+        (batch * heads, -(-length // block)),
+        (codes, scale, table, out),
+        (heads, length, *codes.stride()[:3], *scale.stride()[:3]),
+        (width, block, tune.extent(width)),
         num_warps=4,
     )
     return out

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from tqcompile import recent
-from tqcompile.kernels import emit, tune
+from tqcompile.kernels import emit, launcher, tune
 from tqcompile.kernels.combine import maximum_of, parts, sum_of
 from tqcompile.kernels.emit import Reader
 
@@ -174,11 +174,13 @@ def remember(
     numbers, tokens = sides if numbers.dim() == 4 else [side.unsqueeze(0) for side in sides]
     slots, width = index.shape[0] - 1, numbers.shape[-1]
     built = module(Reader(), folder, numbers.device.type == "cpu")
-    built.remember_tokens[(numbers.shape[0] * numbers.shape[1],)](
-        *(numbers, index, tokens, index if positions is None else positions, start, count, sinks, slots - sinks),
-        *(numbers.shape[1], *numbers.stride()[:3], *tokens.stride()),
-        *(width, positions is not None, triton.next_power_of_2(count), triton.next_power_of_2(slots)),
-        triton.next_power_of_2(width),
+    launcher.launch(
+        built,
+        "remember_tokens",
+        (numbers.shape[0] * numbers.shape[1],),
+        (numbers, index, tokens, index if positions is None else positions),
+        (start, count, sinks, slots - sinks, numbers.shape[1], *numbers.stride()[:3], *tokens.stride()),
+        (width, positions is not None, *map(triton.next_power_of_2, (count, slots, width))),
         num_warps=4,
     )
 
@@ -198,9 +200,9 @@ def hidden(
     if owned:
         index, slots = exact[1], exact[1].shape[0] - 1
         built = module(Reader(), folder, index.device.type == "cpu")
-        built.hide_slots[(mask[..., 0].numel(),)](
-            mask, index, exact[3], length, slots, triton.next_power_of_2(max(1, slots)), num_warps=1
-        )
+        block = triton.next_power_of_2(max(1, slots))
+        grid, tensors = (mask[..., 0].numel(),), (mask, index, exact[3])
+        launcher.launch(built, "hide_slots", grid, tensors, (length, slots), (block,), num_warps=1)
         return mask
     index, kind = exact[1], "none" if mask is None else "bool" if mask.dtype == torch.bool else "additive"
     sizes = (1, 1, 1) if mask is None else mask.shape[:-1]
@@ -208,9 +210,13 @@ def hidden(
     given = out if mask is None else mask.contiguous()
     given, bytes_of = (x.view(torch.uint8) if x.dtype == torch.bool else x for x in (given, out))
     built = module(Reader(), folder, index.device.type == "cpu")
-    built.hide_tokens[(out[..., 0].numel(), -(-length // HIDDEN_TOKENS))](
-        *(given, index, exact[3], bytes_of, length, sinks, index.shape[0] - 1 - sinks),
-        *(0 if given.shape[-1] == 1 else 1, kind, HIDDEN_TOKENS),
+    launcher.launch(
+        built,
+        "hide_tokens",
+        (out[..., 0].numel(), -(-length // HIDDEN_TOKENS)),
+        (given, index, exact[3], bytes_of),
+        (length, sinks, index.shape[0] - 1 - sinks, 0 if given.shape[-1] == 1 else 1),
+        (kind, HIDDEN_TOKENS),
         num_warps=4,
     )
     return out
@@ -227,11 +233,14 @@ def attend(q, exact, mask, scale: float, kv_heads: int, length: int, reader: Rea
     rows = groups * queries
     left = parts(q, batch * kv_heads, rows, value_dim, 1)
     part, strides = mask if mask is not None else (q, (0, 0, 0, 0))
-    module(reader, folder, q.device.type == "cpu").attend_exact[(batch * kv_heads, -(-rows // 16))](
-        *(q, keys, key_index, values, value_index, part, *left),
-        *(scale, kv_heads, groups, queries, length, key_index.shape[0] - 1),
-        *(*q.stride(), *keys.stride()[:3], *values.stride()[:3], *strides),
-        *(key_dim, value_dim, 16, block_of(max(key_dim, value_dim)), tune.extent(key_dim), tune.extent(value_dim)),
+    sizes = scale, kv_heads, groups, queries, length, key_index.shape[0] - 1
+    launcher.launch(
+        module(reader, folder, q.device.type == "cpu"),
+        "attend_exact",
+        (batch * kv_heads, -(-rows // 16)),
+        (q, keys, key_index, values, value_index, part, *left),
+        (*sizes, *q.stride(), *keys.stride()[:3], *values.stride()[:3], *strides),
+        (key_dim, value_dim, 16, block_of(max(key_dim, value_dim)), tune.extent(key_dim), tune.extent(value_dim)),
         num_warps=4,
     )
     return left

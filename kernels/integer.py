@@ -16,6 +16,7 @@ from tqcompile.kernels import (
     blocks,
     emit,
     fragment,
+    launcher,
     operands,
     placement,
     ptx,
@@ -237,15 +238,20 @@ def launch(
     part, strides = mask if mask is not None else (q, (0, 0, 0, 0))
     early, built = tune.overlaps(q.device), module(*sides, reader, folder)
     how = (tune.STAGES, not in_blocks(sides), shifted) if through else ()
-    getattr(built, KERNEL[through])[(batch * kv_heads, -(-groups * queries // plan.block_rows), plan.splits)](
-        *(q, key_codes, key_scale, value_codes, value_scale),
-        *(table_of(codec, dim, q.device) for codec, dim in zip(codecs, head_dims)),
-        *(part, q if reach is None else reach, *left),
-        *(scale, kv_heads, groups, queries, length, plan.span, plan.splits),
-        *(*q.stride(), *key_codes.stride()[:2], *key_scale.stride()[:2], *value_codes.stride()[:2]),
-        *(*value_scale.stride()[:2], *strides, 0 if reach is None else reach.stride(0)),
-        *(key_codes.stride(2), key_scale.stride(2), value_codes.stride(2), value_scale.stride(2)),
-        *(reach is not None, plan.block_tokens, plan.block_rows, early, *how),
+    planes = key_codes, key_scale, value_codes, value_scale
+    tables = [table_of(codec, dim, q.device) for codec, dim in zip(codecs, head_dims)]
+    steps = [plane.stride() for plane in planes]
+    launcher.launch(
+        built,
+        KERNEL[through],
+        (batch * kv_heads, -(-groups * queries // plan.block_rows), plan.splits),
+        (q, *planes, *tables, part, q if reach is None else reach, *left),
+        (
+            *(scale, kv_heads, groups, queries, length, plan.span, plan.splits, *q.stride()),
+            *(stride for step in steps for stride in step[:2]),
+            *(*strides, 0 if reach is None else reach.stride(0)),
+        ),
+        (*(step[2] for step in steps), reach is not None, plan.block_tokens, plan.block_rows, early, *how),
         num_warps=1,
         maxnreg=plan.registers,
         **({"launch_pdl": True} if early else {}),

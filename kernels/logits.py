@@ -15,7 +15,7 @@ from triton.experimental.gluon import language as gl
 
 from tqcompile.codec import Codec
 from tqcompile.coding import Planes, split
-from tqcompile.kernels import blocks, emit, fragment, integer, operands, query, sides, tiles, tune, tuned
+from tqcompile.kernels import blocks, emit, fragment, integer, launcher, operands, query, sides, tiles, tune, tuned
 from tqcompile.kernels.blocks import BlockSide
 from tqcompile.kernels.fragment import scores_of
 from tqcompile.kernels.operands import table_like, word_layout
@@ -155,11 +155,13 @@ def logits(
         return out
     groups, side = query_heads // kv_heads, side_of(codec, head_dim)
     plan = plan_of(side, groups * queries, batch * kv_heads, length, q.device)
-    module(side, folder).logits_fragments[(batch * kv_heads, -(-groups * queries // plan.block_rows), plan.splits)](
-        *(q, codes, scale, integer.table_of(codec, head_dim, q.device), out),
-        *(kv_heads, groups, queries, length, plan.span),
-        *(*q.stride(), *codes.stride()[:2], *scale.stride()[:2], codes.stride(2), scale.stride(2)),
-        *(plan.block_tokens, plan.block_rows),
+    launcher.launch(
+        module(side, folder),
+        "logits_fragments",
+        (batch * kv_heads, -(-groups * queries // plan.block_rows), plan.splits),
+        (q, codes, scale, integer.table_of(codec, head_dim, q.device), out),
+        (kv_heads, groups, queries, length, plan.span, *q.stride(), *codes.stride()[:2], *scale.stride()[:2]),
+        (codes.stride(2), scale.stride(2), plan.block_tokens, plan.block_rows),
         num_warps=1,
         maxnreg=plan.registers,
     )

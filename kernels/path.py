@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from tqcompile.codec import STATE_BITS
-from tqcompile.kernels import emit
+from tqcompile.kernels import emit, launcher
 from tqcompile.trellis import OVERLAP, window
 
 WARPS = 4
@@ -104,11 +104,10 @@ def search(x: torch.Tensor, numbers: torch.Tensor, bits: int) -> torch.Tensor:
     most = max(1, CHOICES_BYTES // each)
     found = torch.empty(rows.shape, dtype=torch.uint8, device=x.device)
     choices = torch.empty(min(most, len(rows)) * each, dtype=torch.uint8, device=x.device)
-    kernel = module(None, x.device.type == "cpu").find_paths
+    built = module(None, x.device.type == "cpu")
     for part, codes in zip(rows.split(most), found.split(most)):
         if len(part):
-            kernel[(len(part),)](
-                *(part, numbers, choices, codes, width, bits, 1 << STATE_BITS, OVERLAP, window(bits) - 1),
-                num_warps=WARPS,
-            )
+            constants = width, bits, 1 << STATE_BITS, OVERLAP, window(bits) - 1
+            tensors = part, numbers, choices, codes
+            launcher.launch(built, "find_paths", (len(part),), tensors, (), constants, num_warps=WARPS)
     return found.view(x.shape)

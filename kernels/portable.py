@@ -20,7 +20,7 @@ import triton.language as tl
 from tqcompile import tables
 from tqcompile.codec import Codec
 from tqcompile.coding import Planes, split
-from tqcompile.kernels import emit, tune
+from tqcompile.kernels import emit, launcher, tune
 from tqcompile.kernels.combine import maximum_of, parts, sum_of
 from tqcompile.kernels.emit import Reader
 
@@ -208,15 +208,22 @@ def launch(
     others = _side(others, other, width, types[0])
     # The interpreter multiplies bfloat16 by its bits; there the rounded numbers go to the product as float32.
     products = [torch.float32 if q.device.type == "cpu" else dtype for dtype in types]
-    built.attend_split[(heads, -(-rows // plan.block_rows), plan.splits)](
-        *(q, *sides[0], *sides[1], part, q if reach is None else reach, *left, beside, *others),
-        *(scale, kv_heads, rows // queries, queries, length, plan.span, plan.splits),
-        *(*q.stride(), *_strides(sides[0]), *_strides(sides[1]), *strides, 0 if reach is None else reach.stride(0)),
-        *(*beside.stride(), *_strides(others), reach is not None, shared, key_dim, value_dim),
-        *(0 if second is None else width, plan.block_rows, plan.block_tokens),
-        *(tune.extent(dim) for dim in (key_dim, value_dim, width)),
-        *(TRITON_DTYPES[dtype] for dtype in (*types, *products)),
-        types[1] == torch.float16,
+    launcher.launch(
+        built,
+        "attend_split",
+        (heads, -(-rows // plan.block_rows), plan.splits),
+        (q, *sides[0], *sides[1], part, q if reach is None else reach, *left, beside, *others),
+        (
+            *(scale, kv_heads, rows // queries, queries, length, plan.span, plan.splits, *q.stride()),
+            *(*_strides(sides[0]), *_strides(sides[1]), *strides, 0 if reach is None else reach.stride(0)),
+            *(*beside.stride(), *_strides(others)),
+        ),
+        (
+            *(reach is not None, shared, key_dim, value_dim, 0 if second is None else width),
+            *(plan.block_rows, plan.block_tokens, *map(tune.extent, (key_dim, value_dim, width))),
+            *(TRITON_DTYPES[dtype] for dtype in (*types, *products)),
+            types[1] == torch.float16,
+        ),
         num_warps=plan.warps,
         num_stages=1,
         maxnreg=plan.registers,

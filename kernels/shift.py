@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from tqcompile.kernels import emit, tune
+from tqcompile.kernels import emit, launcher, tune
 from tqcompile.kernels.combine import maximum_of
 
 BLOCK_R, WARPS, STAGES = 64, 4, 3
@@ -94,11 +94,15 @@ def shifted(
     interpreted, rows, (tokens, extent) = waved.device.type == "cpu", batch * heads * queries, tile_of(columns)
     blocks = -(-rows // BLOCK_R)
     held = max(1, tune.processors_of(waved.device) * tune.PROGRAMS_PER_PROCESSOR // blocks)
-    module(folder, interpreted).shift_scores[(min(held, -(-length // tokens)), blocks)](
-        *(waved.contiguous(), waves.contiguous(), given, out, rows, length, heads, queries, *strides),
-        *(columns, kind, BLOCK_R, tokens, extent),
-        # The interpreter has no product of halves that adds in float32.
-        *(tl.float32 if interpreted else tl.float16, STAGES),
+    # The interpreter has no product of halves that adds in float32.
+    half = tl.float32 if interpreted else tl.float16
+    launcher.launch(
+        module(folder, interpreted),
+        "shift_scores",
+        (min(held, -(-length // tokens)), blocks),
+        (waved.contiguous(), waves.contiguous(), given, out),
+        (rows, length, heads, queries, *strides),
+        (columns, kind, BLOCK_R, tokens, extent, half, STAGES),
         num_warps=WARPS,
     )
     return out

@@ -13,7 +13,7 @@ import triton.language as tl
 
 from tqcompile.codec import Codec
 from tqcompile.coding import Planes, split
-from tqcompile.kernels import emit, tune
+from tqcompile.kernels import emit, launcher, tune
 from tqcompile.kernels.append import check, edges_of, fitting, nearest, rounded
 from tqcompile.kernels.combine import maximum_of, sum_of
 from tqcompile.kernels.portable import table_of
@@ -160,16 +160,15 @@ def append_step(
     if not sum(rows) + q.numel():
         return turned
     scratch = q.new_empty(rows[0] * dims[0] + rows[1] * dims[1], dtype=torch.float32)
-    module(*codecs, dims, folder, q.device.type == "cpu").append_step_rows[(sum(rows) + q.shape[:3].numel(),)](
-        *(*sides[0], *sides[1], q, turned, scratch, q if positions is None else positions),
-        *(k.shape[1], v.shape[1], q.shape[1], k.shape[2], q.shape[2], *rows, *lengths),
-        *(
-            stride
-            for y, codes, scale, *_ in sides
-            for stride in (*y.stride(), *codes.stride()[:3], *scale.stride()[:3])
-        ),
-        *q.stride(),
-        *(positions is not None, bases[1] is not None, *dims, *map(tune.extent, dims), *map(tune.turned_dims, dims)),
+    sizes = k.shape[1], v.shape[1], q.shape[1], k.shape[2], q.shape[2], *rows, *lengths
+    strides = [(*y.stride(), *codes.stride()[:3], *scale.stride()[:3]) for y, codes, scale, *_ in sides]
+    launcher.launch(
+        module(*codecs, dims, folder, q.device.type == "cpu"),
+        "append_step_rows",
+        (sum(rows) + q.shape[:3].numel(),),
+        (*sides[0], *sides[1], q, turned, scratch, q if positions is None else positions),
+        (*sizes, *strides[0], *strides[1], *q.stride()),
+        (positions is not None, bases[1] is not None, *dims, *map(tune.extent, dims), *map(tune.turned_dims, dims)),
         num_warps=4,
         maxnreg=tune.APPEND_REGISTERS,
     )

@@ -94,7 +94,7 @@ def encoded(y: torch.Tensor, codec: str) -> list[torch.Tensor]:
 def _search_cuda(x: torch.Tensor, numbers: torch.Tensor, bits: int) -> torch.Tensor:
     from tqcompile.kernels import path
 
-    with torch.cuda.device(x.device):
+    with torch.cuda.device(x.get_device()):
         return path.search(x, numbers, bits)
 
 
@@ -117,7 +117,7 @@ def _append_cuda(planes: Tensors, y: torch.Tensor, positions, basis, codec: str)
     from tqcompile.kernels import append as kernel
 
     codec, y = formats.codec(codec), reference.rotate(y, basis)
-    with torch.cuda.device(y.device):
+    with torch.cuda.device(y.get_device()):
         if writes(codec, codec.head_dim(y.shape[-1])):
             kernel.append(codec, planes, y, positions)
         else:
@@ -140,7 +140,7 @@ def _append_step_cuda(keys, values, k, v, q, positions, key_basis, value_basis, 
         _append_cuda(keys, k, positions, key_basis, key_codec)
         _append_cuda(values, v, positions, value_basis, value_codec)
         return reference.rotate(q, key_basis).contiguous()
-    with torch.cuda.device(q.device):
+    with torch.cuda.device(q.get_device()):
         return kernel.append_step(codecs, (keys, values), (k, v), q, positions, (key_basis, value_basis))
 
 
@@ -183,7 +183,7 @@ def _attend_cuda(
     options = {"reach": reach, "basis": value_basis, "dtype": dtype, "score_mod": score_mod, "sinks": sinks}
     if exact:
         options |= {"known": exact, "asked": q if asked is None else asked, "first": first, "owned": bool(centre)}
-    with torch.cuda.device(q.device):
+    with torch.cuda.device(q.get_device()):
         mask = shift.shifted(*centre, mask) if centre else mask
         q = reference.rotate(q, key_basis)
         if second:
@@ -198,7 +198,7 @@ def _attend_cuda(
 def _remember_cuda(numbers, index, tokens, positions, start, dim, sinks):
     from tqcompile.kernels import exact as kernel
 
-    with torch.cuda.device(numbers.device):
+    with torch.cuda.device(numbers.get_device()):
         kernel.remember(numbers, index, tokens, positions, start, dim, sinks)
 
 
@@ -215,7 +215,7 @@ def _logits_cuda(q: torch.Tensor, keys: Tensors, codec: str, head_dim: int) -> t
     from tqcompile.kernels import logits as kernel
 
     codec = formats.codec(codec)
-    with torch.cuda.device(q.device):
+    with torch.cuda.device(q.get_device()):
         if kernel.takes(q, keys, codec, head_dim):
             return kernel.logits(q, keys, codec, head_dim)
         look_up = portable.table_of(codec, head_dim, q.dtype, q.device)
@@ -226,7 +226,7 @@ def _mix_cuda(weights: torch.Tensor, values: Tensors, codec: str, head_dim: int)
     from tqcompile.kernels import decoded, portable
 
     codec = formats.codec(codec)
-    with torch.cuda.device(weights.device):
+    with torch.cuda.device(weights.get_device()):
         look_up = portable.table_of(codec, head_dim, weights.dtype, weights.device)
         return decoded.mix(weights, values, codec, look_up, head_dim).float()
 
