@@ -4,8 +4,8 @@
 
 A Llama of the shape of Llama 3 8B, but for its layers, reads a prompt of random tokens, and then one by one more, over
 the `DynamicCache` of transformers. Its first steps compile; `step` is a mean of 40 later ones, and `kernels` is how
-long a GPU works on one of them, in a profile. On a GPU cuDNN's attention plans anew for each length, which PyTorch takes
-it for by itself: so a second dense model is without it.
+long a GPU works on one of them, in a profile. On a GPU PyTorch attends by cuDNN, which plans anew for each
+length, so there is a second dense model without that.
 """
 
 import time

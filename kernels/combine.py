@@ -3,7 +3,7 @@
 Its program is launched while the splits still run where the device allows it, and waits there for what they write.
 """
 
-from functools import cache
+from functools import cache, lru_cache
 from types import ModuleType
 
 import torch
@@ -139,23 +139,35 @@ def combine(
     if basis is not None and heads * rows > tune.TURNED_ROWS:
         return rotate_back(combine(left, place, folder, sinks=sinks, others=others, order=order), basis, dtype)
     out = left[0].new_empty(place, dtype=dtype)
-    built = combine_module(folder, out.device.type == "cpu")
-    splits, width = left[0].shape[1], left[0].shape[3]
-    basis_bytes = 0 if basis is None else basis.element_size()
-    *blocks, warps = tune.combine_blocks(splits, width, heads * rows, basis_bytes)
-    early, has = tune.overlaps(out.device), [part is not None for part in (order, sinks, others)]
+    has = order is not None, sinks is not None, others is not None
+    call = _call(left[0].shape, value_dim, 0 if basis is None else basis.element_size(), has, folder, out.device)
     given = (sinks, *(left if others is None else others), basis, order)
-    launcher.launch(
-        built,
+    call((*left, *[left[0] if tensor is None else tensor for tensor in given], out))
+    return out
+
+
+@lru_cache(maxsize=4096)
+def _call(
+    sums: tuple[int, int, int, int],
+    value_dim: int,
+    basis_bytes: int,
+    has: tuple[bool, bool, bool],
+    folder: str | None,
+    device: torch.device,
+) -> launcher.Call:
+    """The launch for sums of such a shape; `has` an order, sinks, others."""
+    heads, splits, rows, width = sums
+    *blocks, warps = tune.combine_blocks(splits, width, heads * rows, basis_bytes)
+    early = tune.overlaps(device)
+    return launcher.Call(
+        combine_module(folder, device.type == "cpu"),
         "attend_combine",
         (heads * rows, -(-width // blocks[1])),
-        (*left, *(left[0] if tensor is None else tensor for tensor in given), out),
         (rows, splits),
         (value_dim, width, *blocks, *has, early),
         num_warps=warps,
         **({"launch_pdl": True} if early else {}),
     )
-    return out
 
 
 @cache

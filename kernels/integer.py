@@ -6,6 +6,7 @@ Everything it does not take goes to the portable kernel of `attend`.
 from collections.abc import Sequence
 from functools import cache
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 
@@ -32,6 +33,7 @@ from tqcompile.kernels import (
 )
 from tqcompile.kernels.blocks import BlockSide
 from tqcompile.kernels.emit import Reader
+from tqcompile.kernels.placement import Laid
 from tqcompile.kernels.sides import Side, Sides, in_blocks, in_sectors, side_of, sides_of, whole_numbers
 
 HEADER = '''"""{title}
@@ -220,40 +222,65 @@ def plan_of(kernel: tuple[Sides, bool], rows: int, heads: int, length: int, devi
     return tuned.plan(choice_of, kernel, rows, heads, length, device)
 
 
+class Prepared(NamedTuple):
+    """A launch but for its tensors, and what it leaves of each row: `splits` parts of so many sums."""
+
+    call: launcher.Call
+    width: int
+    splits: int
+
+
+@tuned.kept
+def prepared(
+    codecs: tuple[Codec, Codec],
+    head_dims: tuple[int, int],
+    how: tuple[float, Reader, str | None],
+    laid: tuple[tuple, ...],
+    mask: tuple[int, ...],
+    reach: int | None,
+    device: torch.device,
+) -> Prepared:
+    """The launch for a query and planes of codes and scales, keys' first, that lie as `placement.laid` says.
+
+    `how` is a scale, a reader and a folder, `mask` and `reach` are strides. Layers of a model have it in common.
+    """
+    (scale, reader, folder), (q, *planes), sides = how, [Laid(*each) for each in laid], sides_of(codecs, head_dims)
+    codes, scales = planes[::2], planes[1::2]
+    batch, query_heads, queries, _ = q.shape
+    kv_heads, length = codes[0].shape[1], codes[0].shape[2]
+    groups = query_heads // kv_heads
+    through = placement.in_ring(sides, codes, scales, device)
+    plan = plan_of((sides, through), groups * queries, batch * kv_heads, length, device)
+    early = tune.overlaps(device)
+    ring = (tune.STAGES, not in_blocks(sides), placement.in_one_row(sides, codes, scales)) if through else ()
+    call = launcher.Call(
+        module(*sides, reader, folder),
+        KERNEL[through],
+        (batch * kv_heads, -(-groups * queries // plan.block_rows), plan.splits),
+        (
+            *(scale, kv_heads, groups, queries, length, plan.span, plan.splits, *q.strides),
+            *(stride for plane in planes for stride in plane.strides[:2]),
+            *(*mask, reach or 0),
+        ),
+        (*(plane.strides[2] for plane in planes), reach is not None, plan.block_tokens, plan.block_rows, early, *ring),
+        num_warps=1,
+        maxnreg=plan.registers,
+        **({"launch_pdl": True} if early else {}),
+    )
+    return Prepared(call, sides[1].width, plan.splits)
+
+
 def launch(
     q, keys: Planes, values: Planes, mask, reach, scale: float, codecs, head_dims, reader: Reader, folder, parts
 ):
     """Run the kernel, and return what `parts`, a function of a width and the number of splits, allocated for it to
     write: sums in the order of `order_of`, peaks and totals."""
-    sides = sides_of(codecs, head_dims)
-    key_codes, key_scale = split(codecs[0], keys)
-    value_codes, value_scale = split(codecs[1], values)
-    batch, query_heads, queries, _ = q.shape
-    kv_heads, length = key_codes.shape[1], key_codes.shape[2]
-    groups = query_heads // kv_heads
-    codes, scales = (key_codes, value_codes), (key_scale, value_scale)
-    through, shifted = placement.way(codecs, head_dims, *map(placement.laid, (codes, scales)), q.device)
-    plan = plan_of((sides, through), groups * queries, batch * kv_heads, length, q.device)
-    left = parts(sides[1].width, plan.splits)
+    planes = *split(codecs[0], keys), *split(codecs[1], values)
     part, strides = mask if mask is not None else (q, (0, 0, 0, 0))
-    early, built = tune.overlaps(q.device), module(*sides, reader, folder)
-    how = (tune.STAGES, not in_blocks(sides), shifted) if through else ()
-    planes = key_codes, key_scale, value_codes, value_scale
+    how, lie = (scale, reader, folder), placement.laid((q, *planes))
+    beyond = None if reach is None else reach.stride(0)
+    call, width, splits = prepared(codecs, head_dims, how, lie, strides, beyond, q.device)
+    left = parts(width, splits)
     tables = [table_of(codec, dim, q.device) for codec, dim in zip(codecs, head_dims)]
-    steps = [plane.stride() for plane in planes]
-    launcher.launch(
-        built,
-        KERNEL[through],
-        (batch * kv_heads, -(-groups * queries // plan.block_rows), plan.splits),
-        (q, *planes, *tables, part, q if reach is None else reach, *left),
-        (
-            *(scale, kv_heads, groups, queries, length, plan.span, plan.splits, *q.stride()),
-            *(stride for step in steps for stride in step[:2]),
-            *(*strides, 0 if reach is None else reach.stride(0)),
-        ),
-        (*(step[2] for step in steps), reach is not None, plan.block_tokens, plan.block_rows, early, *how),
-        num_warps=1,
-        maxnreg=plan.registers,
-        **({"launch_pdl": True} if early else {}),
-    )
+    call((q, *planes, *tables, part, q if reach is None else reach, *left))
     return left

@@ -6,74 +6,70 @@ what the kernel was compiled to.
 """
 
 from collections.abc import Sequence
-from functools import cache
-from operator import itemgetter
+from functools import lru_cache
 from types import ModuleType
 
 import torch
 import triton
 
-# Compiled kernels that are kept of one function: caches that grow have new strides now and then.
-MOST_KEPT = 4096
 # From here on a number has another type, also where Triton does not look at its value.
 LONG = 2**31
 
 
-def launch(
-    built: ModuleType,
-    name: str,
-    grid: tuple[int, ...],
-    tensors: Sequence[torch.Tensor],
-    numbers: tuple[int | float, ...] = (),
-    constants: tuple = (),
-    **options,
-) -> None:
-    """Run the kernel `name` of a generated module over `grid`, on the current device and stream.
+class Call:
+    """A launch of the kernel `name` of a generated module over `grid`, but for the tensors.
 
-    Its parameters are tensors, then numbers, then constants that it is compiled for; `options` are Triton's.
+    These are its first parameters, then come `numbers`, then `constants` that it is compiled for; `options` are
+    Triton's. A kernel for Triton's interpreter is run by that.
     """
-    _launcher(built, name, len(tensors), len(numbers))(grid, tensors, numbers, constants, options)
 
+    def __init__(
+        self,
+        built: ModuleType,
+        name: str,
+        grid: tuple[int, ...],
+        numbers: tuple[int | float, ...] = (),
+        constants: tuple = (),
+        **options,
+    ):
+        self.kernel, self.grid = getattr(built, name), (*grid, 1, 1)[:3]
+        self.given, self.options = (*numbers, *constants), options
+        self.is_compiled = isinstance(self.kernel, triton.JITFunction)
+        if self.is_compiled:
+            # Gluon's kernels have an option among their parameters, the last one.
+            self.behind = [options[param.name] for param in self.kernel.params if param.name in options]
+            params = self.kernel.params[len(self.kernel.params) - len(self.given) - len(self.behind) :]
+            seen = (_seen(number, param) for number, param in zip(numbers, params))
+            self.kept = _kept(built, name, (*seen, *constants, *options.items()))
 
-class Launcher:
-    """A kernel of so many tensors and numbers, and what it was compiled to until now."""
-
-    def __init__(self, kernel, tensors: int, numbers: int):
-        self.kernel, self.count = kernel, tensors + numbers
-        self.is_compiled = isinstance(kernel, triton.JITFunction)
-        self.kept: dict[tuple, tuple] = {}
-        params = kernel.params[tensors : self.count] if self.is_compiled else ()
-        self.unseen = [place for place, param in enumerate(params) if param.do_not_specialize]
-        seen = [place for place in range(len(params)) if place not in self.unseen]
-        self.seen = itemgetter(*seen) if seen else lambda numbers: ()
-
-    def __call__(self, grid, tensors, numbers: tuple, constants: tuple, options: dict) -> None:
+    def __call__(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Launch it on the current device and stream."""
         if not self.is_compiled:
-            self.kernel[grid](*tensors, *numbers, *constants, **options)
+            self.kernel[self.grid](*tensors, *self.given, **self.options)
             return
         addresses = [tensor.data_ptr() for tensor in tensors]
         key = (
             tuple([(tensor.dtype, tensor.device) for tensor in tensors]),
             tuple([address % 16 == 0 for address in addresses]),
-            self.seen(numbers),
-            tuple([numbers[place] >= LONG for place in self.unseen]),
-            constants,
-            tuple(options.values()),
         )
-        compiled, others = self.kept.get(key, (None, ()))
+        compiled = self.kept.get(key)
         if compiled is None:
-            self._keep(key, self.kernel[grid](*tensors, *numbers, *constants, **options), constants, options)
+            self.kept[key] = self.kernel[self.grid](*tensors, *self.given, **self.options)
         else:
-            compiled[(*grid, 1, 1)[:3]](*addresses, *numbers, *constants, *others)
-
-    def _keep(self, key: tuple, compiled, constants: tuple, options: dict) -> None:
-        if len(self.kept) >= MOST_KEPT:
-            self.kept.clear()
-        # Gluon's kernels have an option among their parameters.
-        params = self.kernel.params[self.count + len(constants) :]
-        self.kept[key] = compiled, tuple(options.get(param.name, param.default) for param in params)
+            compiled[self.grid](*addresses, *self.given, *self.behind)
 
 
-@cache
-def _launcher(built: ModuleType, name: str, tensors: int, numbers: int) -> Launcher:
-    return Launcher(getattr(built, name), tensors, numbers)
+def launch(built: ModuleType, name: str, grid: tuple[int, ...], tensors: Sequence[torch.Tensor], *others, **options):
+    """A `Call` that is made once."""
+    Call(built, name, grid, *others, **options)(tensors)
+
+
+def _seen(number: int | float, param) -> tuple:
+    """What Triton sees of a number."""
+    return type(number), number >= LONG if param.do_not_specialize else number
+
+
+@lru_cache(maxsize=4096)
+def _kept(built: ModuleType, name: str, seen: tuple) -> dict[tuple, triton.compiler.CompiledKernel]:
+    """What a kernel was compiled to for such numbers and constants, by what Triton sees of its tensors."""
+    return {}

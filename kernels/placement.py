@@ -2,14 +2,12 @@
 
 import math
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 
-from tqcompile.codec import Codec
 from tqcompile.kernels import tune
-from tqcompile.kernels.sides import Sides, in_blocks, in_sectors, sides_of
+from tqcompile.kernels.sides import Sides, in_blocks, in_sectors
 
 
 class Laid(NamedTuple):
@@ -32,23 +30,9 @@ class Laid(NamedTuple):
         return self.address
 
 
-def laid(planes: Sequence[torch.Tensor]) -> tuple[Laid, ...]:
-    """How planes lie, to be asked of `way`."""
-    return tuple(Laid(plane.shape, plane.stride(), plane.data_ptr() % 16) for plane in planes)
-
-
-@lru_cache(maxsize=4096)
-def way(
-    codecs: tuple[Codec, Codec],
-    head_dims: tuple[int, int],
-    codes: tuple[Laid, ...],
-    scales: tuple[Laid, ...],
-    device: torch.device,
-) -> tuple[bool, bool]:
-    """Whether tiles of keys and values come through shared memory (`in_ring`), and as if of one head (`in_one_row`)."""
-    sides = sides_of(codecs, head_dims)
-    through = in_ring(sides, codes, scales, device)
-    return through, through and in_one_row(sides, codes, scales)
+def laid(planes: Sequence[torch.Tensor]) -> tuple[tuple, ...]:
+    """How tensors lie: the fields of a `Laid` of each."""
+    return tuple([(plane.shape, plane.stride(), plane.data_ptr() % 16) for plane in planes])
 
 
 def in_words(plane: torch.Tensor) -> bool:

@@ -4,7 +4,7 @@ A program takes one vector: a token of a KV head's keys or values, or one of a q
 `write_values` are printed by `emit`; what they read is rotated into memory that only their program sees.
 """
 
-from functools import cache
+from functools import cache, lru_cache
 from types import ModuleType
 
 import torch
@@ -146,30 +146,43 @@ def append_step(
         IndexError: a position lies outside the planes, on a CPU.
         ValueError: tokens do not fill the planes, and there are no positions.
     """
-    sides, rows, lengths = [], [], []
+    sides, lie = [], []
     for codec, side, y, basis in zip(codecs, planes, tokens, bases):
         codes, scale = split(codec, side)
         check(y, codes.shape[2], positions)
         scale, dim = codes if scale is None else scale, y.shape[3]
         tables = edges_of(codec, dim, y.device), table_of(codec, dim, torch.float32, y.device)
-        sides.append((y, codes, scale, *tables, y if basis is None else basis))
-        rows.append(y.shape[:3].numel())
-        lengths.append(codes.shape[2])
-    (k, v), dims = tokens, tuple(y.shape[3] for y in tokens)
+        sides += y, codes, scale, *tables, y if basis is None else basis
+        lie += (y.shape, y.stride()), (codes.shape, codes.stride(), scale.stride())
     turned = q.new_empty(q.shape, dtype=bases[0].dtype)
-    if not sum(rows) + q.numel():
+    if not sum(y.numel() for y in tokens) + q.numel():
         return turned
-    scratch = q.new_empty(rows[0] * dims[0] + rows[1] * dims[1], dtype=torch.float32)
-    sizes = k.shape[1], v.shape[1], q.shape[1], k.shape[2], q.shape[2], *rows, *lengths
-    strides = [(*y.stride(), *codes.stride()[:3], *scale.stride()[:3]) for y, codes, scale, *_ in sides]
-    launcher.launch(
-        module(*codecs, dims, folder, q.device.type == "cpu"),
+    scratch = q.new_empty(sum(y.numel() for y in tokens), dtype=torch.float32)
+    has = positions is not None, bases[1] is not None
+    call = _call(codecs, tuple(lie), (q.shape, q.stride()), has, folder, q.device.type == "cpu")
+    call((*sides, q, turned, scratch, q if positions is None else positions))
+    return turned
+
+
+@lru_cache(maxsize=4096)
+def _call(
+    codecs: tuple[Codec, Codec], lie: tuple[tuple, ...], query: tuple, has: tuple[bool, bool], folder, interpreted: bool
+) -> launcher.Call:
+    """The launch for tokens and planes, keys' first, and a query of such shapes and strides; `has` positions, and a
+    basis of values."""
+    (k, key_planes, v, value_planes), (q, q_strides) = lie, query
+    dims, rows = (k[0][3], v[0][3]), [size[:3].numel() for size in (k[0], v[0], q)]
+    lengths = key_planes[0][2], value_planes[0][2]
+    places = [stride[:3] for planes in (key_planes, value_planes) for stride in planes[1:]]
+    return launcher.Call(
+        module(*codecs, dims, folder, interpreted),
         "append_step_rows",
-        (sum(rows) + q.shape[:3].numel(),),
-        (*sides[0], *sides[1], q, turned, scratch, q if positions is None else positions),
-        (*sizes, *strides[0], *strides[1], *q.stride()),
-        (positions is not None, bases[1] is not None, *dims, *map(tune.extent, dims), *map(tune.turned_dims, dims)),
+        (sum(rows),),
+        (
+            *(k[0][1], v[0][1], q[1], k[0][2], q[2], *rows[:2], *lengths),
+            *(*k[1], *places[0], *places[1], *v[1], *places[2], *places[3], *q_strides),
+        ),
+        (*has, *dims, *map(tune.extent, dims), *map(tune.turned_dims, dims)),
         num_warps=4,
         maxnreg=tune.APPEND_REGISTERS,
     )
-    return turned

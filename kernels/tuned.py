@@ -72,7 +72,22 @@ def found(key: Key) -> Setting | None:
     return _found[key]
 
 
-@lru_cache(maxsize=4096)
+_caches: list = []
+
+
+def kept(function: Callable) -> Callable:
+    """`function`, whose results for the last arguments are kept until a search tries other settings."""
+    _caches.append(lru_cache(maxsize=4096)(function))
+    return _caches[-1]
+
+
+def forget() -> None:
+    """Keep no results of earlier settings."""
+    for cached in _caches:
+        cached.cache_clear()
+
+
+@kept
 def plan(choice: Callable, kernel, rows: int, heads: int, length: int, device: torch.device) -> AttendPlan:
     """The plan for `rows` query rows on each of `heads` KV heads; `choice` gives the key of a call and its default."""
     key, default = choice(kernel, rows, heads, length, device)
@@ -99,11 +114,11 @@ def search(key: Key, settings: Iterable[Setting], milliseconds: Callable[[], flo
     try:
         for setting in settings:
             _found[key] = setting
-            plan.cache_clear()
+            forget()
             times[setting] = milliseconds()
     finally:
         _found.pop(key, None)
-        plan.cache_clear()
+        forget()
     best = min(times, key=times.__getitem__)
     _write(key, {"key": asdict(key), "setting": asdict(best), "milliseconds": times[best]})
     return times

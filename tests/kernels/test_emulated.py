@@ -28,6 +28,7 @@ def emulated(monkeypatch):
         return SimpleNamespace(**{name: emulate.Kernel(text, name) for name in integer.KERNEL.values()})
 
     monkeypatch.setattr(integer, "takes", lambda *a: True)
+    monkeypatch.setattr(integer, "prepared", integer.prepared.__wrapped__)
     monkeypatch.setattr(integer, "module", module)
     monkeypatch.setitem(TOLERANCE, torch.float32, 4e-4)
     yield
@@ -123,7 +124,6 @@ def test_pieces_are_read_where_they_lie_in_a_stretch(gathers, name, dim, monkeyp
     monkeypatch.setattr(integer, "source", integer.source.__wrapped__)
     for module in (integer, placement):
         monkeypatch.setattr(module, "in_sectors", sides.in_sectors.__wrapped__)
-    monkeypatch.setattr(placement, "way", placement.way.__wrapped__)
     codec = formats.codec(name)
     monkeypatch.setattr(sides, "in_stretches", sides.in_stretches.__wrapped__)
     planes = [compressed(codec, torch.randn(2, 2, 208, codec.coordinates(dim))) for _ in range(2)]
