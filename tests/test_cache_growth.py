@@ -10,6 +10,21 @@ from tqcompile.cache import storages
 # ---- growing
 
 
+def test_what_dynamo_marks_of_one_cache_of_a_buffer_leaves_the_others_alone():
+    first = grown(made(), torch.randn(SIZE), 2)
+    second = grown(first, torch.randn(SIZE), 2)
+    first.buffer.forget_length(first)
+    second.buffer.forget_length(second)
+    marks = [name for name, mark in vars(first).items() if name.startswith("_dynamo") and isinstance(mark, set)]
+    assert marks and first.buffer is second.buffer
+    for name in marks:
+        vars(first)[name].add("another")
+        assert "another" not in vars(second)[name]
+        third = grown(second, torch.randn(SIZE), 2)
+        third.buffer.forget_length(third)
+        assert "another" not in vars(third)[name]
+
+
 @EVERY_CODEC
 @pytest.mark.parametrize("dim", [0, 1, 2, -2])
 def test_a_cache_grows_in_its_buffer(codec, dim):

@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from tqcompile import formats
-from tqcompile.kernels import emit, integer, logits, tune, tuned
+from tqcompile.coding import split
+from tqcompile.kernels import emit, integer, logits, placement, tune, tuned
+from tqcompile.layout import layout_of
 
 CPU = torch.device("cpu")
 CODEC = formats.codec("turboquant:4")
@@ -22,7 +24,7 @@ UNUSUAL = tune.Setting(8, 32, 3, 77)
 def forget():
     """What a new process knows."""
     tuned._found.clear()
-    tuned.plan.cache_clear()
+    tuned.forget()
 
 
 @pytest.fixture(autouse=True)
@@ -71,6 +73,18 @@ def test_the_fastest_setting_is_used_from_then_on_and_by_other_processes(task):
     assert used(task) == used_by(UNUSUAL)
     # As many programs as the setting says share the tokens: one row block of each of eight heads.
     assert plan(task).splits == tune.DEFAULT_PROCESSORS * UNUSUAL.programs // HEADS
+
+
+def test_what_is_launched_follows_a_search():
+    planes = layout_of(CODEC, 128, torch.bfloat16, "cpu").allocate((1, HEADS, LENGTH), CPU)
+    lie = placement.laid((torch.empty(1, ROWS * HEADS, 1, 128), *split(CODEC, planes), *split(CODEC, planes)))
+    given = (CODEC, CODEC), (128, 128), (0.1, emit.Reader(), None), lie, (0, 0, 0, 0), None, CPU
+    before = integer.prepared(*given)
+    assert integer.prepared(*given) is before
+    search()
+    after = integer.prepared(*given)
+    assert (after.splits, after.call.options["maxnreg"]) == (plan().splits, UNUSUAL.registers)
+    assert before.splits != after.splits
 
 
 def test_a_setting_of_one_kernel_is_none_of_another():
