@@ -2,7 +2,7 @@
 
 `JITFunction.run` looks at every argument of every launch, and takes several times as long as the launch. It looks at a
 tensor's dtype, at whether it begins at a multiple of 16, and at numbers: where these are as they were before, so is
-what the kernel was compiled to.
+what the kernel was compiled to. On an AMD GPU it also looks at how long a tensor is, and is asked each time.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ class Call:
     """A launch of the kernel `name` of a generated module over `grid`, but for the tensors.
 
     These are its first parameters, then come `numbers`, then `constants` that it is compiled for; `options` are
-    Triton's. A kernel for Triton's interpreter is run by that.
+    Triton's. Those that nothing is kept of, as of Triton's interpreter, are launched by Triton.
     """
 
     def __init__(
@@ -34,8 +34,8 @@ class Call:
     ):
         self.kernel, self.grid = getattr(built, name), (*grid, 1, 1)[:3]
         self.given, self.options = (*numbers, *constants), options
-        self.is_compiled = isinstance(self.kernel, triton.JITFunction)
-        if self.is_compiled:
+        self.is_kept = isinstance(self.kernel, triton.JITFunction) and torch.version.hip is None
+        if self.is_kept:
             # Gluon's kernels have an option among their parameters, the last one.
             self.behind = [options[param.name] for param in self.kernel.params if param.name in options]
             params = self.kernel.params[len(self.kernel.params) - len(self.given) - len(self.behind) :]
@@ -44,7 +44,7 @@ class Call:
 
     def __call__(self, tensors: Sequence[torch.Tensor]) -> None:
         """Launch it on the current device and stream."""
-        if not self.is_compiled:
+        if not self.is_kept:
             self.kernel[self.grid](*tensors, *self.given, **self.options)
             return
         addresses = [tensor.data_ptr() for tensor in tensors]

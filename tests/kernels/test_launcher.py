@@ -37,7 +37,7 @@ class Triton:
         return tuple(self.see(*self.arguments, num_warps=2)[1])
 
     def run(self, *arguments, grid, warmup, **options):
-        assert arguments == self.arguments and options == {"num_warps": 2} and not warmup
+        assert arguments == self.arguments and options == {"num_warps": 2} and grid == (3, 1, 1) and not warmup
         self.launches.append("asked")
         return Compiled(self, self.seen())
 
@@ -101,3 +101,10 @@ def test_triton_is_asked_once(monkeypatch):
     assert launches.launch(numbers=(0.5, 100, 1, 16)) == "asked"
     assert launches.launch(width=128) == "asked"
     assert Launches(monkeypatch).launch() == "asked", "it is another module"
+
+
+def test_on_an_amd_gpu_triton_is_asked_each_time(monkeypatch):
+    """It looks at the size of tensors there."""
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    launches = Launches(monkeypatch)
+    assert [launches.launch() for _ in range(3)] == ["asked"] * 3
