@@ -126,9 +126,9 @@ def append(
 
     y [A, B, T, head_dim] float32, float16 or bfloat16 in the codec's basis, any strides; planes [A, B, S, width], any
     strides but contiguous in the last, written in place; `positions` int64 [T], or None where y fills the planes. A
-    position outside the planes writes nothing on a GPU (with TRITON_DEBUG=1 the device stops there); it never writes
-    elsewhere. Positions must differ. Nothing waits for the device, and after the first call with the same codec and
-    dtypes a CUDA graph can capture it. Generated files go to `folder`.
+    position outside the planes writes nothing on a GPU (with TRITON_DEBUG=1 from the start the device stops there); it
+    never writes elsewhere. Positions must differ. Nothing waits for the device, and after the first call with the same
+    codec and dtypes a CUDA graph can capture it. Generated files go to `folder`.
 
     Raises:
         IndexError: a position lies outside the planes, on a CPU.

@@ -1,8 +1,9 @@
-"""Launches generated kernels, and asks Triton once what each is compiled for.
+"""Launches generated kernels without asking Triton each time what they are compiled for.
 
 `JITFunction.run` looks at every argument of every launch, and takes several times as long as the launch. It looks at a
 tensor's dtype, at whether it begins at a multiple of 16, and at numbers: where these are as they were before, so is
-what the kernel was compiled to. On an AMD GPU it also looks at how long a tensor is, and is asked each time.
+what the kernel was compiled to. Settings that it reads from the environment, as TRITON_DEBUG, are those of the first
+such launch. On an AMD GPU it also looks at how long a tensor is, and is asked each time.
 """
 
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ class Call:
     """A launch of the kernel `name` of a generated module over `grid`, but for the tensors.
 
     These are its first parameters, then come `numbers`, then `constants` that it is compiled for; `options` are
-    Triton's. Those that nothing is kept of, as of Triton's interpreter, are launched by Triton.
+    Triton's. Kernels of Triton's interpreter, and all on an AMD GPU, are launched by Triton each time.
     """
 
     def __init__(
@@ -49,12 +50,16 @@ class Call:
             return
         addresses = [tensor.data_ptr() for tensor in tensors]
         key = (
+            torch.cuda.current_device(),
             tuple([(tensor.dtype, tensor.device) for tensor in tensors]),
             tuple([address % 16 == 0 for address in addresses]),
         )
         compiled = self.kept.get(key)
         if compiled is None:
-            self.kept[key] = self.kernel[self.grid](*tensors, *self.given, **self.options)
+            compiled = self.kernel[self.grid](*tensors, *self.given, **self.options)
+            # Not what is still being compiled.
+            if isinstance(compiled, triton.compiler.CompiledKernel):
+                self.kept[key] = compiled
         else:
             compiled[self.grid](*addresses, *self.given, *self.behind)
 
@@ -66,7 +71,8 @@ def launch(built: ModuleType, name: str, grid: tuple[int, ...], tensors: Sequenc
 
 def _seen(number: int | float, param) -> tuple:
     """What Triton sees of a number."""
-    return type(number), number >= LONG if param.do_not_specialize else number
+    known = () if param.do_not_specialize else (number == 1, number % 16 == 0)
+    return type(number), number >= LONG, *known
 
 
 @lru_cache(maxsize=4096)

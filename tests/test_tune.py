@@ -31,7 +31,7 @@ def timed(tmp_path, monkeypatch):
         monkeypatch.setattr(compressed, task, of)
     yield cases
     tuned._found.clear()
-    tuned.plan.cache_clear()
+    tuned.forget()
 
 
 def complaint(capsys, *arguments):

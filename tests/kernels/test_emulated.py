@@ -247,10 +247,10 @@ def test_tiles_are_small_where_a_program_has_few_tokens(name, dim, monkeypatch):
     q = torch.randn(1, 4, 1, dim)
     for span, tokens in ((256, 64), (0, 128)) if name == "turboquant:2" else ((256, 32), (0, 64)):
         monkeypatch.setattr(tune, "SHORT_SPAN", span)
-        tuned.plan.cache_clear()
+        tuned.forget()
         assert integer.plan_of((sides, True), 4, 1, length, device).block_tokens == tokens
         attends_like_the_reference(q, *planes, None, False, (name, name), (dim, dim))
-    tuned.plan.cache_clear()
+    tuned.forget()
 
 
 def test_sizes_that_differ_from_block_to_block_cost_no_digits():

@@ -123,6 +123,7 @@ def test_a_cache_of_tokens_times_heads_is_read_where_it_lies(device):
 def test_splits_that_see_nothing_add_nothing(device, monkeypatch):
     torch.manual_seed(2)
     monkeypatch.setattr(integer, "plan_of", lambda *a: tune.AttendPlan(4, 64, 5, 64, 1, 255))
+    monkeypatch.setattr(integer, "prepared", integer.prepared.__wrapped__)
     codec = formats.codec("turboquant:4")
     keys, values = (compressed(codec, torch.randn(1, 1, 300, 64, device=device)) for _ in range(2))
     q = torch.randn(1, 3, 1, 64, device=device)

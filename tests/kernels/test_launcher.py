@@ -9,7 +9,7 @@ import triton.language as tl
 from hypothesis import given
 from hypothesis import strategies as st
 from triton.backends.compiler import GPUTarget
-from triton.compiler import make_backend
+from triton.compiler import CompiledKernel, make_backend
 from triton.runtime.jit import create_function_from_signature
 
 from tqcompile.kernels import launcher
@@ -20,41 +20,68 @@ def kernel(x, out, scale, length, row, column, WIDTH: tl.constexpr, num_warps: t
     pass
 
 
-NUMBERS = st.sampled_from([0, 1, 2, 16, 17, 48, 2**31 - 1, 2**31, 2**31 + 16])
-DTYPES = st.sampled_from([torch.float32, torch.float16, torch.uint8])
-
-
 class Triton:
-    """Triton without a device: what it compiles a kernel to is what it sees of the arguments."""
+    """Triton without a device: what it compiles a kernel to is what it sees of the arguments, and the options."""
 
     def __init__(self):
-        self.see = create_function_from_signature(
-            kernel.signature, kernel.params, make_backend(GPUTarget("cuda", 90, 32))
-        )
-        self.arguments, self.launches = None, []
+        backend = make_backend(GPUTarget("cuda", 90, 32))
+        self.see = create_function_from_signature(kernel.signature, kernel.params, backend)
+        self.device, self.launches = 0, []
 
     def seen(self):
-        return tuple(self.see(*self.arguments, num_warps=2)[1])
+        return self.device, tuple(self.see(*self.arguments, **self.options)[1]), self.options
 
     def run(self, *arguments, grid, warmup, **options):
-        assert arguments == self.arguments and options == {"num_warps": 2} and grid == (3, 1, 1) and not warmup
+        assert (arguments, grid, options, warmup) == (self.arguments, self.grid, self.options, False)
         self.launches.append("asked")
-        return Compiled(self, self.seen())
+        return Compiled(self)
 
 
-class Compiled:
-    def __init__(self, by, seen):
-        self.by, self.seen = by, seen
+class Compiled(CompiledKernel):
+    def __init__(self, by):
+        self.by, self.seen = by, by.seen()
+
+    def __del__(self):
+        """Nothing was loaded."""
 
     def __getitem__(self, grid):
-        assert grid == (3, 1, 1)
+        assert grid == self.by.grid
         return self.launch
 
     def launch(self, *given):
-        tensors = self.by.arguments[:2]
-        assert given == (*[tensor.data_ptr() for tensor in tensors], *self.by.arguments[2:], 2)
+        x, out, *others = self.by.arguments
+        assert given == (x.data_ptr(), out.data_ptr(), *others, self.by.options["num_warps"])
         assert self.seen == self.by.seen()
         self.by.launches.append("kept")
+
+
+# What a launch is made of, and what becomes of it next: a change of one thing at a time.
+BASE = {
+    "dtypes": (torch.float32, torch.float16),
+    "bytes": (0, 0),
+    "scale": 0.5,
+    "length": 100,
+    "row": 100,
+    "column": 16,
+    "width": 64,
+    "options": {"num_warps": 2, "maxnreg": 128},
+    "grid": (3, 2, 1),
+    "device": 0,
+}
+NUMBERS = st.sampled_from([0, 1, 2, 8, 16, 17, 48, 2**31 - 1, 2**31, 2**31 + 1, 2**31 + 16])
+CHANGES = {
+    "dtypes": st.tuples(*[st.sampled_from([torch.float32, torch.float16, torch.uint8])] * 2),
+    "bytes": st.tuples(*[st.sampled_from([0, 4, 8, 16, 32])] * 2),
+    "scale": st.sampled_from([0.5, 0.25, 1.0, 1]),
+    "length": NUMBERS,
+    "row": NUMBERS,
+    "column": NUMBERS,
+    "width": st.sampled_from([64, 128]),
+    "options": st.builds(dict, num_warps=st.sampled_from([1, 2]), maxnreg=st.sampled_from([128, 255])),
+    "grid": st.tuples(*[st.integers(1, 3)] * 3),
+    "device": st.sampled_from([0, 1]),
+}
+CHANGE = st.sampled_from(sorted(CHANGES)).flatmap(lambda name: st.tuples(st.just(name), CHANGES[name]))
 
 
 class Launches:
@@ -64,43 +91,62 @@ class Launches:
         self.triton, self.built = Triton(), ModuleType("built")
         self.built.kernel = kernel
         patch.setattr(triton.JITFunction, "run", lambda function, *a, **k: self.triton.run(*a, **k))
+        patch.setattr(torch.cuda, "current_device", lambda: self.triton.device)
 
-    def launch(self, tensors=None, numbers=(0.5, 100, 100, 16), width=64):
-        tensors = (torch.empty(64),) * 2 if tensors is None else tensors
-        self.triton.arguments = (*tensors, *numbers, width)
-        launcher.launch(self.built, "kernel", (3,), tensors, numbers, (width,), num_warps=2)
+    def launch(self, **changes):
+        call = BASE | changes
+        rows = [torch.empty(256, dtype=torch.uint8)[start:][:64] for start in call["bytes"]]
+        tensors = tuple(row.view(dtype) for row, dtype in zip(rows, call["dtypes"]))
+        numbers = tuple(call[name] for name in ("scale", "length", "row", "column"))
+        self.triton.arguments = (*tensors, *numbers, call["width"])
+        self.triton.grid, self.triton.options, self.triton.device = call["grid"], call["options"], call["device"]
+        launcher.launch(self.built, "kernel", call["grid"], tensors, numbers, (call["width"],), **call["options"])
         return self.triton.launches[-1]
 
 
-@given(
-    calls=st.lists(
-        st.tuples(
-            st.tuples(DTYPES, DTYPES),
-            st.tuples(st.sampled_from([0, 4, 16]), st.sampled_from([0, 4, 16])),
-            st.tuples(st.sampled_from([0.5, 1.0, 1]), NUMBERS, NUMBERS, NUMBERS),
-            st.sampled_from([64, 128]),
-        ),
-        max_size=30,
-    )
-)
-def test_a_kept_kernel_is_one_for_such_arguments(calls):
+@given(changes=st.lists(CHANGE, max_size=40))
+def test_a_kept_kernel_is_one_for_such_arguments(changes):
     with pytest.MonkeyPatch.context() as patch:
-        launches = Launches(patch)
-        for dtypes, offsets, numbers, width in calls:
-            tensors = tuple(torch.empty(64, dtype=dtype)[offset:] for dtype, offset in zip(dtypes, offsets))
-            launches.launch(tensors, numbers, width)
+        launches, call = Launches(patch), {}
+        for name, value in changes:
+            launches.launch(**call)
+            call[name] = value
+            launches.launch(**call)
+            assert launches.launch(**call) == "kept"
 
 
-def test_triton_is_asked_once(monkeypatch):
+@pytest.mark.parametrize(
+    ("came_to", "changes"),
+    [
+        ("kept", {"scale": 0.25, "length": 101}),
+        ("kept", {"row": 20, "column": 48}),
+        ("kept", {"bytes": (32, 16)}),
+        ("kept", {"grid": (1, 1, 7)}),
+        ("asked", {"bytes": (0, 8)}),
+        ("asked", {"dtypes": (torch.float16, torch.float16)}),
+        ("asked", {"scale": 1}),
+        ("asked", {"length": 2**31}),
+        ("asked", {"row": 1}),
+        ("asked", {"row": 32}),
+        ("asked", {"width": 128}),
+        ("asked", {"options": {"num_warps": 2, "maxnreg": 255}}),
+        ("asked", {"device": 1}),
+    ],
+    ids=str,
+)
+def test_triton_is_asked_for_what_it_sees(came_to, changes, monkeypatch):
     launches = Launches(monkeypatch)
-    assert launches.launch() == "asked"
-    assert launches.launch(numbers=(0.25, 101, 100, 16)) == "kept", "Triton does not look at these values"
-    assert launches.launch(tensors=(torch.empty(80)[16:], torch.empty(64))) == "kept"
-    assert launches.launch(tensors=(torch.empty(80)[1:], torch.empty(64))) == "asked"
-    assert launches.launch(numbers=(1, 100, 100, 16)) == "asked"
-    assert launches.launch(numbers=(0.5, 100, 1, 16)) == "asked"
-    assert launches.launch(width=128) == "asked"
-    assert Launches(monkeypatch).launch() == "asked", "it is another module"
+    assert (launches.launch(), launches.launch(), launches.launch(**changes)) == ("asked", "kept", came_to)
+
+
+def test_modules_share_nothing(monkeypatch):
+    assert [Launches(monkeypatch).launch() for _ in range(2)] == ["asked"] * 2
+
+
+def test_what_is_still_being_compiled_is_not_kept(monkeypatch):
+    launches = Launches(monkeypatch)
+    monkeypatch.setattr(triton.JITFunction, "run", lambda *a, **k: launches.triton.launches.append("asked") or object())
+    assert [launches.launch() for _ in range(2)] == ["asked"] * 2
 
 
 def test_on_an_amd_gpu_triton_is_asked_each_time(monkeypatch):

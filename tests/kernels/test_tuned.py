@@ -79,9 +79,16 @@ def test_what_is_launched_follows_a_search():
     planes = layout_of(CODEC, 128, torch.bfloat16, "cpu").allocate((1, HEADS, LENGTH), CPU)
     lie = placement.laid((torch.empty(1, ROWS * HEADS, 1, 128), *split(CODEC, planes), *split(CODEC, planes)))
     given = (CODEC, CODEC), (128, 128), (0.1, emit.Reader(), None), lie, (0, 0, 0, 0), None, CPU
-    before = integer.prepared(*given)
+    before, seen = integer.prepared(*given), []
     assert integer.prepared(*given) is before
-    search()
+
+    def registers():
+        seen.append(integer.prepared(*given).call.options["maxnreg"])
+        return 1.0 if seen[-1] == UNUSUAL.registers else 2.0
+
+    key, default = integer.choice_of(KERNELS["attend"][1], ROWS, HEADS, LENGTH, CPU)
+    tuned.search(key, (default, UNUSUAL), registers)
+    assert seen == [default.registers, UNUSUAL.registers]
     after = integer.prepared(*given)
     assert (after.splits, after.call.options["maxnreg"]) == (plan().splits, UNUSUAL.registers)
     assert before.splits != after.splits
