@@ -4,6 +4,7 @@ A program takes one vector: a token of a KV head's keys or values, or one of a q
 `write_values` are printed by `emit`; what they read is rotated into memory that only their program sees.
 """
 
+import math
 from functools import cache, lru_cache
 from types import ModuleType
 
@@ -13,9 +14,10 @@ import triton.language as tl
 
 from tqcompile.codec import Codec
 from tqcompile.coding import Planes, split
-from tqcompile.kernels import emit, launcher, tune
+from tqcompile.kernels import emit, launcher, placement, tune
 from tqcompile.kernels.append import check, edges_of, fitting, nearest, rounded
 from tqcompile.kernels.combine import maximum_of, sum_of
+from tqcompile.kernels.placement import Laid
 from tqcompile.kernels.portable import table_of
 from tqcompile.kernels.writers import writer
 
@@ -146,41 +148,41 @@ def append_step(
         IndexError: a position lies outside the planes, on a CPU.
         ValueError: tokens do not fill the planes, and there are no positions.
     """
-    sides, lie = [], []
+    sides, lying = [], []
     for codec, side, y, basis in zip(codecs, planes, tokens, bases):
         codes, scale = split(codec, side)
         check(y, codes.shape[2], positions)
         scale, dim = codes if scale is None else scale, y.shape[3]
         tables = edges_of(codec, dim, y.device), table_of(codec, dim, torch.float32, y.device)
         sides += y, codes, scale, *tables, y if basis is None else basis
-        lie += (y.shape, y.stride()), (codes.shape, codes.stride(), scale.stride())
+        lying += y, codes, scale
     turned = q.new_empty(q.shape, dtype=bases[0].dtype)
     if not sum(y.numel() for y in tokens) + q.numel():
         return turned
     scratch = q.new_empty(sum(y.numel() for y in tokens), dtype=torch.float32)
     has = positions is not None, bases[1] is not None
-    call = _call(codecs, tuple(lie), (q.shape, q.stride()), has, folder, q.device.type == "cpu")
+    call = _call(codecs, placement.laid((*lying, q)), has, folder, q.device.type == "cpu")
     call((*sides, q, turned, scratch, q if positions is None else positions))
     return turned
 
 
 @lru_cache(maxsize=4096)
 def _call(
-    codecs: tuple[Codec, Codec], lie: tuple[tuple, ...], query: tuple, has: tuple[bool, bool], folder, interpreted: bool
+    codecs: tuple[Codec, Codec], laid: tuple[tuple, ...], has: tuple[bool, bool], folder: str | None, interpreted: bool
 ) -> launcher.Call:
-    """The launch for tokens and planes, keys' first, and a query of such shapes and strides; `has` positions, and a
-    basis of values."""
-    (k, key_planes, v, value_planes), (q, q_strides) = lie, query
-    dims, rows = (k[0][3], v[0][3]), [size[:3].numel() for size in (k[0], v[0], q)]
-    lengths = key_planes[0][2], value_planes[0][2]
-    places = [stride[:3] for planes in (key_planes, value_planes) for stride in planes[1:]]
+    """The launch for tokens, codes and scales, keys' first, and a query that lie as `placement.laid` says; `has`
+    positions, and a basis of values."""
+    k, key_codes, key_scale, v, value_codes, value_scale, q = [Laid(*each) for each in laid]
+    dims, rows = (k.shape[3], v.shape[3]), [math.prod(side.shape[:3]) for side in (k, v, q)]
     return launcher.Call(
         module(*codecs, dims, folder, interpreted),
         "append_step_rows",
         (sum(rows),),
         (
-            *(k[0][1], v[0][1], q[1], k[0][2], q[2], *rows[:2], *lengths),
-            *(*k[1], *places[0], *places[1], *v[1], *places[2], *places[3], *q_strides),
+            *(k.shape[1], v.shape[1], q.shape[1], k.shape[2], q.shape[2]),
+            *(*rows[:2], key_codes.shape[2], value_codes.shape[2]),
+            *(*k.strides, *key_codes.strides[:3], *key_scale.strides[:3]),
+            *(*v.strides, *value_codes.strides[:3], *value_scale.strides[:3], *q.strides),
         ),
         (*has, *dims, *map(tune.extent, dims), *map(tune.turned_dims, dims)),
         num_warps=4,
