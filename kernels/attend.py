@@ -6,7 +6,7 @@ import torch
 
 from tqcompile.codec import Codec
 from tqcompile.coding import Planes, split
-from tqcompile.kernels import decoded, exact, integer, portable, tune
+from tqcompile.kernels import chunks, decoded, exact, integer, portable, tune
 from tqcompile.kernels.combine import combine, parts
 from tqcompile.kernels.emit import Reader
 from tqcompile.kernels.portable import Second
@@ -53,10 +53,11 @@ def attend(
     `joins` takes it, are added to the others before the mask.
     Returns [B, Hq, T, Dv] in `dtype`, rotated back by `basis`. On a GPU, up to 128 rows a KV head over codes of one to
     five bits, in several pieces or not, or signed bytes or nibbles in blocks of 32, run on int8 units (`integer`), with
-    15 bits of q and of the probabilities, and more rows of any codec on decoded heads (`decoded`). Elsewhere products
-    run in the dtype of q (float32: without tf32) and accumulate in float32; a plane of native numbers in another dtype
-    than q's is read as float32. Nothing waits for the device, and after a call with like arguments (codecs, dtypes,
-    reader, strides) a CUDA graph can capture it. Generated files go to `folder`.
+    15 bits of q and of the probabilities. On Hopper more than 16 rows in bfloat16, over codes in one piece, are chunks
+    (`chunks`), with probabilities in bfloat16. More rows of any codec attend to decoded heads (`decoded`). Elsewhere
+    products run in the dtype of q (float32: without tf32) and accumulate in float32; a plane of native numbers in
+    another dtype than q's is read as float32. Nothing waits for the device, and after a call with like arguments
+    (codecs, dtypes, reader, strides) a CUDA graph can capture it. Generated files go to `folder`.
 
     Raises:
         ValueError: q has a dtype that no cache holds, or its heads are no multiple of the planes'.
@@ -75,8 +76,9 @@ def attend(
     if not batch * kv_heads * rows * length:
         return q.new_zeros(shape, dtype=dtype)
     reader, codecs = reader_of(mask, causal, score_mod), (key_codec, value_codec)
-    widths = q.shape[3], place[2]
-    if rows > most_rows(q, keys, values, codecs, widths) and q.device.type == "cuda":
+    widths, hides = (q.shape[3], place[2]), mask is not None or len(known) > 0
+    chunked = second is None and chunks.takes(q, keys, values, codecs, head_dims, hides)
+    if not chunked and rows > most_rows(q, keys, values, codecs, widths) and q.device.type == "cuda":
         assert second is None, "of so many rows the scores of a second cache are to be a mask"
         tables = [portable.table_of(codec, dim, q.dtype, q.device) for codec, dim in zip(codecs, head_dims)]
         how = mask, causal, scale, codecs, head_dims, tables, folder, score_mod, sinks
@@ -91,9 +93,11 @@ def attend(
         reader = reader_of(mask, causal, score_mod)
     mask = spread(mask)
     reach = None if reach is None else reach.expand(batch, 2)
-    if second is None and integer.takes(q, keys, values, codecs, head_dims):
-        allocate, order = partial(parts, q, *place[:2]), integer.order_of(codecs[1], head_dims[1], q.device)
-        left = integer.launch(q, keys, values, mask, reach, scale, codecs, head_dims, reader, folder, allocate)
+    given = q, keys, values, mask, reach, scale, codecs, head_dims, reader, folder, partial(parts, q, *place[:2])
+    if chunked:
+        left = chunks.launch(*given)
+    elif second is None and integer.takes(q, keys, values, codecs, head_dims):
+        left, order = integer.launch(*given), integer.order_of(codecs[1], head_dims[1], q.device)
     else:
         more = None if second is None else (second.codec, second.head_dim)
         built = portable.module(*codecs, head_dims, reader, folder, q.device.type == "cpu", more)

@@ -16,7 +16,7 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from tqcompile.codec import STATE_BITS, Codec
 from tqcompile.formats import REGISTRY, pair_of
 from tqcompile.formats import codec as codec_named
-from tqcompile.kernels import append, exact, integer, logits, path, portable, shift, step, tune
+from tqcompile.kernels import append, chunks, exact, integer, logits, path, portable, shift, step, tune
 from tqcompile.kernels.assembled import Usage, compiled
 from tqcompile.kernels.emit import Reader
 from tqcompile.kernels.sides import Sides, in_blocks, in_sectors
@@ -92,20 +92,8 @@ def planes_of(side: str, codec: Codec, dtype: torch.dtype) -> dict[str, torch.dt
     }
 
 
-def integer_usage(
-    pair: tuple[Codec, Codec],
-    head_dim: int,
-    reader: Reader,
-    rows: int,
-    capability: int,
-    ring: bool = False,
-    shifted: bool = False,
-) -> Usage:
-    """Compile attention on int8 units for contiguous planes and queries in bfloat16, over a ring or not, and there for
-    heads whose tokens begin at a multiple of 16 or, `shifted`, anywhere."""
-    sides = integer.sides_of(pair, (head_dim, head_dim))
-    plan = integer.plan_of((sides, ring), rows, 8, 4096, torch.device("cpu"))
-    kernel = getattr(integer.module(*sides, reader, None), integer.KERNEL[ring])
+def fragment_arguments(pair: tuple[Codec, Codec], head_dim: int, reader: Reader, plan: tune.AttendPlan) -> tuple:
+    """Pointers, constants and other types of a kernel over codes of contiguous planes, and queries in bfloat16."""
     mask = torch.uint8 if reader.mask == "bool" else torch.bfloat16
     pointers = {"q": torch.bfloat16, "mask": mask, "key_codes": torch.uint8, "value_codes": torch.uint8}
     pointers |= {"key_scale": torch.float16, "value_scale": torch.float16}
@@ -113,15 +101,39 @@ def integer_usage(
     for side, codec in zip(("KEY", "VALUE"), pair):
         widths = {store.name: store.width for store in layout_of(codec, head_dim, torch.float32, "cuda").stores}
         constants |= {f"{side}_S": widths["codes"], f"{side}_SCALE_S": widths["scale"]}
-    constants |= {"REACH": reader.mask != "none"}
-    constants |= {"T": plan.block_tokens, "R": plan.block_rows, "EARLY": capability >= 90, "num_warps": 1}
+    constants |= {"REACH": reader.mask != "none", "T": plan.block_tokens, "R": plan.block_rows}
+    types = {"key_words": "*i32", "value_words": "*i32", "scale": "fp32", "reach": "*i32"}
+    return pointers, constants | {"num_warps": plan.warps}, types
+
+
+def integer_usage(
+    pair: tuple[Codec, Codec], head_dim: int, reader: Reader, rows: int, capability: int, ring=False, shifted=False
+) -> Usage:
+    """Compile attention on int8 units for contiguous planes and queries in bfloat16, over a ring or not, and there for
+    heads whose tokens begin at a multiple of 16 or, `shifted`, anywhere."""
+    sides = integer.sides_of(pair, (head_dim, head_dim))
+    plan = integer.plan_of((sides, ring), rows, 8, 4096, torch.device("cpu"))
+    kernel = getattr(integer.module(*sides, reader, None), integer.KERNEL[ring])
+    pointers, constants, types = fragment_arguments(pair, head_dim, reader, plan)
+    constants["EARLY"] = capability >= 90
     if ring:
         constants |= {"STAGES": tune.STAGES, "SCALES": not in_blocks(sides), "SHIFTED": shifted}
-    types = {"key_words": "*i32", "value_words": "*i32", "scale": "fp32", "reach": "*i32"}
     how = f"{reader.mask}{' causal' * reader.causal} {rows} rows{' ring' * ring}{' shifted' * shifted}"
     label = f"int8 attend {pair[0].name} {pair[1].name} d{head_dim} {how}"
     numbers = plan.block_tokens * 2 * head_dim / 32
     return compiled(label, kernel, pointers, constants, types, 1, plan.registers, capability, GluonASTSource, numbers)
+
+
+def chunk_usage(pair: tuple[Codec, Codec], head_dim: int, reader: Reader, rows: int) -> Usage:
+    """Compile attention of a chunk of so many rows for contiguous planes, for the one capability that has it."""
+    pieces = chunks.pieces_of(pair, (head_dim, head_dim))
+    plan = chunks.plan_of(pieces, reader, rows, 8, 4096, torch.device("cpu"))
+    pointers, constants, types = fragment_arguments(pair, head_dim, reader, plan)
+    kernel, capability = chunks.module(*pieces, reader, None).attend_chunk, 10 * chunks.CAPABILITY[0]
+    how = f"{reader.mask}{' causal' * reader.causal}{' cap' * bool(reader.score_mod)} {rows} rows"
+    label, numbers = f"chunk {pair[0].name} {pair[1].name} d{head_dim} {how}", plan.block_tokens * 2 * head_dim / 32
+    usual = plan.warps, plan.registers, capability, GluonASTSource, numbers / plan.warps
+    return compiled(label, kernel, pointers, constants | {"EARLY": True}, types, *usual)
 
 
 def logits_usage(codec: Codec, head_dim: int, dtype: torch.dtype, rows: int, capability: int) -> Usage:
@@ -261,9 +273,18 @@ def every_usage() -> Iterator[Usage]:
                         yield integer_usage(pair, head_dim, READERS[0], 8, capability, *way)
 
 
+def chunk_usages() -> Iterator[Usage]:
+    """Every pair of codecs that is read by chunks, at each head_dim and reader, of few rows and of many."""
+    for head_dim in (64, 96, 128, 256):
+        for pair in mixed_pairs(REGISTRY):
+            if chunks.pieces_of(pair, (head_dim, head_dim)):
+                for reader in READERS:
+                    yield from (chunk_usage(pair, head_dim, reader, rows) for rows in (64, 512))
+
+
 def main() -> int:
     """Print the table; 1 if anything spills."""
-    usages = list(every_usage())
+    usages = [*every_usage(), *chunk_usages()]
     columns = ("kernel", "capability", "registers", "spills", "shared", "instructions")
     rows = [[getattr(usage, column) for column in columns] for usage in usages]
     print(tabulate(rows, headers=columns, floatfmt=".2f"))

@@ -59,7 +59,7 @@ def key_look_up(side: Side) -> str:
     lines = [_signature("key_look_up(codes, high, table, PIECE: gl.constexpr)")]
     for place, piece in enumerate(side.pieces):
         inputs = "codes, high" if ptx.has_high(piece.bits) else "codes"
-        lines += [f"    if PIECE == {place}:", *_call(ptx.key_look_up(piece.bits, piece.fields), inputs)]
+        lines += [f"    if PIECE == {place}:", *asm_lines(ptx.key_look_up(piece.bits, piece.fields), inputs, " " * 8)]
     return "\n".join(lines)
 
 
@@ -70,7 +70,7 @@ def value_look_up(side: Side) -> str:
         inputs = [f"words[{token}]" for token in range(4)]
         inputs += [f"high[{token}]" for token in range(4)] if ptx.has_high(piece.bits) else []
         block = ptx.value_look_up(piece.bits, piece.fields)
-        lines += [f"    if PIECE == {place}:", *_call(block, ", ".join(inputs))]
+        lines += [f"    if PIECE == {place}:", *asm_lines(block, ", ".join(inputs), " " * 8)]
     return "\n".join(lines)
 
 
@@ -78,20 +78,19 @@ def _signature(text: str) -> str:
     return f"@gluon.jit\ndef {text}:"
 
 
-def _call(block: ptx.Block, inputs: str) -> list[str]:
-    table = ", ".join(f"table[{place}]" for place in range(ptx.TABLE_WORDS))
-    lines = " ".join(block.text().splitlines())
+def asm_lines(block: ptx.Block, inputs: str, indent: str) -> list[str]:
+    """Lines that return what a block makes of `inputs` and the words of a `table`."""
+    table = ", ".join(f"table[{place}]" for place in range(block.tables))
     types = ", ".join(["gl.int32"] * block.outputs)
-    return [
-        "        return gl.inline_asm_elementwise(",
-        f'            "{lines}",',
-        f'            "{block.constraints()}",',
-        f"            [{inputs}, {table}],",
-        f"            dtype=({types}),",
-        "            is_pure=True,",
-        "            pack=1,",
-        "        )",
+    lines = [
+        f'    "{" ".join(block.text().splitlines())}",',
+        f'    "{block.constraints()}",',
+        f"    [{inputs}, {table}],",
+        f"    dtype=({types}),",
+        "    is_pure=True,",
+        "    pack=1,",
     ]
+    return [f"{indent}{line}" for line in ("return gl.inline_asm_elementwise(", *lines, ")")]
 
 
 def score_helper(reader: Reader) -> str:
@@ -270,11 +269,17 @@ def prepared(
     return Prepared(call, sides[1].width, plan.splits)
 
 
-def launch(
-    q, keys: Planes, values: Planes, mask, reach, scale: float, codecs, head_dims, reader: Reader, folder, parts
-):
-    """Run the kernel, and return what `parts`, a function of a width and the number of splits, allocated for it to
-    write: sums in the order of `order_of`, peaks and totals."""
+def launch(q: torch.Tensor, *given) -> tuple[torch.Tensor, ...]:
+    """Run the kernel (`launched`): sums are in the order of `order_of`."""
+    return launched(prepared, table_of, q, *given)
+
+
+def launched(
+    prepared, table_of, q, keys: Planes, values: Planes, mask, reach, scale: float, codecs, head_dims, reader: Reader,
+    folder, parts,
+) -> tuple[torch.Tensor, ...]:  # fmt: skip
+    """Run what `prepared` finds for a call, and return what `parts`, a function of a width and the number of splits,
+    allocated for it to write: sums, peaks and totals. `table_of` are the look-up operands of a codec."""
     planes = *split(codecs[0], keys), *split(codecs[1], values)
     part, strides = mask if mask is not None else (q, (0, 0, 0, 0))
     how, lie = (scale, reader, folder), placement.laid((q, *planes))

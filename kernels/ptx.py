@@ -55,8 +55,8 @@ def _flagged(numbers: Sequence[int]) -> list[int]:
 class Block:
     """Instructions of one inline block: outputs and inputs by number, temporaries named as they come."""
 
-    def __init__(self, outputs: int, inputs: int):
-        self.outputs, self.inputs, self.lines, self.temporaries = outputs, inputs, [], 0
+    def __init__(self, outputs: int, inputs: int, tables: int = TABLE_WORDS):
+        self.outputs, self.inputs, self.tables, self.lines, self.temporaries = outputs, inputs, tables, [], 0
 
     def input(self, place: int) -> str:
         return f"${self.outputs + place}"
@@ -80,7 +80,7 @@ class Block:
         return "\n".join(["{", f".reg .b32 {names};", *self.lines, "}"])
 
     def constraints(self) -> str:
-        return ",".join(["=&r"] * self.outputs + ["r"] * (self.inputs + TABLE_WORDS))
+        return ",".join(["=&r"] * self.outputs + ["r"] * (self.inputs + self.tables))
 
 
 def look_up(block: Block, bits: int, word: str, high: str | None, outputs: Sequence[Sequence[int]]) -> None:

@@ -50,6 +50,12 @@ MOST_ROWS = 128
 MOST_ROWS_WIDE = 16
 FUSED_DIMS = 256
 DECODED_NUMBERS = 4096
+# Rows a KV head from which a tile is decoded for a chunk of them, and up to which it is without a mask; dims that its
+# matrix products want at least, and how many bytes of sums it may leave.
+CHUNK_ROWS = 17
+CHUNK_MOST_ROWS = 512
+CHUNK_LEAST_DIMS = 32
+CHUNK_BYTES = 2**28
 # What is planned for where there is no device to ask: by the interpreter, and for kernels that are only compiled.
 DEFAULT_PROCESSORS = 4
 DEFAULT_SHARED_BYTES = 228 * 1024
@@ -190,6 +196,33 @@ def integer_plan(
     least = 2 if 2 * blocks * heads > held else 1
     span = max(least, -(-blocks // max(1, held // heads))) * setting.block_tokens
     return AttendPlan(setting.block_rows, setting.block_tokens, -(-length // span), span, 1, setting.registers)
+
+
+def chunk_rows(bits: int) -> int:
+    """Rows a KV head up to which tiles, of codes of up to so many bits, are decoded for a chunk of them without a mask:
+    of more, decoding each once for all and dense attention take less time."""
+    return CHUNK_MOST_ROWS if bits < 5 else CHUNK_MOST_ROWS // 2
+
+
+@lru_cache(maxsize=4096)
+def chunk_plan(
+    rows: int, heads: int, length: int, width: int, bits: tuple[int, int], plain: bool, device: torch.device
+) -> AttendPlan:
+    """The plan of a kernel that decodes tiles for a chunk of rows: of up to `width` numbers a token, and `bits` of keys
+    and of values; a `plain` reader has neither a mask nor a function of scores.
+
+    Sixty-four rows are those of four warps. No entry may spill: `build` checks it.
+    """
+    warps = 4 if rows <= 64 and width <= 128 else 8
+    block_tokens = 64 if width <= 128 else 32
+    if warps == 8 and plain and width <= 128 and max(bits) < 5:
+        block_tokens = 128
+    if warps == 4 and min(bits) == 5 and width > 64:
+        block_tokens = 32
+    held = processors_of(device) * (8 // warps)
+    blocks, programs = -(-length // block_tokens), heads * -(-rows // (16 * warps))
+    span = -(-blocks // max(1, held // programs)) * block_tokens
+    return AttendPlan(16 * warps, block_tokens, -(-length // span), span, warps, 255)
 
 
 def append_plan(tokens: int, head_dim: int) -> tuple[int, int]:

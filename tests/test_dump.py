@@ -102,6 +102,7 @@ def test_the_kernels_of_a_graph_are_those_of_its_codecs_and_readers(name, values
     appends = {"append_turboquant_4_32", f"append_{values}_32"}
     # A codebook of eight bits alone has no kernel on int8 units; which one runs depends on the device.
     int8 = {f"{attend}_int8"} if values != "turboquant_8" else set()
+    chunk = {f"{attend}_chunk"} if values == "turboquant_3" else set()
     both = {f"append_step_turboquant_4_{values}_32_32"}
     decoded = {"decode_turboquant_4_32", f"decode_{values}_32"}
     kernels = {
@@ -110,12 +111,13 @@ def test_the_kernels_of_a_graph_are_those_of_its_codecs_and_readers(name, values
         **{what: {"decode_tokens", "token_numbers"} for what in decoded},
         **{what: {"attend_split", "read_scores", "key_numbers"} for what in [attend]},
         **{what: {"attend_ringed", "key_look_up"} for what in int8},
+        **{what: {"attend_chunk", "key_look_up"} for what in chunk},
     }
     assert sources.keys() == kernels.keys()
     for what, text in sources.items():
         functions = {node.name for node in ast.parse(text).body if isinstance(node, ast.FunctionDef)}
         assert kernels[what] <= functions
-    for what in {attend} | int8:
+    for what in {attend} | int8 | chunk:
         (scores,) = re.findall(r"def read_scores.*?\n\n", sources[what], re.DOTALL)
         assert ("<= query" in scores) == (name == "causal")
         assert ("part != 0" in scores) == (name == "bool") and ("scores += part" in scores) == (name == "additive")

@@ -118,7 +118,7 @@ def kernel_sources(after: fx.GraphModule, sites: Iterable[Site]) -> dict[str, st
 
 
 def _attend_sources(node: fx.Node) -> dict[str, str]:
-    from tqcompile.kernels import attend, decoded, exact, integer, logits, portable, shift
+    from tqcompile.kernels import attend, chunks, decoded, exact, integer, logits, portable, shift
 
     sources = {}
     mask, _, _, _, causal, _, score_mod, _, keys, values, *head_dims, _ = node.args[3:]
@@ -142,6 +142,8 @@ def _attend_sources(node: fx.Node) -> dict[str, str]:
         # Scores of a second cache are a mask there.
         reader = replace(reader, mask="additive") if more else reader
         sources[f"{what}_int8"] = integer.source(*sides, reader)
+    if pieces := chunks.pieces_of(codecs, tuple(head_dims)):
+        sources[f"{what}_chunk"] = chunks.source(*pieces, reader)
     for codec, dim in zip(codecs, head_dims):
         sources[f"decode_{_plain(codec.name)}_{dim}"] = decoded.source(codec, dim)
     return sources

@@ -55,10 +55,11 @@ def prepare(codec: Codec, head_dim: int, device: torch.device) -> None:
     coding.prepare(codec, device)
     if device.type == "cuda":
         from tqcompile.kernels import append as kernel
-        from tqcompile.kernels import integer
+        from tqcompile.kernels import chunks, integer
 
         kernel.prepare(codec, head_dim, device)
         integer.prepare(codec, head_dim, device)
+        chunks.prepare(codec, head_dim, device)
 
 
 def writes(codec: Codec, head_dim: int) -> bool:

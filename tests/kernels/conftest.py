@@ -5,7 +5,7 @@ import torch
 from cases import TOLERANCE
 from hypothesis import HealthCheck, settings
 
-from tqcompile.kernels import integer
+from tqcompile.kernels import chunks, integer, tune
 
 settings.register_profile("kernels", deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 settings.load_profile("kernels")
@@ -19,12 +19,19 @@ def device(request):
     return request.param
 
 
-@pytest.fixture(params=["cpu", *(pytest.param(k, marks=pytest.mark.gpu) for k in ("cuda-portable", "cuda-int8"))])
+KERNELS = ("cuda-portable", "cuda-int8", "cuda-chunk")
+
+
+@pytest.fixture(params=["cpu", *(pytest.param(kernel, marks=pytest.mark.gpu) for kernel in KERNELS)])
 def attending_device(request, monkeypatch):
-    """The interpreter, and on a GPU both kernels that attend: int8 units have no interpreter."""
+    """The interpreter, and on a GPU all kernels that attend: the others have no interpreter."""
     device, _, kernel = request.param.partition("-")
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
+    if kernel == "chunk":
+        monkeypatch.setattr(tune, "CHUNK_ROWS", 1)
+    else:
+        monkeypatch.setattr(chunks, "takes", lambda *arguments: False)
     if kernel == "int8":
         # Fifteen bits of q and of the weights, whatever the dtype of q.
         monkeypatch.setitem(TOLERANCE, torch.float32, 4e-4)

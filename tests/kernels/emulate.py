@@ -158,6 +158,10 @@ def store(pointer, value, mask=True):
 
 def inline_asm_elementwise(text, constraints, inputs, dtype, is_pure, pack):
     bits = [(x.x.view(INT32) if x.x.dtype == torch.float32 else x.x).long() & 0xFFFFFFFF for x in inputs]
+    if pack == 2:
+        # One of two registers, which are alike, as two numbers.
+        (word,) = assembled(text, [bits[0][..., 0]], 1)
+        return Tile(signed(word).unsqueeze(-1).contiguous().view(dtype))
     if pack == 4:
         (word,) = assembled(text, [bits[0][..., 0, 0]], 1)
         return Tile(signed(word).unsqueeze(-1).contiguous().view(torch.int8).unflatten(-1, (2, 2)))
@@ -190,6 +194,12 @@ class Shared:
     def load(self, layout):
         return Tile(self.memory.clone())
 
+    def store(self, x):
+        self.memory.copy_(x.x)
+
+    def permute(self, order):
+        return Shared(self.memory.permute(order))
+
 
 class Copies:
     """Groups of copies that are under way."""
@@ -209,6 +219,23 @@ class Copies:
         while len(self.groups) - 1 > left:
             for memory, content in self.groups.pop(0):
                 memory.copy_(content)
+
+
+class Hopper:
+    """Matrix units that work on their own: what they are given is read when it is waited for, and never before."""
+
+    fence_async_shared = staticmethod(lambda: None)
+
+    def warpgroup_mma(self, left, right, product, use_acc=True, is_async=False):
+        assert is_async
+        return left, right, product
+
+    def warpgroup_mma_wait(self, left_under_way, deps):
+        left, right, product = deps[0]
+        kept = [each.memory.data_ptr() for each in deps[1:]]
+        assert left_under_way == 0 and kept == [x.memory.data_ptr() for x in (left, right) if isinstance(x, Shared)]
+        left, right = ((x.memory if isinstance(x, Shared) else x.x).float() for x in (left, right))
+        return (Tile(left @ right + product.x),)
 
 
 def maximum(x, y, propagate_nan=False):
@@ -237,16 +264,18 @@ def padded(intervals, shape, order):
 def language(place):
     """The module `gl` for one program."""
     return SimpleNamespace(
-        **{name: getattr(torch, name) for name in ("int8", "int32", "int64", "float16", "float32")},
+        **{name: getattr(torch, name) for name in ("int8", "int32", "int64", "float16", "bfloat16", "float32")},
         **dict.fromkeys(("SliceLayout", "DotOperandLayout", "DistributedLinearLayout", "BlockedLayout"), Layout),
         SwizzledSharedLayout=lambda *a: None,
         PaddedSharedLayout=SimpleNamespace(with_identity_for=padded),
         allocate_shared_memory=lambda dtype, shape, layout: Shared(torch.empty(shape, dtype=dtype)),
         NVMMADistributedLayout=lambda *a: Layout(),
+        NVMMASharedLayout=lambda *a: None,
         uint32=UINT32,
         pointer_type=lambda dtype: (POINTER, dtype),
         constexpr=lambda x: x,
         static_range=range,
+        cdiv=lambda x, y: (x + (y - 1)) // y,
         program_id=lambda axis: Tile(torch.tensor(place[axis], dtype=INT32)),
         arange=lambda start, stop, layout: Tile(torch.arange(start, stop, dtype=INT32)),
         full=lambda shape, value, dtype, layout: Tile(torch.full(shape, value, dtype=dtype)),
@@ -292,6 +321,7 @@ class Kernel:
                 "tl": SimpleNamespace(PropagateNan=SimpleNamespace(ALL=True)),
                 "mma_v2": mma_v2,
                 "async_copy": Copies(),
+                "hopper": Hopper(),
             }
             exec(self.code, names)
             given = (Pointer.of(x) if isinstance(x, torch.Tensor) else x for x in arguments)

@@ -29,6 +29,23 @@ def test_attend_compiles_without_a_device_and_spills_nothing(case):
     assert usage.spills == 0 and 0 < usage.registers <= 255
 
 
+CHUNKS = [
+    (("turboquant:4", "turboquant:4"), 128, Reader(), 512),
+    (("turboquant:5", "turboquant:5"), 128, Reader("bool"), 64),
+    (("turboquant:5", "turboquant:3"), 96, Reader("additive"), 64),
+    (("turboquant:3", "turboquant:3"), 96, Reader("bool"), 64),
+    (("turboquant:5", "turboquant:5"), 64, Reader("additive", score_mod="tanh(score) * 50.0"), 512),
+    (("turboquant:3", "turboquant:3"), 256, Reader("bool"), 64),
+]
+
+
+@pytest.mark.parametrize("case", CHUNKS, ids=str)
+def test_a_chunk_compiles_without_a_device_and_spills_nothing(case):
+    names, *rest = case
+    usage = build.chunk_usage(tuple(map(formats.codec, names)), *rest)
+    assert usage.spills == 0 and 0 < usage.registers <= 255
+
+
 INTEGER = [
     (("turboquant:4", "turboquant:3"), 128, Reader("bool"), 4, 90),
     (("turboquant:3", "turboquant:3"), 64, Reader(), 4, 80),

@@ -8,7 +8,7 @@ from cases import close, compressed, numbers_of
 from representatives import REPRESENTATIVES
 
 from tqcompile import coding, formats, reference, tables
-from tqcompile.kernels import attend, decoded, portable, tune
+from tqcompile.kernels import attend, chunks, decoded, portable, tune
 
 CODECS = REPRESENTATIVES
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -16,8 +16,9 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 @pytest.fixture(autouse=True)
 def many_rows(monkeypatch):
-    """Few rows are many here."""
+    """Few rows are many here, and no chunk."""
     monkeypatch.setattr(tune, "MOST_ROWS", 12)
+    monkeypatch.setattr(chunks, "takes", lambda *arguments: False)
 
 
 def look_up(codec, head_dim, dtype, device):

@@ -5,7 +5,7 @@ import torch
 from cases import TOLERANCE, close
 
 from tqcompile import coding, formats, reference, tables
-from tqcompile.kernels import append, attend, integer, logits, step
+from tqcompile.kernels import append, attend, chunks, integer, logits, step, tune
 from tqcompile.layout import layout_of
 from tqcompile.passes import rewrite
 
@@ -33,7 +33,7 @@ def at_the_end(planes):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("reaching", [False, True])
-@pytest.mark.parametrize("kernel", ["portable", "int8"])
+@pytest.mark.parametrize("kernel", ["portable", "int8", "chunk"])
 def test_the_last_tokens_are_read(wide, kernel, reaching, monkeypatch):
     codec, (keys, values) = wide
     if kernel == "portable":
@@ -41,10 +41,16 @@ def test_the_last_tokens_are_read(wide, kernel, reaching, monkeypatch):
     else:
         monkeypatch.setitem(TOLERANCE, torch.float32, 4e-4)
     q = torch.randn(1, 16, 1, 128, device="cuda")
+    if kernel == "chunk":
+        monkeypatch.setitem(TOLERANCE, torch.bfloat16, 2**-8)
+        q = torch.randn(1, 16, 20, 128, device="cuda", dtype=torch.bfloat16)
+        assert chunks.takes(q, keys, values, (codec, codec), (128, 128), True) == (
+            tune.capability_of(q.device) == (9, 0)
+        )
     mask = (torch.arange(LENGTH, device="cuda") >= LENGTH - LAST).view(1, 1, 1, -1)
     options = (False, 0.1, codec, codec, (128, 128))
     out = attend.attend(q, keys, values, mask, *options, reach=rewrite.reach(mask) if reaching else None)
-    close(out, reference.attend(q, at_the_end(keys), at_the_end(values), None, *options), torch.float32)
+    close(out, reference.attend(q, at_the_end(keys), at_the_end(values), None, *options), q.dtype)
 
 
 @pytest.mark.gpu
