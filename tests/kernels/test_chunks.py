@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import emulate
 import pytest
 import torch
-from cases import TOLERANCE, close, compressed
+from cases import TOLERANCE, close, compressed, numbers_of
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from reaching import SPANS, hidden_case
@@ -61,6 +61,17 @@ def case(device, bits, dims, length, rows, queries, heads=2, batch=1, growing=Fa
 def test_a_ragged_cache_attends_like_the_reference(device, bits, dims, rows, length):
     torch.manual_seed(0)
     close(*both(*case(device, bits, dims, length, rows, rows), None, False, bits, dims), torch.bfloat16)
+
+
+@pytest.mark.parametrize("names", [("qjl:1", "turboquant:3"), ("turboquant:3:norm",) * 2], ids=str)
+def test_signs_and_norms_attend_like_the_reference(device, names):
+    torch.manual_seed(7)
+    codecs = tuple(map(formats.codec, names))
+    assert chunks.pieces_of(codecs, (128, 64))
+    q = numbers_of(codecs[0], 1, 6, 9, 128).bfloat16().to(device)
+    planes = [compressed(codec, numbers_of(codec, 1, 2, 90, dim).to(device)) for codec, dim in zip(codecs, (128, 64))]
+    arguments = (q, *planes, None, False, 0.1, *codecs, (128, 64))
+    close(attend.attend(*arguments), reference.attend(*arguments), torch.bfloat16)
 
 
 @pytest.mark.parametrize("bits", [(4, 4), (2, 3), (1, 2)], ids=str)
