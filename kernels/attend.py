@@ -53,11 +53,11 @@ def attend(
     `joins` takes it, are added to the others before the mask.
     Returns [B, Hq, T, Dv] in `dtype`, rotated back by `basis`. On a GPU, up to 128 rows a KV head over codes of one to
     five bits, in several pieces or not, or signed bytes or nibbles in blocks of 32, run on int8 units (`integer`), with
-    15 bits of q and of the probabilities. On Hopper more than 16 rows in bfloat16, over codes in one piece, are chunks
-    (`chunks`), with probabilities in bfloat16. More rows of any codec attend to decoded heads (`decoded`). Elsewhere
-    products run in the dtype of q (float32: without tf32) and accumulate in float32; a plane of native numbers in
-    another dtype than q's is read as float32. Nothing waits for the device, and after a call with like arguments
-    (codecs, dtypes, reader, strides) a CUDA graph can capture it. Generated files go to `folder`.
+    15 bits of q and of the probabilities; but where `chunks` takes more than 16 rows of q in bfloat16, on Hopper, these
+    are multiplied as bfloat16, and so are the probabilities. More rows, of any codec, attend to decoded heads
+    (`decoded`). Elsewhere products run in the dtype of q (float32: without tf32) and accumulate in float32; a plane of
+    native numbers in another dtype than q's is read as float32. Nothing waits for the device, and after a call with
+    like arguments (codecs, dtypes, reader, strides) a CUDA graph can capture it. Generated files go to `folder`.
 
     Raises:
         ValueError: q has a dtype that no cache holds, or its heads are no multiple of the planes'.
@@ -76,8 +76,8 @@ def attend(
     if not batch * kv_heads * rows * length:
         return q.new_zeros(shape, dtype=dtype)
     reader, codecs = reader_of(mask, causal, score_mod), (key_codec, value_codec)
-    widths, hides = (q.shape[3], place[2]), mask is not None or len(known) > 0
-    chunked = second is None and chunks.takes(q, keys, values, codecs, head_dims, hides)
+    widths, masked = (q.shape[3], place[2]), mask is not None and not known
+    chunked = second is None and chunks.takes(q, keys, values, codecs, head_dims, masked)
     if not chunked and rows > most_rows(q, keys, values, codecs, widths) and q.device.type == "cuda":
         assert second is None, "of so many rows the scores of a second cache are to be a mask"
         tables = [portable.table_of(codec, dim, q.dtype, q.device) for codec, dim in zip(codecs, head_dims)]

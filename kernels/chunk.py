@@ -65,12 +65,15 @@ def load_tile(
 def put_keys(keys, codes, table, T: gl.constexpr):
     """Decode a tile of keys into shared memory."""
     keys.store(side_by_side(key_look_up(codes[0], codes[1], table), T, 4 * KEY_WORDS, KEY_FIELDS))
+    # Who writes what matrix units read fences, and before the barrier, which may be that of the next wait.
+    hopper.fence_async_shared()
 
 
 @gluon.jit
 def put_values(values, codes, table, T: gl.constexpr):
     """Decode a tile of values into shared memory."""
     values.store(side_by_side(value_look_up(codes[0], codes[1], table), T, 4 * VALUE_WORDS, VALUE_FIELDS))
+    hopper.fence_async_shared()
 
 
 @gluon.jit
@@ -146,7 +149,6 @@ def attend_chunk(
     peak, total = gl.full([R], float("-inf"), gl.float32, ROWS), gl.full([R], 0.0, gl.float32, ROWS)
     mixed = gl.full([R, VALUE_DIMS], 0.0, gl.float32, SUMS)
     for i in range(gl.cdiv(count, T)):
-        hopper.fence_async_shared()
         scores = hopper.warpgroup_mma(rows, keys.permute((1, 0)), nothing, use_acc=False, is_async=True)
         put_values(values, tile[1], value_table, T)
         # The next tile, or the last one again.
@@ -161,7 +163,6 @@ def attend_chunk(
             scores = gl.where((token <= last)[None, :], scores, float("-inf"))
         peak, total, mixed, weights = absorb(scores, slots.index(1).load(TOKENS), (peak, total, mixed))
         weights = gl.convert_layout(weights.to(gl.bfloat16), gl.DotOperandLayout(0, SUMS, 2))
-        hopper.fence_async_shared()
         mixed = hopper.warpgroup_mma(weights, values, mixed, is_async=True)
         put_scalars(slots, tile[2], scale * KEY_UNIT)
         put_keys(keys, tile[0], key_table, T)

@@ -122,8 +122,9 @@ def takes(
     head_dims: tuple[int, int],
     is_masked: bool,
 ) -> bool:
-    """Whether this kernel attends over such planes: on Hopper, for rows in bfloat16, more than few, whose sums are no
-    more than a bounded memory, and whole words of codes. Many rows without a mask are faster over decoded heads."""
+    """Whether this kernel attends over such planes: on Hopper, for rows in bfloat16, more than few, and whole words of
+    codes; where a mask is all that hides tokens, as many rows as leave `tune.CHUNK_BYTES` of sums, and else no more
+    than `tune.chunk_rows`: others are faster, or take less memory, over decoded heads."""
     batch, kv_heads = keys[0].shape[:2]
     rows = q.shape[1] // max(1, kv_heads) * q.shape[2]
     if tune.capability_of(q.device) != CAPABILITY or q.dtype != torch.bfloat16 or rows < tune.CHUNK_ROWS:

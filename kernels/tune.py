@@ -211,7 +211,7 @@ def chunk_plan(
     """The plan of a kernel that decodes tiles for a chunk of rows: of up to `width` numbers a token, and `bits` of keys
     and of values; a `plain` reader has neither a mask nor a function of scores.
 
-    Sixty-four rows are those of four warps. No entry may spill: `build` checks it.
+    Sixty-four rows are those of four warps. No entry may spill: `build` checks those of 64, 96, 128 and 256 dims.
     """
     warps = 4 if rows <= 64 and width <= 128 else 8
     block_tokens = 64 if width <= 128 else 32

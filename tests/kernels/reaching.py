@@ -8,7 +8,7 @@ from cases import compressed
 from tqcompile import formats, reference, tables
 from tqcompile.passes import rewrite
 
-SPANS = [[(0, 40), (150, 299)], [(7, 8), (299, 300)], [(130, 131), (64, 192)], [(0, 300), (0, 1)]]
+SPANS = [[(0, 40), (150, 299)], [(7, 8), (299, 300)], [(130, 131), (64, 192)], [(0, 300), (0, 1)], [(0, 1), (40, 90)]]
 
 
 def hidden_case(name, spans, kind, device, length=300):

@@ -63,14 +63,24 @@ def test_a_ragged_cache_attends_like_the_reference(device, bits, dims, rows, len
     close(*both(*case(device, bits, dims, length, rows, rows), None, False, bits, dims), torch.bfloat16)
 
 
-@pytest.mark.parametrize("names", [("qjl:1", "turboquant:3"), ("turboquant:3:norm",) * 2], ids=str)
-def test_signs_and_norms_attend_like_the_reference(device, names):
+@pytest.mark.parametrize("dim", [63, 127])
+def test_dims_that_fill_no_run_attend_like_the_reference(device, dim):
+    torch.manual_seed(8)
+    close(*both(*case(device, (4, 3), (dim, dim), 77, 20, 5), None, False, (4, 3), (dim, dim)), torch.bfloat16)
+
+
+OTHERS = [("qjl:1", "turboquant:3"), ("qjl:2", "turboquant:4"), ("turboquant:3:norm",) * 2]
+OTHERS = [(names, (128, 64)) for names in OTHERS] + [(("kvtc:1",) * 2, (105, 70))]
+
+
+@pytest.mark.parametrize(("names", "dims"), OTHERS, ids=str)
+def test_codes_of_other_codecs_attend_like_the_reference(device, names, dims):
     torch.manual_seed(7)
     codecs = tuple(map(formats.codec, names))
-    assert chunks.pieces_of(codecs, (128, 64))
-    q = numbers_of(codecs[0], 1, 6, 9, 128).bfloat16().to(device)
-    planes = [compressed(codec, numbers_of(codec, 1, 2, 90, dim).to(device)) for codec, dim in zip(codecs, (128, 64))]
-    arguments = (q, *planes, None, False, 0.1, *codecs, (128, 64))
+    assert chunks.pieces_of(codecs, dims)
+    q = numbers_of(codecs[0], 1, 6, 9, dims[0]).bfloat16().to(device)
+    planes = [compressed(codec, numbers_of(codec, 1, 2, 90, dim).to(device)) for codec, dim in zip(codecs, dims)]
+    arguments = (q, *planes, None, False, 0.1, *codecs, dims)
     close(attend.attend(*arguments), reference.attend(*arguments), torch.bfloat16)
 
 
@@ -81,11 +91,12 @@ def test_wide_heads_attend_like_the_reference(device, bits):
 
 
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("kind", ["none", "bool", "additive"])
+@pytest.mark.parametrize("kind", ["none", "bool", "additive", "bfloat16"])
 def test_every_reader_sees_what_the_reference_sees(device, kind, causal):
     torch.manual_seed(2)
     keep = torch.rand(2, 6, 9, 150, device=device) < 0.7
-    mask = {"none": None, "bool": keep, "additive": torch.where(keep, 0.5, -torch.inf)}[kind]
+    added = torch.where(keep, torch.randn(keep.shape, device=device), -torch.inf)
+    mask = {"none": None, "bool": keep, "additive": added, "bfloat16": added.bfloat16()}[kind]
     options = {"score_mod": "tanh(score / 3.0) * 3.0", "sinks": torch.randn(2, 6, 9, 1, device=device)}
     given = case(device, (4, 3), (64, 64), 150, 27, 9, batch=2)
     close(*both(*given, mask, causal, (4, 3), (64, 64)), torch.bfloat16)
@@ -97,7 +108,7 @@ def test_every_reader_sees_what_the_reference_sees(device, kind, causal):
 def test_any_shape_attends_like_the_reference(device, data):
     draw = data.draw
     torch.manual_seed(draw(st.integers(0, 2**31)))
-    dims = draw(st.tuples(*2 * [st.sampled_from([32, 48, 64, 80, 96, 112, 128, 192, 256])]))
+    dims = draw(st.tuples(*2 * [st.sampled_from([31, 39, 48, 63, 64, 80, 95, 96, 112, 127, 128, 192, 255, 256])]))
     bits = draw(st.tuples(*2 * [st.sampled_from(BITS[: 5 if max(dims) <= 128 else 4])]))
     codecs = [formats.codec(f"turboquant:{each}") for each in bits]
     assume(chunks.pieces_of(tuple(codecs), dims))
@@ -108,7 +119,8 @@ def test_any_shape_attends_like_the_reference(device, data):
     shape = {"length": length, "rows": groups * queries, "queries": queries, "heads": heads, "batch": batch}
     given = case(device, bits, dims, **shape, growing=draw(st.booleans()))
     keep = torch.rand(batch, 1, queries, length, device=device) < 0.7
-    mask = draw(st.sampled_from([None, keep, torch.where(keep, 0.5, -torch.inf)]))
+    added = torch.where(keep, torch.randn(keep.shape, device=device), -torch.inf)
+    mask = draw(st.sampled_from([None, keep, added]))
     out, expected = both(*given, mask, draw(st.booleans()), bits, dims)
     close(out, expected, torch.bfloat16)
 
