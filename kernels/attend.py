@@ -53,8 +53,8 @@ def attend(
     `joins` takes it, are added to the others before the mask.
     Returns [B, Hq, T, Dv] in `dtype`, rotated back by `basis`. On a GPU, up to 128 rows a KV head over codes of one to
     five bits, in several pieces or not, or signed bytes or nibbles in blocks of 32, run on int8 units (`integer`), with
-    15 bits of q and of the probabilities; but where `chunks` takes more than 16 rows of q in bfloat16, on Hopper, these
-    are multiplied as bfloat16, and so are the probabilities. More rows, of any codec, attend to decoded heads
+    15 bits of q and of the probabilities; but where `chunks` takes rows of q in bfloat16, on Hopper, from 25 or 33 on,
+    these are multiplied as bfloat16, and so are the probabilities. More rows, of any codec, attend to decoded heads
     (`decoded`). Elsewhere products run in the dtype of q (float32: without tf32) and accumulate in float32; a plane of
     native numbers in another dtype than q's is read as float32. Nothing waits for the device, and after a call with
     like arguments (codecs, dtypes, reader, strides) a CUDA graph can capture it. Generated files go to `folder`.

@@ -124,15 +124,15 @@ def takes(
 ) -> bool:
     """Whether this kernel attends over such planes: on Hopper, for rows in bfloat16, more than few, and whole words of
     codes; where a mask is all that hides tokens, as many rows as leave `tune.CHUNK_BYTES` of sums, and else no more
-    than `tune.chunk_rows`: others are faster, or take less memory, over decoded heads."""
+    than `tune.chunk_most_rows`: others are faster, or take less memory, over decoded heads."""
     batch, kv_heads = keys[0].shape[:2]
-    rows = q.shape[1] // max(1, kv_heads) * q.shape[2]
-    if tune.capability_of(q.device) != CAPABILITY or q.dtype != torch.bfloat16 or rows < tune.CHUNK_ROWS:
+    rows, least = q.shape[1] // max(1, kv_heads) * q.shape[2], tune.chunk_least_rows(batch * kv_heads)
+    if tune.capability_of(q.device) != CAPABILITY or q.dtype != torch.bfloat16 or rows < least:
         return False
     pieces = pieces_of(codecs, head_dims)
     if pieces is None or 4 * batch * kv_heads * rows * pieces[1].numbers > tune.CHUNK_BYTES:
         return False
-    if not is_masked and rows > tune.chunk_rows(max(piece.bits for piece in pieces)):
+    if not is_masked and rows > tune.chunk_most_rows(max(piece.bits for piece in pieces)):
         return False
     return placement.in_words(split(codecs[0], keys)[0]) and placement.in_words(split(codecs[1], values)[0])
 

@@ -50,9 +50,9 @@ MOST_ROWS = 128
 MOST_ROWS_WIDE = 16
 FUSED_DIMS = 256
 DECODED_NUMBERS = 4096
-# Rows a KV head from which a tile is decoded for a chunk of them, and up to which it is without a mask; dims that its
-# matrix products want at least, and how many bytes of sums it may leave.
-CHUNK_ROWS = 17
+# Rows a KV head from which a tile is decoded for a chunk of them, of few KV heads in all and of many, and up to which
+# it is without a mask; dims that its matrix products want at least, and how many bytes of sums it may leave.
+CHUNK_ROWS, CHUNK_ROWS_OF_MANY, CHUNK_HEADS = 33, 25, 64
 CHUNK_MOST_ROWS = 512
 CHUNK_LEAST_DIMS = 32
 CHUNK_BYTES = 2**28
@@ -198,7 +198,12 @@ def integer_plan(
     return AttendPlan(setting.block_rows, setting.block_tokens, -(-length // span), span, 1, setting.registers)
 
 
-def chunk_rows(bits: int) -> int:
+def chunk_least_rows(heads: int) -> int:
+    """Rows a KV head, of `heads` in all, from which tiles are decoded for a chunk: fewer are faster on int8 units."""
+    return CHUNK_ROWS if heads < CHUNK_HEADS else min(CHUNK_ROWS, CHUNK_ROWS_OF_MANY)
+
+
+def chunk_most_rows(bits: int) -> int:
     """Rows a KV head up to which tiles, of codes of up to so many bits, are decoded for a chunk of them without a mask:
     of more, decoding each once for all and dense attention take less time."""
     return CHUNK_MOST_ROWS if bits < 5 else CHUNK_MOST_ROWS // 2

@@ -213,21 +213,22 @@ def test_which_calls_are_chunks(monkeypatch):
     monkeypatch.setattr(tune, "capability_of", lambda device: (9, 0))
     names = ("turboquant:4",) * 2
 
-    def taken(names=names, rows=20, dtype=torch.bfloat16, dims=(128, 128), is_masked=False):
+    def taken(names=names, rows=40, dtype=torch.bfloat16, dims=(128, 128), is_masked=False):
         codecs = [formats.codec(name) for name in names]
         planes = [compressed(codec, torch.randn(1, 2, 40, dim)) for codec, dim in zip(codecs, dims)]
         return chunks.takes(torch.randn(1, 2, rows, dims[0]).to(dtype), *planes, tuple(codecs), dims, is_masked)
 
     assert taken() and taken(("turboquant:5", "turboquant:3")) and taken(dims=(64, 256))
-    assert not taken(rows=16) and not taken(dtype=torch.float16) and not taken(dims=(16, 128))
+    assert not taken(rows=32) and taken(rows=33) and not taken(dtype=torch.float16) and not taken(dims=(16, 128))
     assert not taken(("q8_0", "turboquant:4")) and not taken(("turboquant:4", "turboquant:2.5"))
     assert not taken(("turboquant:5", "turboquant:4"), dims=(256, 128))
     assert taken(rows=512) and not taken(rows=513) and taken(rows=513, is_masked=True)
     assert taken(("turboquant:5",) * 2, 256) and not taken(("turboquant:4", "turboquant:5"), 257)
-    monkeypatch.setattr(tune, "CHUNK_BYTES", 4 * 2 * 20 * 128 - 1)
-    assert not taken() and taken(rows=19)
+    assert tune.chunk_least_rows(63) == 33 and tune.chunk_least_rows(64) == 25
+    monkeypatch.setattr(tune, "CHUNK_BYTES", 4 * 2 * 40 * 128 - 1)
+    assert not taken() and taken(rows=39)
     monkeypatch.setattr(tune, "capability_of", lambda device: (10, 0))
-    assert not taken(rows=17)
+    assert not taken(rows=39)
 
 
 def test_the_text_names_what_it_is_for():
