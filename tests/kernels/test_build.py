@@ -46,6 +46,26 @@ def test_a_chunk_compiles_without_a_device_and_spills_nothing(case):
     assert usage.spills == 0 and 0 < usage.registers <= 255
 
 
+@pytest.mark.parametrize("rows", [64, 512])
+def test_who_writes_for_matrix_units_fences_before_the_barrier(rows, monkeypatch):
+    """A fence behind it would be that of who reads alone, of which there may be two groups of warps."""
+    found, compile_kernel = [], triton.compile
+    monkeypatch.setattr(
+        triton, "compile", lambda *a, **options: found.append(compile_kernel(*a, **options)) or found[-1]
+    )
+    build.chunk_usage((formats.codec("turboquant:4"),) * 2, 128, Reader("bool"), rows)
+    is_fenced, products = False, 0
+    for line in found[-1].asm["ptx"].splitlines():
+        if "fence.proxy.async" in line:
+            is_fenced = True
+        elif "bar.sync" in line or line.startswith("$L__BB"):
+            is_fenced = False
+        elif "wgmma.mma_async" in line:
+            assert not is_fenced
+            products += 1
+    assert products
+
+
 INTEGER = [
     (("turboquant:4", "turboquant:3"), 128, Reader("bool"), 4, 90),
     (("turboquant:3", "turboquant:3"), 64, Reader(), 4, 80),
