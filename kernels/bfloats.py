@@ -12,7 +12,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from tqcompile.kernels import ptx
-from tqcompile.kernels.operands import shifted
+from tqcompile.kernels.operands import load_words, row_of
 
 # lop3 truth tables are the function of 0xF0, 0xCC, 0xAA.
 XNOR_AND = "0x82"  # ~(a ^ b) & c
@@ -46,15 +46,8 @@ def load_codes(
     token = gl.arange(0, T, gl.SliceLayout(1, gl.SliceLayout(2, LAYOUT)))[:, None, None]
     group = gl.arange(0, WORDS // NEAR, gl.SliceLayout(0, gl.SliceLayout(2, LAYOUT)))[None, :, None]
     word = group * NEAR + gl.arange(0, NEAR, gl.SliceLayout(0, gl.SliceLayout(1, LAYOUT)))[None, None, :]
-    row = codes.to(gl.pointer_type(gl.int32), bitcast=True) + gl.minimum(token, last) * (STRIDE // 4)
-    PADDED: gl.constexpr = 4 * WORDS > RUN
-    found = gl.load(row + word, mask=word < RUN // 4, other=0) if PADDED else gl.load(row + word)
-    high = found
-    if HIGH_RUN:
-        at = RUN // 4 + word % (HIGH_RUN // 4)
-        high = gl.load(row + at, mask=word < RUN // 4, other=0) if PADDED else gl.load(row + at)
-        high = shifted(high, word // (HIGH_RUN // 4))
-    return found, high
+    row = row_of(codes, token, 0, last, STRIDE)
+    return load_words(row, word, word * 0, RUN, HIGH_RUN, 4 * WORDS > RUN, False)
 
 
 @gluon.jit
@@ -143,8 +136,7 @@ def table_words(numbers: Sequence[int]) -> tuple[int, ...]:
     magnitudes = numbers[len(numbers) // 2 :] if len(numbers) > 8 else numbers
     bits = torch.tensor(magnitudes, dtype=torch.bfloat16).view(torch.int16).tolist()
     bits = (bits * 8)[: max(8, len(bits))]
-    parts = bytes(each >> shift & 255 for shift in (0, 8) for each in bits)
-    words = [int.from_bytes(parts[at : at + 4], "little", signed=True) for at in range(0, len(parts), 4)]
+    words = ptx.words_of(bytes(each >> shift & 255 for shift in (0, 8) for each in bits))
     return (*words, *(SIGN, UPPER)[: max(0, len(numbers).bit_length() - 4)])
 
 

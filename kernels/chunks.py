@@ -7,10 +7,10 @@ import torch
 
 from tqcompile.codec import Codec
 from tqcompile.coding import Planes, split
-from tqcompile.kernels import bfloats, chunk, emit, integer, launcher, operands, placement, ptx, spans, tune
+from tqcompile.kernels import bfloats, chunk, emit, integer, launches, operands, placement, ptx, spans, tune
 from tqcompile.kernels.address import power_of_two
 from tqcompile.kernels.emit import Reader
-from tqcompile.kernels.integer import Prepared
+from tqcompile.kernels.launches import Prepared
 from tqcompile.kernels.placement import Laid
 from tqcompile.kernels.sides import Piece, Side, side_of, whole_numbers
 
@@ -28,7 +28,15 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 LOG2_E = 1.4426950408889634
 # The one generation of devices with such matrix units.
 CAPABILITY = (9, 0)
-KERNELS = (operands.shifted, *bfloats.KERNELS, spans.advanced, spans.reached, *chunk.KERNELS)
+KERNELS = (
+    operands.shifted,
+    operands.load_words,
+    operands.row_of,
+    *bfloats.KERNELS,
+    spans.advanced,
+    spans.reached,
+    *chunk.KERNELS,
+)
 
 
 @cache
@@ -103,9 +111,7 @@ def module(keys: Piece, values: Piece, reader: Reader, folder: str | None) -> Mo
 @cache
 def table_of(codec: Codec, head_dim: int, device: torch.device) -> torch.Tensor:
     """The look-up operands of a codec for every lane, int32 [operands, 32]."""
-    words = bfloats.table_words(numbers_of(codec, head_dim))
-    # Whole when this returns: a kernel may read it before the one that runs before it has ended.
-    return torch.tensor(words, dtype=torch.int32, device="cpu")[:, None].expand(-1, 32).contiguous().to(device)
+    return integer.in_lanes(bfloats.table_words(numbers_of(codec, head_dim)), device)
 
 
 def prepare(codec: Codec, head_dim: int, device: torch.device) -> None:
@@ -127,7 +133,7 @@ def takes(
     than `tune.chunk_most_rows`: others are faster, or take less memory, over decoded heads."""
     batch, kv_heads = keys[0].shape[:2]
     rows, least = q.shape[1] // max(1, kv_heads) * q.shape[2], tune.chunk_least_rows(batch * kv_heads)
-    if tune.capability_of(q.device) != CAPABILITY or q.dtype != torch.bfloat16 or rows < least:
+    if rows < least or q.dtype != torch.bfloat16 or tune.capability_of(q.device) != CAPABILITY:
         return False
     pieces = pieces_of(codecs, head_dims)
     if pieces is None or 4 * batch * kv_heads * rows * pieces[1].numbers > tune.CHUNK_BYTES:
@@ -158,28 +164,14 @@ def prepared(
 ) -> Prepared:
     """The launch for a query and planes that lie as `placement.laid` says (`integer.prepared`)."""
     (scale, reader, folder), (q, *planes), pieces = how, [Laid(*each) for each in laid], pieces_of(codecs, head_dims)
-    batch, query_heads, queries, _ = q.shape
-    kv_heads, length = planes[0].shape[1:3]
-    rows = query_heads // kv_heads * queries
+    batch, kv_heads, length, _ = planes[0].shape
+    rows = q.shape[1] // kv_heads * q.shape[2]
     plan = plan_of(pieces, reader, rows, batch * kv_heads, length, device)
-    early = tune.overlaps(device)
-    call = launcher.Call(
-        module(*pieces, reader, folder),
-        "attend_chunk",
-        (batch * kv_heads, -(-rows // plan.block_rows), plan.splits),
-        (
-            *(scale, kv_heads, rows // queries, queries, length, plan.span, plan.splits, *q.strides),
-            *(stride for plane in planes for stride in plane.strides[:2]),
-            *(*mask, reach or 0),
-        ),
-        (*(plane.strides[2] for plane in planes), reach is not None, plan.block_tokens, plan.block_rows, early),
-        num_warps=plan.warps,
-        maxnreg=plan.registers,
-        **({"launch_pdl": True} if early else {}),
-    )
+    built = module(*pieces, reader, folder)
+    call = launches.call_of(built, "attend_chunk", plan, scale, (q, *planes), mask, reach, device)
     return Prepared(call, pieces[1].numbers, plan.splits)
 
 
 def launch(q: torch.Tensor, *given) -> tuple[torch.Tensor, ...]:
-    """Run the kernel (`integer.launched`): sums are in the order of dims."""
-    return integer.launched(prepared, table_of, q, *given)
+    """Run the kernel (`launches.launched`): sums are in the order of dims."""
+    return launches.launched(prepared, table_of, q, *given)

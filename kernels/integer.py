@@ -6,7 +6,6 @@ Everything it does not take goes to the portable kernel of `attend`.
 from collections.abc import Sequence
 from functools import cache
 from types import ModuleType
-from typing import NamedTuple
 
 import torch
 
@@ -17,7 +16,7 @@ from tqcompile.kernels import (
     blocks,
     emit,
     fragment,
-    launcher,
+    launches,
     operands,
     placement,
     ptx,
@@ -33,6 +32,7 @@ from tqcompile.kernels import (
 )
 from tqcompile.kernels.blocks import BlockSide
 from tqcompile.kernels.emit import Reader
+from tqcompile.kernels.launches import Prepared
 from tqcompile.kernels.placement import Laid
 from tqcompile.kernels.sides import Side, Sides, in_blocks, in_sectors, side_of, sides_of, whole_numbers
 
@@ -165,6 +165,11 @@ def table_of(codec: Codec, head_dim: int, device: torch.device) -> torch.Tensor:
         whole_numbers(term.codes, band.stop - band.start) for term, band in zip(codec.terms, codec.bands(head_dim))
     ]
     words = [word for whole in wholes for word in (ptx.table_words(whole) if whole else [0] * ptx.TABLE_WORDS)]
+    return in_lanes(words, device)
+
+
+def in_lanes(words: Sequence[int], device: torch.device) -> torch.Tensor:
+    """Words for each of 32 lanes, int32 [words, 32]."""
     # Whole when this returns: a kernel may read it before the one that runs before it has ended.
     return torch.tensor(words, dtype=torch.int32, device="cpu")[:, None].expand(-1, 32).contiguous().to(device)
 
@@ -221,14 +226,6 @@ def plan_of(kernel: tuple[Sides, bool], rows: int, heads: int, length: int, devi
     return tuned.plan(choice_of, kernel, rows, heads, length, device)
 
 
-class Prepared(NamedTuple):
-    """A launch but for its tensors, and what it leaves of each row: `splits` parts of so many sums."""
-
-    call: launcher.Call
-    width: int
-    splits: int
-
-
 @tuned.kept
 def prepared(
     codecs: tuple[Codec, Codec],
@@ -245,47 +242,15 @@ def prepared(
     """
     (scale, reader, folder), (q, *planes), sides = how, [Laid(*each) for each in laid], sides_of(codecs, head_dims)
     codes, scales = planes[::2], planes[1::2]
-    batch, query_heads, queries, _ = q.shape
-    kv_heads, length = codes[0].shape[1], codes[0].shape[2]
-    groups = query_heads // kv_heads
+    batch, kv_heads, length, _ = codes[0].shape
     through = placement.in_ring(sides, codes, scales, device)
-    plan = plan_of((sides, through), groups * queries, batch * kv_heads, length, device)
-    early = tune.overlaps(device)
+    plan = plan_of((sides, through), q.shape[1] // kv_heads * q.shape[2], batch * kv_heads, length, device)
     ring = (tune.STAGES, not in_blocks(sides), placement.in_one_row(sides, codes, scales)) if through else ()
-    call = launcher.Call(
-        module(*sides, reader, folder),
-        KERNEL[through],
-        (batch * kv_heads, -(-groups * queries // plan.block_rows), plan.splits),
-        (
-            *(scale, kv_heads, groups, queries, length, plan.span, plan.splits, *q.strides),
-            *(stride for plane in planes for stride in plane.strides[:2]),
-            *(*mask, reach or 0),
-        ),
-        (*(plane.strides[2] for plane in planes), reach is not None, plan.block_tokens, plan.block_rows, early, *ring),
-        num_warps=1,
-        maxnreg=plan.registers,
-        **({"launch_pdl": True} if early else {}),
-    )
+    built = module(*sides, reader, folder)
+    call = launches.call_of(built, KERNEL[through], plan, scale, (q, *planes), mask, reach, device, ring)
     return Prepared(call, sides[1].width, plan.splits)
 
 
 def launch(q: torch.Tensor, *given) -> tuple[torch.Tensor, ...]:
-    """Run the kernel (`launched`): sums are in the order of `order_of`."""
-    return launched(prepared, table_of, q, *given)
-
-
-def launched(
-    prepared, table_of, q, keys: Planes, values: Planes, mask, reach, scale: float, codecs, head_dims, reader: Reader,
-    folder, parts,
-) -> tuple[torch.Tensor, ...]:  # fmt: skip
-    """Run what `prepared` finds for a call, and return what `parts`, a function of a width and the number of splits,
-    allocated for it to write: sums, peaks and totals. `table_of` are the look-up operands of a codec."""
-    planes = *split(codecs[0], keys), *split(codecs[1], values)
-    part, strides = mask if mask is not None else (q, (0, 0, 0, 0))
-    how, lie = (scale, reader, folder), placement.laid((q, *planes))
-    beyond = None if reach is None else reach.stride(0)
-    call, width, splits = prepared(codecs, head_dims, how, lie, strides, beyond, q.device)
-    left = parts(width, splits)
-    tables = [table_of(codec, dim, q.device) for codec, dim in zip(codecs, head_dims)]
-    call((q, *planes, *tables, part, q if reach is None else reach, *left))
-    return left
+    """Run the kernel (`launches.launched`): sums are in the order of `order_of`."""
+    return launches.launched(prepared, table_of, q, *given)

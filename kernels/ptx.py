@@ -39,9 +39,12 @@ def table_words(numbers: Sequence[int]) -> tuple[int, ...]:
     elif len(numbers) == 16:
         numbers = _flagged(numbers)
     assert all(-128 <= number < 128 for number in numbers), f"{numbers} are no bytes"
-    parts = [bytes(number & 255 for number in numbers[at : at + 4]) for at in range(0, len(numbers), 4)]
-    words = [int.from_bytes(part, "little", signed=True) for part in parts]
-    return tuple((words * TABLE_WORDS)[:TABLE_WORDS])
+    return tuple((words_of(bytes(number & 255 for number in numbers)) * TABLE_WORDS)[:TABLE_WORDS])
+
+
+def words_of(data: bytes) -> list[int]:
+    """Bytes as signed 32-bit words, the lowest first."""
+    return [int.from_bytes(data[at : at + 4], "little", signed=True) for at in range(0, len(data), 4)]
 
 
 def _flagged(numbers: Sequence[int]) -> list[int]:

@@ -200,7 +200,7 @@ def integer_plan(
 
 def chunk_least_rows(heads: int) -> int:
     """Rows a KV head, of `heads` in all, from which tiles are decoded for a chunk: fewer are faster on int8 units."""
-    return CHUNK_ROWS if heads < CHUNK_HEADS else min(CHUNK_ROWS, CHUNK_ROWS_OF_MANY)
+    return CHUNK_ROWS if heads < CHUNK_HEADS else CHUNK_ROWS_OF_MANY
 
 
 def chunk_most_rows(bits: int) -> int:

@@ -29,7 +29,7 @@ def attending_device(request, monkeypatch):
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     if kernel == "chunk":
-        monkeypatch.setattr(tune, "CHUNK_ROWS", 1)
+        monkeypatch.setattr(tune, "chunk_least_rows", lambda heads: 1)
     else:
         monkeypatch.setattr(chunks, "takes", lambda *arguments: False)
     if kernel == "int8":
