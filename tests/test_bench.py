@@ -72,6 +72,19 @@ def test_masks_and_several_queries_are_measured(mask, queries, capsys):
     assert (f"{mask} mask" in shown) == (mask != "none") and (f"{queries} queries" in shown) == (queries > 1)
 
 
+def test_each_number_of_queries_gets_a_row_where_a_task_has_any(capsys, tmp_path):
+    file = tmp_path / "rows.json"
+    assert bench(*SHAPE, *FAST, *PAIR, "--tasks", "attend", "append", "--queries", 3, 1, 3, "--json", file) == 0
+    assert [(row.case.task, row.case.shape.queries) for row in read(file)] == [
+        ("attend", 1),
+        ("attend", 3),
+        ("append", 1),
+    ]
+    assert "3 queries" not in capsys.readouterr().out.split("streams that fit")[1]
+    drawn = tmp_path / "times.svg"
+    assert "leave all but one of --queries [1, 3] out" in complaint(capsys, *SHAPE, "--queries", 3, 1, "--plot", drawn)
+
+
 def test_caps_and_sinks_are_measured(capsys):
     assert bench(*SHAPE, *FAST, *PAIR, "--tasks", "attend", "--softcap", "30", "--sinks") == 0
     assert "softcap 30, sinks" in capsys.readouterr().out

@@ -41,7 +41,9 @@ def add(commands) -> None:
     shape.add_argument("--kv-heads", type=whole, metavar="N", help="key and value heads (default 8)")
     shape.add_argument("--head-dim", type=whole, metavar="N", help="numbers of a head (default 128)")
     shape.add_argument("--layers", type=whole, metavar="N", help="layers of a step (default 32, on a CPU 2)")
-    shape.add_argument("--queries", type=whole, metavar="N", help="queries of each head in attention (default 1)")
+    shape.add_argument(
+        "--queries", type=whole, nargs="+", metavar="N", help="queries of each head in attention (default 1)"
+    )
     shape.add_argument("--mask", choices=MASKS, help="mask of compressed attention (default none)")
     shape.add_argument("--softcap", type=float, metavar="C", help="cap scores at C (default 0: they are not)")
     shape.add_argument("--sinks", action="store_true", help="give each head one more logit")

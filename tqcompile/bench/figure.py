@@ -37,7 +37,9 @@ def draw(rows: list[Row], path: Path) -> None:
     floor = [row.floor * row.compressed.median for row in rows]
     axes.plot(contexts, floor, "--", color="#2f7d6d", label="floor: its bytes at the speed of a copy")
     axes.set_xscale("log", base=2)
-    axes.set(yscale="log", xlabel="tokens of context", ylabel="attention of one query, ms (quartiles as bars)")
+    queries = rows[0].case.shape.queries
+    asked = "one query" if queries == 1 else f"{queries} queries"
+    axes.set(yscale="log", xlabel="tokens of context", ylabel=f"attention of {asked}, ms (quartiles as bars)")
     axes.set_xticks(contexts, [str(context) for context in contexts])
     axes.set_title(
         f"{rows[0].device}: batch {rows[0].case.shape.batch}, {rows[0].case.shape.heads} heads over "

@@ -18,9 +18,11 @@ DEFAULTS = {
 }
 SHAPE = {
     **{"batch": 1, "heads": 32, "kv_heads": 8, "head_dim": 128},
-    **{"mask": "none", "queries": 1, "softcap": 0.0, "sinks": False},
+    **{"mask": "none", "queries": [1], "softcap": 0.0, "sinks": False},
 }
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30}
+# Tasks of as many queries as are asked for; others are of one token.
+OF_QUERIES = ("attend", "logits")
 # Shorter contexts that a figure shows where one context is asked for.
 FRACTIONS = (16, 8, 4, 2)
 
@@ -122,24 +124,33 @@ def _given(options: argparse.Namespace, name: str) -> bool:
 
 
 def _own(options: argparse.Namespace, defaults: dict) -> list[Case]:
-    """The cases of a shape of one's own: every task at each context, and attention where a figure wants more points."""
+    """The cases of a shape of one's own: every task at each context, attention and scores of each number of queries,
+    and attention where a figure wants more points."""
     facts = {**SHAPE, "layers": defaults["layers"]}
     facts |= decoder.shape_facts(options.model) if options.model else {}
     facts |= {name: getattr(options, name) for name in facts if _given(options, name)}
     layers, contexts = facts.pop("layers"), sorted(set(options.context or defaults["context"]))
+    chunks = sorted(set(facts.pop("queries")))
     pair, of_step = _pair(options), {"layers": layers, "model": options.model, "inner": options.inner}
+    if options.plot and len(chunks) > 1:
+        raise ValueError(f"--plot draws one number of queries; leave all but one of --queries {chunks} out")
 
-    def case(task: str, context: int) -> Case:
+    def case(task: str, context: int, queries: int) -> Case:
         # Scores are those of all tokens.
-        shape = Shape(context=context, **facts | ({"mask": "none"} if task == "logits" else {}))
+        shape = Shape(context=context, queries=queries, **facts | ({"mask": "none"} if task == "logits" else {}))
         dtype = options.dtype or DTYPE.get(task, defaults["dtype"])
         return Case(task, shape, *pair, dtype, **(of_step if task == "step" else {}))
 
     cases = []
     if options.plot and len(contexts) == 1:
         shorter = {contexts[0] // fraction for fraction in FRACTIONS} - {0, contexts[0]}
-        cases = [case("attend", context) for context in sorted(shorter)]
-    return cases + [case(task, context) for context in contexts for task in options.tasks or TASKS]
+        cases = [case("attend", context, *chunks) for context in sorted(shorter)]
+    return cases + [
+        case(task, context, queries)
+        for context in contexts
+        for task in options.tasks or TASKS
+        for queries in (chunks if task in OF_QUERIES else [1])
+    ]
 
 
 def _pair(options: argparse.Namespace) -> tuple[str, str]:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 from tabulate import tabulate
@@ -11,7 +11,7 @@ from tqcompile.bench.clock import Sample
 from tqcompile.bench.shapes import Case, Shape
 
 TITLES = {
-    "attend": "attention of one query",
+    "attend": "attention of one query, or of as many as a row says",
     "logits": "queries times keys, without a softmax: scores in float32",
     "append": "appending one token of keys and values",
     "prefill": "encoding the context, beside causal attention over it",
@@ -121,8 +121,9 @@ def streams(rows: list[Row], layers: int, free: int, weights: int, style: str) -
             times = 1 if row.case.task == "step" else layers
             each = [times * size / row.case.shape.batch for size in (row.dense_bytes, row.compressed_bytes)]
             fit = [int(max(0, free - weights) // size) for size in each]
-            lines[row.case.shape, row.case.pair] = (
-                *(str(row.case.shape), row.case.pair),
+            shape = replace(row.case.shape, queries=1)
+            lines[shape, row.case.pair] = (
+                *(str(shape), row.case.pair),
                 *(each[0] / 2**20, each[1] / 2**20, *fit),
             )
     headers = ("shape", "keys / values", "dense MiB a stream", "this MiB a stream", "dense streams", "these streams")
