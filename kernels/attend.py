@@ -1,23 +1,24 @@
 """Attention over compressed keys and values on a GPU: which kernels take a call, and what goes to them."""
 
-from functools import partial
+from functools import lru_cache
+from types import ModuleType
 
 import torch
 
 from tqcompile.codec import Codec
 from tqcompile.coding import Planes, split
-from tqcompile.kernels import chunks, decoded, exact, integer, portable, tune
-from tqcompile.kernels.combine import combine, parts
+from tqcompile.kernels import chunks, decoded, exact, integer, launches, placement, portable, tune
+from tqcompile.kernels.combine import combine
 from tqcompile.kernels.emit import Reader
+from tqcompile.kernels.placement import Laid
 from tqcompile.kernels.portable import Second
 from tqcompile.reference import rotate_back
 
 
-def reader_of(mask: torch.Tensor | None, causal: bool, score_mod: str = "") -> Reader:
-    """The reader that a score function, a mask and `causal` ask for."""
-    if mask is None:
-        return Reader("none", causal, score_mod)
-    return Reader("bool" if mask.dtype == torch.bool else "additive", causal, score_mod)
+@lru_cache(maxsize=4096)
+def reader_of(mask: torch.dtype | None, causal: bool, score_mod: str = "") -> Reader:
+    """The reader that a score function, a mask of a dtype or none, and `causal` ask for."""
+    return Reader({None: "none", torch.bool: "bool"}.get(mask, "additive"), causal, score_mod)
 
 
 def attend(
@@ -63,77 +64,102 @@ def attend(
         ValueError: q has a dtype that no cache holds, or its heads are no multiple of the planes'.
     """
     batch, query_heads, queries, _ = q.shape
-    key_codes, key_scale = split(key_codec, keys)
-    value_codes, value_scale = split(value_codec, values)
-    kv_heads, length = key_codes.shape[1], key_codes.shape[2]
+    sides = split(key_codec, keys), split(value_codec, values)
+    kv_heads, length = sides[0][0].shape[1], sides[0][0].shape[2]
     if q.dtype not in portable.TRITON_DTYPES or query_heads % max(1, kv_heads):
         raise ValueError(
             f"q is {q.dtype} with {query_heads} heads over {kv_heads} KV heads; want a float, and a multiple"
         )
-    rows = query_heads // max(1, kv_heads) * queries
-    place = (batch * kv_heads, rows, value_codec.coordinates(head_dims[1]))
+    place = (batch * kv_heads, query_heads // max(1, kv_heads) * queries, value_codec.coordinates(head_dims[1]))
     shape = (batch, query_heads, queries, place[2] if basis is None else head_dims[1])
-    if not batch * kv_heads * rows * length:
+    if not place[0] * place[1] * length:
         return q.new_zeros(shape, dtype=dtype)
-    reader, codecs = reader_of(mask, causal, score_mod), (key_codec, value_codec)
-    widths, masked = (q.shape[3], place[2]), mask is not None and not known
-    chunked = second is None and chunks.takes(q, keys, values, codecs, head_dims, masked)
-    if not chunked and rows > most_rows(q, keys, values, codecs, widths) and q.device.type == "cuda":
+    codecs, sizes = (key_codec, value_codec), (batch, query_heads, queries, length)
+    planes = [codes if plane is None else plane for codes, scale in sides for plane in (codes, scale)]
+    laid = placement.laid((q, *planes))
+    shared = q.shape[3] > tune.FUSED_DIMS and portable.is_shared(codecs, head_dims, *sides)
+    kernel = kernel_of(codecs, head_dims, laid, shared, second is None, mask is not None and not known)
+    if kernel is decoded:
         assert second is None, "of so many rows the scores of a second cache are to be a mask"
         tables = [portable.table_of(codec, dim, q.dtype, q.device) for codec, dim in zip(codecs, head_dims)]
         how = mask, causal, scale, codecs, head_dims, tables, folder, score_mod, sinks
         if known:
             return decoded.attend(asked, keys, values, *how, known).to(dtype)
         return rotate_back(decoded.attend(q, keys, values, *how), basis, dtype)
-    spread, others, order = partial(_spread, sizes=(batch, query_heads, queries, length)), None, None
+    others = order = None
     if known:
-        beside = exact.attend(asked, known, spread(mask), scale, kv_heads, length, reader, folder)
+        reader = reader_of(None if mask is None else mask.dtype, causal, score_mod)
+        beside = exact.attend(asked, known, _spread(mask, sizes), scale, kv_heads, length, reader, folder)
         others = (beside[1], beside[2], torch.empty_like(beside[1]))
         mask = exact.hidden(mask, known, length, first, folder, owned)
-        reader = reader_of(mask, causal, score_mod)
-    mask = spread(mask)
-    reach = None if reach is None else reach.expand(batch, 2)
-    given = q, keys, values, mask, reach, scale, codecs, head_dims, reader, folder, partial(parts, q, *place[:2])
-    if chunked:
-        left = chunks.launch(*given)
-    elif second is None and integer.takes(q, keys, values, codecs, head_dims):
-        left, order = integer.launch(*given), integer.order_of(codecs[1], head_dims[1], q.device)
-    else:
+    reader, mask = reader_of(None if mask is None else mask.dtype, causal, score_mod), _spread(mask, sizes)
+    if reach is not None and reach.shape[0] != batch:
+        reach = reach.expand(batch, 2)
+    if kernel is portable:
         more = None if second is None else (second.codec, second.head_dim)
         built = portable.module(*codecs, head_dims, reader, folder, q.device.type == "cpu", more)
-        sides = (key_codes, key_scale), (value_codes, value_scale)
-        left = portable.launch(built, q, *sides, mask, reach, scale, codecs, place, second)
-    sinks = None if sinks is None else sinks.float().expand(batch, query_heads, queries, 1).contiguous()
-    final = torch.float32 if known else dtype
-    if basis is None or basis.shape[0] == basis.shape[1]:
-        out = combine(left, place, folder, basis, final, sinks, others, order)
+        left, left_sizes = portable.launch(built, q, *sides, mask, reach, scale, codecs, place, second)
     else:
-        # The last kernel rotates by square matrices.
-        out = rotate_back(combine(left, place, folder, sinks=sinks, others=others, order=order), basis, final)
+        how = scale, reader, folder
+        left, left_sizes, order = launches.launched(
+            kernel.prepared, q, planes, mask, reach, codecs, head_dims, how, laid
+        )
+    sinks = None if sinks is None else sinks.float().expand(batch, query_heads, queries, 1).contiguous()
+    out = combine(left, left_sizes, shape, folder, basis, torch.float32 if known else dtype, sinks, others, order)
     if known:
-        out = torch.addcmul(out, beside[0].squeeze(1), others[2].view(*place[:2], 1)).to(dtype)
-    return out.view(shape)
+        sums, shares = beside[0][: out.numel()].view(shape), others[2][: out.numel() // shape[3]].view(*shape[:3], 1)
+        out = torch.addcmul(out, sums, shares).to(dtype)
+    return out
 
 
-def most_rows(q: torch.Tensor, keys: Planes, values: Planes, codecs: tuple[Codec, Codec], dims: tuple[int, int]) -> int:
-    """Rows a KV head up to which no tokens are decoded for all of them at once."""
-    latent = portable.is_latent(q.dtype, codecs[0], dims[0]) and portable.is_shared(codecs, dims, keys, values)
-    return tune.most_rows(max(dims), latent and tune.overlaps(q.device))
+@lru_cache(maxsize=4096)
+def kernel_of(
+    codecs: tuple[Codec, Codec],
+    head_dims: tuple[int, int],
+    laid: tuple[tuple, ...],
+    shared: bool,
+    alone: bool,
+    is_masked: bool,
+) -> ModuleType:
+    """What attends for a query and codes and scales of keys and of values that lie as `placement.laid` says: `chunks`,
+    `integer`, `decoded` or `portable`. They are `shared` where keys are the values, and not `alone` beside a second
+    cache."""
+    q, key_codes, _, value_codes, _ = (Laid(*each) for each in laid)
+    codes, widths = (key_codes, value_codes), (q.shape[3], codecs[1].coordinates(head_dims[1]))
+    if alone and chunks.takes(q, codes, codecs, head_dims, is_masked):
+        return chunks
+    rows = q.shape[1] // key_codes.shape[1] * q.shape[2]
+    if rows > most_rows(q, codecs[0], widths, shared) and q.device.type == "cuda":
+        return decoded
+    return integer if alone and integer.takes(q, codes, codecs, head_dims) else portable
+
+
+def most_rows(q, key_codec: Codec, widths: tuple[int, int], shared: bool) -> int:
+    """Rows a KV head up to which no tokens are decoded for all of them at once; keys may be the values."""
+    latent = shared and portable.is_latent(q.dtype, key_codec, widths[0])
+    return tune.most_rows(max(widths), latent and tune.overlaps(q.device))
 
 
 def joins(q, keys: Planes, values: Planes, codecs: tuple[Codec, Codec], head_dims: tuple[int, int], second) -> bool:
     """Whether a kernel reads a `second` cache of keys itself: where none on int8 units takes the first one and the
     values, rows are few, and both caches have as many heads."""
     heads, rows = keys[0].shape[1], q.shape[1] * q.shape[2]
-    if second.planes[0].shape[1] != heads or integer.takes(q, keys, values, codecs, head_dims):
+    codes = split(codecs[0], keys)[0], split(codecs[1], values)[0]
+    if second.planes[0].shape[1] != heads or integer.takes(q, codes, codecs, head_dims):
         return False
-    widths = q.shape[3], codecs[1].coordinates(head_dims[1])
-    return q.device.type != "cuda" or rows <= heads * most_rows(q, keys, values, codecs, widths)
+    widths, shared = (
+        (q.shape[3], codecs[1].coordinates(head_dims[1])),
+        portable.is_shared(codecs, head_dims, keys, values),
+    )
+    return q.device.type != "cuda" or rows <= heads * most_rows(q, codecs[0], widths, shared)
 
 
 def _spread(mask: torch.Tensor | None, sizes: tuple[int, ...]) -> tuple[torch.Tensor, tuple[int, ...]] | None:
-    """A mask as kernels take it, and its strides over all queries and tokens."""
+    """A mask, and its strides over all queries and tokens."""
     if mask is None:
         return None
-    mask = mask.broadcast_to(sizes)
-    return (mask.view(torch.uint8) if mask.dtype == torch.bool else mask), mask.stride()
+    strides = (0,) * (len(sizes) - mask.dim()) + mask.stride()
+    shape = (1,) * (len(sizes) - mask.dim()) + mask.shape
+    if len(shape) > len(sizes) or any(size not in (1, whole) for size, whole in zip(shape, sizes)):
+        raise ValueError(f"mask is {list(mask.shape)}, which does not broadcast to {list(sizes)}")
+    return mask, tuple([0 if size == 1 else stride for size, stride in zip(shape, strides)])

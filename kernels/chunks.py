@@ -1,14 +1,15 @@
 """Attention of a chunk of queries over codes: which calls the kernel of `chunk` takes, its text, and its launcher."""
 
+from collections.abc import Sequence
 from functools import cache, lru_cache
 from types import ModuleType
 
 import torch
 
 from tqcompile.codec import Codec
-from tqcompile.coding import Planes, split
 from tqcompile.kernels import bfloats, chunk, emit, integer, launches, operands, placement, ptx, spans, tune
 from tqcompile.kernels.address import power_of_two
+from tqcompile.kernels.combine import Sizes
 from tqcompile.kernels.emit import Reader
 from tqcompile.kernels.launches import Prepared
 from tqcompile.kernels.placement import Laid
@@ -120,18 +121,12 @@ def prepare(codec: Codec, head_dim: int, device: torch.device) -> None:
         table_of(codec, head_dim, device)
 
 
-def takes(
-    q: torch.Tensor,
-    keys: Planes,
-    values: Planes,
-    codecs: tuple[Codec, Codec],
-    head_dims: tuple[int, int],
-    is_masked: bool,
-) -> bool:
-    """Whether this kernel attends over such planes: on Hopper, for rows in bfloat16, more than few, and whole words of
-    codes; where a mask is all that hides tokens, as many rows as leave `tune.CHUNK_BYTES` of sums, and else no more
-    than `tune.chunk_most_rows`: others are faster, or take less memory, over decoded heads."""
-    batch, kv_heads = keys[0].shape[:2]
+def takes(q, codes: Sequence, codecs: tuple[Codec, Codec], head_dims: tuple[int, int], is_masked: bool) -> bool:
+    """Whether this kernel attends over such codes of keys and values, or over some that lie so: on Hopper, for rows in
+    bfloat16, more than few, and whole words of codes; where a mask is all that hides tokens, as many rows as leave
+    `tune.CHUNK_BYTES` of sums, and else no more than `tune.chunk_most_rows`: others are faster, or take less memory,
+    over decoded heads."""
+    batch, kv_heads = codes[0].shape[:2]
     rows, least = q.shape[1] // max(1, kv_heads) * q.shape[2], tune.chunk_least_rows(batch * kv_heads)
     if rows < least or q.dtype != torch.bfloat16 or tune.capability_of(q.device) != CAPABILITY:
         return False
@@ -140,7 +135,7 @@ def takes(
         return False
     if not is_masked and rows > tune.chunk_most_rows(max(piece.bits for piece in pieces)):
         return False
-    return placement.in_words(split(codecs[0], keys)[0]) and placement.in_words(split(codecs[1], values)[0])
+    return all(map(placement.in_words, codes))
 
 
 def plan_of(
@@ -158,20 +153,15 @@ def prepared(
     head_dims: tuple[int, int],
     how: tuple[float, Reader, str | None],
     laid: tuple[tuple, ...],
-    mask: tuple[int, ...],
+    mask: tuple[torch.dtype | None, tuple[int, ...]],
     reach: int | None,
-    device: torch.device,
 ) -> Prepared:
     """The launch for a query and planes that lie as `placement.laid` says (`integer.prepared`)."""
     (scale, reader, folder), (q, *planes), pieces = how, [Laid(*each) for each in laid], pieces_of(codecs, head_dims)
-    batch, kv_heads, length, _ = planes[0].shape
+    (batch, kv_heads, length, _), device = planes[0].shape, q.device
     rows = q.shape[1] // kv_heads * q.shape[2]
     plan = plan_of(pieces, reader, rows, batch * kv_heads, length, device)
     built = module(*pieces, reader, folder)
-    call = launches.call_of(built, "attend_chunk", plan, scale, (q, *planes), mask, reach, device)
-    return Prepared(call, pieces[1].numbers, plan.splits)
-
-
-def launch(q: torch.Tensor, *given) -> tuple[torch.Tensor, ...]:
-    """Run the kernel (`launches.launched`): sums are in the order of dims."""
-    return launches.launched(prepared, table_of, q, *given)
+    call = launches.call_of(built, "attend_chunk", plan, scale, (q, *planes), mask[1], reach, device)
+    tables = tuple(table_of(codec, dim, device) for codec, dim in zip(codecs, head_dims))
+    return Prepared(call, tables, Sizes(batch * kv_heads, plan.splits, rows, pieces[1].numbers), None)

@@ -5,6 +5,7 @@ Its program is launched while the splits still run where the device allows it, a
 
 from functools import cache, lru_cache
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 import triton
@@ -110,15 +111,26 @@ def attend_combine(
         tl.store(out + start + j, turned.to(out.dtype.element_ty), mask=start + j < VALUE_DIM)
 
 
-def parts(like: torch.Tensor, heads: int, rows: int, width: int, splits: int) -> tuple[torch.Tensor, ...]:
-    """What `splits` programs leave of each row: their sums [heads, splits, rows, width], peaks and totals."""
-    sums = like.new_empty((heads, splits, rows, width), dtype=torch.float32)
-    return sums, *sums.new_empty((2, heads, splits, rows)).unbind(0)
+class Sizes(NamedTuple):
+    """What programs leave of their rows: `splits` times `width` sums of each, in `heads` KV heads."""
+
+    heads: int
+    splits: int
+    rows: int
+    width: int
+
+    def parts(self, like: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Memory for sums [heads, splits, rows, width], peaks and totals [heads, splits, rows], float32, flat; each
+        begins at a multiple of 16 bytes."""
+        each = self.heads * self.splits * self.rows
+        sums, others = (-(-count // 4) * 4 for count in (each * self.width, each))
+        return like.new_empty(sums + 2 * others, dtype=torch.float32).split_with_sizes((sums, others, others))
 
 
 def combine(
     left: tuple[torch.Tensor, ...],
-    place: tuple[int, int, int],
+    sizes: Sizes,
+    shape: tuple[int, ...],
     folder: str | None,
     basis: torch.Tensor | None = None,
     dtype: torch.dtype = torch.float32,
@@ -126,7 +138,8 @@ def combine(
     others: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
     order: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The softmax over all splits of what `parts` holds, [heads, rows, value_dim] in `dtype`, rotated back by `basis`.
+    """The softmax over all splits of what `parts` holds, of the `shape` [.., value_dim] of heads times rows in `dtype`,
+    rotated back by `basis`.
 
     `sinks`, float32, contiguous, has a logit for each row that adds to the sum and has no value. `others` are peaks and
     totals [heads, rows] of tokens that are summed elsewhere, and what their sums are to be multiplied by is written to
@@ -135,12 +148,13 @@ def combine(
 
     Few rows are rotated in the kernel, with products in float32; many by a matrix product in the dtype of `basis`.
     """
-    heads, rows, value_dim = place
-    if basis is not None and heads * rows > tune.TURNED_ROWS:
-        return rotate_back(combine(left, place, folder, sinks=sinks, others=others, order=order), basis, dtype)
-    out = left[0].new_empty(place, dtype=dtype)
+    if basis is not None and (sizes.heads * sizes.rows > tune.TURNED_ROWS or basis.shape[0] != basis.shape[1]):
+        # The kernel rotates by square matrices.
+        shape = *shape[:-1], basis.shape[0]
+        return rotate_back(combine(left, sizes, shape, folder, None, torch.float32, sinks, others, order), basis, dtype)
+    out = left[0].new_empty(shape, dtype=dtype)
     has = order is not None, sinks is not None, others is not None
-    call = _call(left[0].shape, value_dim, 0 if basis is None else basis.element_size(), has, folder, out.device)
+    call = _call(sizes, shape[-1], (dtype, None if basis is None else basis.dtype), has, folder, out.device)
     given = (sinks, *(left if others is None else others), basis, order)
     call((*left, *[left[0] if tensor is None else tensor for tensor in given], out))
     return out
@@ -148,16 +162,17 @@ def combine(
 
 @lru_cache(maxsize=4096)
 def _call(
-    sums: tuple[int, int, int, int],
+    sizes: Sizes,
     value_dim: int,
-    basis_bytes: int,
+    dtypes: tuple[torch.dtype, torch.dtype | None],
     has: tuple[bool, bool, bool],
     folder: str | None,
     device: torch.device,
 ) -> launcher.Call:
-    """The launch for sums of such a shape; `has` an order, sinks, others."""
-    heads, splits, rows, width = sums
-    *blocks, warps = tune.combine_blocks(splits, width, heads * rows, basis_bytes)
+    """The launch for what so many splits leave; `dtypes` are those of what is returned and of a basis, and it `has` an
+    order, sinks, others."""
+    heads, splits, rows, width = sizes
+    *blocks, warps = tune.combine_blocks(splits, width, heads * rows, 0 if dtypes[1] is None else dtypes[1].itemsize)
     early = tune.overlaps(device)
     return launcher.Call(
         combine_module(folder, device.type == "cpu"),

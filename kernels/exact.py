@@ -13,7 +13,7 @@ import triton.language as tl
 
 from tqcompile import recent
 from tqcompile.kernels import emit, launcher, tune
-from tqcompile.kernels.combine import maximum_of, parts, sum_of
+from tqcompile.kernels.combine import Sizes, maximum_of, sum_of
 from tqcompile.kernels.emit import Reader
 
 # Printed by `emit`; the name stands here so that the skeleton can be read, and checked, as ordinary Python.
@@ -223,7 +223,7 @@ def hidden(
 
 
 def attend(q, exact, mask, scale: float, kv_heads: int, length: int, reader: Reader, folder: str | None):
-    """What attention over those tokens leaves of each row: sums [heads, 1, rows, D] of values, peaks and totals.
+    """What attention over those tokens leaves of each row: sums [heads, 1, rows, D] of values, peaks and totals, flat.
 
     q [B, Hq, T, D] in the model's basis, any strides; `mask` is None or a mask [B, Hq, T, length] and its strides.
     """
@@ -231,7 +231,7 @@ def attend(q, exact, mask, scale: float, kv_heads: int, length: int, reader: Rea
     batch, query_heads, queries, key_dim = q.shape
     groups, value_dim = query_heads // kv_heads, values.shape[-1]
     rows = groups * queries
-    left = parts(q, batch * kv_heads, rows, value_dim, 1)
+    left = Sizes(batch * kv_heads, 1, rows, value_dim).parts(q)
     part, strides = mask if mask is not None else (q, (0, 0, 0, 0))
     sizes = scale, kv_heads, groups, queries, length, key_index.shape[0] - 1
     launcher.launch(

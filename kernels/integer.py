@@ -11,7 +11,6 @@ import torch
 
 from tqcompile import scores
 from tqcompile.codec import Codec
-from tqcompile.coding import Planes, split
 from tqcompile.kernels import (
     blocks,
     emit,
@@ -31,6 +30,7 @@ from tqcompile.kernels import (
     tuned,
 )
 from tqcompile.kernels.blocks import BlockSide
+from tqcompile.kernels.combine import Sizes
 from tqcompile.kernels.emit import Reader
 from tqcompile.kernels.launches import Prepared
 from tqcompile.kernels.placement import Laid
@@ -188,15 +188,13 @@ def prepare(codec: Codec, head_dim: int, device: torch.device) -> None:
         order_of(codec, head_dim, device)
 
 
-def takes(
-    q: torch.Tensor, keys: Planes, values: Planes, codecs: tuple[Codec, Codec], head_dims: tuple[int, int]
-) -> bool:
-    """Whether this kernel attends over such planes: a device with int8 units, few rows, whole words."""
-    codes = (split(codecs[0], keys)[0], split(codecs[1], values)[0])
+def takes(q, codes: Sequence, codecs: tuple[Codec, Codec], head_dims: tuple[int, int]) -> bool:
+    """Whether this kernel attends over such codes of keys and values, or over some that lie so: a device with int8
+    units, few rows, whole words."""
     return sides_of(codecs, head_dims) is not None and serves(q, codes)
 
 
-def serves(q: torch.Tensor, codes: Sequence[torch.Tensor]) -> bool:
+def serves(q, codes: Sequence) -> bool:
     """Whether q's device has int8 units, few rows share a KV head, and every token of all codes starts at a word."""
     if tune.capability_of(q.device) < CAPABILITY:
         return False
@@ -232,25 +230,23 @@ def prepared(
     head_dims: tuple[int, int],
     how: tuple[float, Reader, str | None],
     laid: tuple[tuple, ...],
-    mask: tuple[int, ...],
+    mask: tuple[torch.dtype | None, tuple[int, ...]],
     reach: int | None,
-    device: torch.device,
 ) -> Prepared:
     """The launch for a query and planes of codes and scales, keys' first, that lie as `placement.laid` says.
 
-    `how` is a scale, a reader and a folder, `mask` and `reach` are strides. Layers of a model have it in common.
+    `how` is a scale, a reader and a folder; `mask` are the dtype of one and its strides, `reach` is a stride. Layers of
+    a model have it in common.
     """
     (scale, reader, folder), (q, *planes), sides = how, [Laid(*each) for each in laid], sides_of(codecs, head_dims)
-    codes, scales = planes[::2], planes[1::2]
+    codes, scales, device = planes[::2], planes[1::2], q.device
     batch, kv_heads, length, _ = codes[0].shape
     through = placement.in_ring(sides, codes, scales, device)
-    plan = plan_of((sides, through), q.shape[1] // kv_heads * q.shape[2], batch * kv_heads, length, device)
+    rows = q.shape[1] // kv_heads * q.shape[2]
+    plan = plan_of((sides, through), rows, batch * kv_heads, length, device)
     ring = (tune.STAGES, not in_blocks(sides), placement.in_one_row(sides, codes, scales)) if through else ()
     built = module(*sides, reader, folder)
-    call = launches.call_of(built, KERNEL[through], plan, scale, (q, *planes), mask, reach, device, ring)
-    return Prepared(call, sides[1].width, plan.splits)
-
-
-def launch(q: torch.Tensor, *given) -> tuple[torch.Tensor, ...]:
-    """Run the kernel (`launches.launched`): sums are in the order of `order_of`."""
-    return launches.launched(prepared, table_of, q, *given)
+    call = launches.call_of(built, KERNEL[through], plan, scale, (q, *planes), mask[1], reach, device, ring)
+    tables = tuple(table_of(codec, dim, device) for codec, dim in zip(codecs, head_dims))
+    sizes = Sizes(batch * kv_heads, plan.splits, rows, sides[1].width)
+    return Prepared(call, tables, sizes, order_of(codecs[1], head_dims[1], device))

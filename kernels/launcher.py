@@ -12,13 +12,15 @@ from types import ModuleType
 
 import torch
 import triton
+from triton import knobs
 
 # From here on a number has another type, also where Triton does not look at its value.
 LONG = 2**31
 
 
 class Call:
-    """A launch of the kernel `name` of a generated module over `grid`, but for the tensors.
+    """A launch of the kernel `name` of a generated module over `grid`, but for the tensors: their dtypes and devices
+    are those of its first call.
 
     These are its first parameters, then come `numbers`, then `constants` that it is compiled for; `options` are
     Triton's. Kernels of Triton's interpreter, and all on an AMD GPU, are launched by Triton each time.
@@ -41,27 +43,35 @@ class Call:
             self.behind = [options[param.name] for param in self.kernel.params if param.name in options]
             params = self.kernel.params[len(self.kernel.params) - len(self.given) - len(self.behind) :]
             seen = (_seen(number, param) for number, param in zip(numbers, params))
-            self.kept = _kept(built, name, (*seen, *constants, *options.items()))
+            self.seen = built, name, (*seen, *constants, *options.items())
+            self.kept = None
 
     def __call__(self, tensors: Sequence[torch.Tensor]) -> None:
-        """Launch it on the current device and stream."""
+        """Launch it on the current device and stream; kernels see bool as bytes."""
         if not self.is_kept:
-            self.kernel[self.grid](*tensors, *self.given, **self.options)
+            self._asked(tensors)
             return
-        addresses = [tensor.data_ptr() for tensor in tensors]
-        key = (
-            torch.cuda.current_device(),
-            tuple([(tensor.dtype, tensor.device) for tensor in tensors]),
-            tuple([address % 16 == 0 for address in addresses]),
-        )
+        if self.kept is None:
+            self.kept = _kept(*self.seen, tuple([(tensor.dtype, tensor.device) for tensor in tensors]))
+        addresses, device = list(map(torch.Tensor.data_ptr, tensors)), torch.cuda.current_device()
+        key = device, *[address % 16 == 0 for address in addresses]
         compiled = self.kept.get(key)
         if compiled is None:
-            compiled = self.kernel[self.grid](*tensors, *self.given, **self.options)
+            compiled = self._asked(tensors)
             # Not what is still being compiled.
             if isinstance(compiled, triton.compiler.CompiledKernel):
                 self.kept[key] = compiled
-        else:
+        elif knobs.runtime.launch_enter_hook.calls or knobs.runtime.launch_exit_hook.calls:
             compiled[self.grid](*addresses, *self.given, *self.behind)
+        else:
+            # What Triton does at the end of its own launches.
+            stream, hooks = torch._C._cuda_getCurrentRawStream(device), (None, None, None)
+            given = *hooks, *addresses, *self.given, *self.behind
+            compiled.run(*self.grid, stream, compiled.function, compiled.packed_metadata, *given)
+
+    def _asked(self, tensors: Sequence[torch.Tensor]):
+        tensors = [tensor.view(torch.uint8) if tensor.dtype == torch.bool else tensor for tensor in tensors]
+        return self.kernel[self.grid](*tensors, *self.given, **self.options)
 
 
 def launch(built: ModuleType, name: str, grid: tuple[int, ...], tensors: Sequence[torch.Tensor], *others, **options):
@@ -76,6 +86,6 @@ def _seen(number: int | float, param) -> tuple:
 
 
 @lru_cache(maxsize=4096)
-def _kept(built: ModuleType, name: str, seen: tuple) -> dict[tuple, triton.compiler.CompiledKernel]:
-    """What a kernel was compiled to for such numbers and constants, by what Triton sees of its tensors."""
+def _kept(built: ModuleType, name: str, seen: tuple, kinds: tuple) -> dict[tuple, triton.compiler.CompiledKernel]:
+    """What a kernel was compiled to for such numbers, constants and tensors, by their places and the device."""
     return {}

@@ -2,23 +2,25 @@
 layers that lie alike, and what it is given at each call.
 """
 
+from collections.abc import Callable
 from types import ModuleType
 from typing import NamedTuple
 
 import torch
 
-from tqcompile.coding import Planes, split
-from tqcompile.kernels import launcher, placement, tune
-from tqcompile.kernels.emit import Reader
+from tqcompile.kernels import launcher, tune
+from tqcompile.kernels.combine import Sizes
 from tqcompile.kernels.placement import Laid
 
 
 class Prepared(NamedTuple):
-    """A launch but for its tensors, and what it leaves of each row: `splits` parts of so many sums."""
+    """A launch but for its tensors, the look-up operands of keys and of values, what it leaves, and in which order
+    (`combine.combine`)."""
 
     call: launcher.Call
-    width: int
-    splits: int
+    tables: tuple[torch.Tensor, torch.Tensor]
+    sizes: Sizes
+    order: torch.Tensor | None
 
 
 def call_of(
@@ -54,17 +56,14 @@ def call_of(
 
 
 def launched(
-    prepared, table_of, q, keys: Planes, values: Planes, mask, reach, scale: float, codecs, head_dims, reader: Reader,
-    folder, parts,
-) -> tuple[torch.Tensor, ...]:  # fmt: skip
-    """Run what `prepared` finds for a call, and return what `parts`, a function of a width and the number of splits,
-    allocated for it to write: sums, peaks and totals. `table_of` are the look-up operands of a codec."""
-    planes = *split(codecs[0], keys), *split(codecs[1], values)
+    prepared: Callable[..., Prepared], q, planes, mask, reach: torch.Tensor | None, codecs, head_dims, how, laid
+) -> tuple[tuple[torch.Tensor, ...], Sizes, torch.Tensor | None]:
+    """Run what `prepared` finds for a call whose query and planes lie so, and return what it leaves, sums, peaks and
+    totals, how much, and in which order. `planes` are codes and scales of keys, and of values; `mask` is None or a mask
+    and its strides."""
     part, strides = mask if mask is not None else (q, (0, 0, 0, 0))
-    how, lie = (scale, reader, folder), placement.laid((q, *planes))
-    beyond = None if reach is None else reach.stride(0)
-    call, width, splits = prepared(codecs, head_dims, how, lie, strides, beyond, q.device)
-    left = parts(width, splits)
-    tables = [table_of(codec, dim, q.device) for codec, dim in zip(codecs, head_dims)]
+    masked, beyond = (None if mask is None else part.dtype, strides), None if reach is None else reach.stride(0)
+    call, tables, sizes, order = prepared(codecs, head_dims, how, laid, masked, beyond)
+    left = sizes.parts(q)
     call((q, *planes, *tables, part, q if reach is None else reach, *left))
-    return left
+    return left, sizes, order

@@ -19,6 +19,8 @@ class Laid(NamedTuple):
     shape: tuple[int, ...]
     strides: tuple[int, ...]
     address: int
+    dtype: torch.dtype
+    device: torch.device
 
     def stride(self, dim: int | None = None):
         return self.strides if dim is None else self.strides[dim]
@@ -32,7 +34,7 @@ class Laid(NamedTuple):
 
 def laid(planes: Sequence[torch.Tensor]) -> tuple[tuple, ...]:
     """How tensors lie: the fields of a `Laid` of each."""
-    return tuple([(plane.shape, plane.stride(), plane.data_ptr() % 16) for plane in planes])
+    return tuple([(p.shape, p.stride(), p.data_ptr() % 16, p.dtype, p.device) for p in planes])
 
 
 def in_words(plane: torch.Tensor) -> bool:

@@ -21,7 +21,7 @@ from tqcompile import tables
 from tqcompile.codec import Codec
 from tqcompile.coding import Planes, split
 from tqcompile.kernels import emit, launcher, tune
-from tqcompile.kernels.combine import maximum_of, parts, sum_of
+from tqcompile.kernels.combine import Sizes, maximum_of, sum_of
 from tqcompile.kernels.emit import Reader
 
 # Printed by `emit`; the names stand here so that the skeleton can be read, and checked, as ordinary Python.
@@ -184,8 +184,9 @@ def table_of(codec: Codec, head_dim: int, dtype: torch.dtype, device: torch.devi
 
 def launch(
     built: ModuleType, q, keys, values, mask, reach, scale: float, codecs, place, second: Second | None = None
-) -> tuple[torch.Tensor, ...]:
-    """Run the kernel; `keys` and `values` are codes and scale, `mask` None or a mask and its strides."""
+) -> tuple[tuple[torch.Tensor, ...], Sizes]:
+    """Run the kernel, and return what it leaves; `keys` and `values` are codes and scale, `mask` None or a mask and its
+    strides."""
     heads, rows, value_dim = place
     key_dim, queries = q.shape[-1], q.shape[2]
     beside, others, other = q, keys, codecs[0]
@@ -202,7 +203,8 @@ def launch(
         "latent": shared and is_latent(q.dtype, codecs[0], key_dim),
     }
     plan = tune.attend_plan(rows, heads, length, *how, **small)
-    left = parts(q, *place, plan.splits)
+    sizes = Sizes(heads, plan.splits, rows, value_dim)
+    left = sizes.parts(q)
     part, strides = mask if mask is not None else (q, (0, 0, 0, 0))
     sides = [_side(keys, codecs[0], key_dim, types[0]), _side(values, codecs[1], value_dim, types[1])]
     others = _side(others, other, width, types[0])
@@ -228,7 +230,7 @@ def launch(
         num_stages=1,
         maxnreg=plan.registers,
     )
-    return left
+    return left, sizes
 
 
 def _side(planes: tuple[torch.Tensor, torch.Tensor | None], codec: Codec, dim: int, dtype: torch.dtype) -> tuple:

@@ -19,7 +19,7 @@ from tqcompile.kernels.append import check, edges_of, fitting, nearest, rounded
 from tqcompile.kernels.combine import maximum_of, sum_of
 from tqcompile.kernels.placement import Laid
 from tqcompile.kernels.portable import table_of
-from tqcompile.kernels.writers import writer
+from tqcompile.kernels.writers import writer, writes
 
 # Printed by `emit`; the names stand here so that the skeleton can be read, and checked, as ordinary Python.
 write_keys = write_values = None
@@ -130,6 +130,12 @@ def module(
     return emit.build(source(key_codec, value_codec, head_dims), folder, interpreted)
 
 
+def takes(codecs: tuple[Codec, Codec], k: torch.Tensor, v: torch.Tensor) -> bool:
+    """Whether `append_step` writes such tokens: few, as many of both, in codecs that kernels write."""
+    few = k.shape[2] == v.shape[2] <= tune.STEP_TOKENS
+    return few and writes(codecs[0], k.shape[3]) and writes(codecs[1], v.shape[3])
+
+
 def append_step(
     codecs: tuple[Codec, Codec],
     planes: tuple[Planes, Planes],
@@ -148,34 +154,37 @@ def append_step(
         IndexError: a position lies outside the planes, on a CPU.
         ValueError: tokens do not fill the planes, and there are no positions.
     """
-    sides, lying = [], []
-    for codec, side, y, basis in zip(codecs, planes, tokens, bases):
-        codes, scale = split(codec, side)
-        check(y, codes.shape[2], positions)
-        scale, dim = codes if scale is None else scale, y.shape[3]
-        tables = edges_of(codec, dim, y.device), table_of(codec, dim, torch.float32, y.device)
-        sides += y, codes, scale, *tables, y if basis is None else basis
-        lying += y, codes, scale
-    turned = q.new_empty(q.shape, dtype=bases[0].dtype)
-    if not sum(y.numel() for y in tokens) + q.numel():
+    (k, v), (key_codes, key_scale), (value_codes, value_scale) = tokens, *map(split, codecs, planes)
+    check(k, key_codes.shape[2], positions)
+    check(v, value_codes.shape[2], positions)
+    turned, written = q.new_empty(q.shape, dtype=bases[0].dtype), k.numel() + v.numel()
+    if not written + q.numel():
         return turned
-    scratch = q.new_empty(sum(y.numel() for y in tokens), dtype=torch.float32)
-    has = positions is not None, bases[1] is not None
-    call = _call(codecs, placement.laid((*lying, q)), has, folder, q.device.type == "cpu")
+    scratch = q.new_empty(written, dtype=torch.float32)
+    keys = k, key_codes, key_codes if key_scale is None else key_scale
+    values = v, value_codes, value_codes if value_scale is None else value_scale
+    laid = placement.laid((*keys, *values, q))
+    dtypes = tuple([None if given is None else given.dtype for given in (positions, *bases)])
+    call, key_tables, value_tables = _call(codecs, laid, dtypes, folder)
+    sides = *keys, *key_tables, bases[0], *values, *value_tables, v if bases[1] is None else bases[1]
     call((*sides, q, turned, scratch, q if positions is None else positions))
     return turned
 
 
 @lru_cache(maxsize=4096)
 def _call(
-    codecs: tuple[Codec, Codec], laid: tuple[tuple, ...], has: tuple[bool, bool], folder: str | None, interpreted: bool
-) -> launcher.Call:
-    """The launch for tokens, codes and scales, keys' first, and a query that lie as `placement.laid` says; `has`
-    positions, and a basis of values."""
+    codecs: tuple[Codec, Codec], laid: tuple[tuple, ...], dtypes: tuple[torch.dtype | None, ...], folder: str | None
+) -> tuple[launcher.Call, tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
+    """The launch for tokens, codes and scales, keys' first, and a query that lie as `placement.laid` says, and tables
+    of keys and of values; `dtypes` are those of positions and of both bases, None where there are none."""
     k, key_codes, key_scale, v, value_codes, value_scale, q = [Laid(*each) for each in laid]
     dims, rows = (k.shape[3], v.shape[3]), [math.prod(side.shape[:3]) for side in (k, v, q)]
-    return launcher.Call(
-        module(*codecs, dims, folder, interpreted),
+    tables = [
+        (edges_of(codec, dim, q.device), table_of(codec, dim, torch.float32, q.device))
+        for codec, dim in zip(codecs, dims)
+    ]
+    call = launcher.Call(
+        module(*codecs, dims, folder, q.device.type == "cpu"),
         "append_step_rows",
         (sum(rows),),
         (
@@ -184,7 +193,8 @@ def _call(
             *(*k.strides, *key_codes.strides[:3], *key_scale.strides[:3]),
             *(*v.strides, *value_codes.strides[:3], *value_scale.strides[:3], *q.strides),
         ),
-        (*has, *dims, *map(tune.extent, dims), *map(tune.turned_dims, dims)),
+        (dtypes[0] is not None, dtypes[2] is not None, *dims, *map(tune.extent, dims), *map(tune.turned_dims, dims)),
         num_warps=4,
         maxnreg=tune.APPEND_REGISTERS,
     )
+    return call, *tables

@@ -133,11 +133,9 @@ def _append_step_cpu(keys, values, k, v, q, positions, key_basis, value_basis, k
 
 def _append_step_cuda(keys, values, k, v, q, positions, key_basis, value_basis, key_codec, value_codec):
     from tqcompile.kernels import step as kernel
-    from tqcompile.kernels import tune
 
     codecs = formats.codec(key_codec), formats.codec(value_codec)
-    written = all(writes(codec, x.shape[-1]) for codec, x in zip(codecs, (k, v)))
-    if not written or k.shape[2] > tune.STEP_TOKENS or v.shape[2] != k.shape[2]:
+    if not kernel.takes(codecs, k, v):
         _append_cuda(keys, k, positions, key_basis, key_codec)
         _append_cuda(values, v, positions, value_basis, value_codec)
         return reference.rotate(q, key_basis).contiguous()
@@ -177,23 +175,27 @@ def _attend_cuda(
     exact=None, asked=None, first=0, centre=None, second=None, second_codec="", second_dim=0,
 ):  # fmt: skip
     from tqcompile.kernels import attend as kernel
-    from tqcompile.kernels import portable, shift
 
     score_mod, sinks, key_codec, value_codec, *dims, dtype = others
-    codecs = formats.codec(key_codec), formats.codec(value_codec)
+    codecs, dims = (formats.codec(key_codec), formats.codec(value_codec)), tuple(dims)
     options = {"reach": reach, "basis": value_basis, "dtype": dtype, "score_mod": score_mod, "sinks": sinks}
-    if exact:
-        options |= {"known": exact, "asked": q if asked is None else asked, "first": first, "owned": bool(centre)}
     with torch.cuda.device(q.get_device()):
-        mask = shift.shifted(*centre, mask) if centre else mask
+        if centre:
+            from tqcompile.kernels import shift
+
+            mask = shift.shifted(*centre, mask)
+        if exact:
+            options |= {"known": exact, "asked": q if asked is None else asked, "first": first, "owned": bool(centre)}
         q = reference.rotate(q, key_basis)
         if second:
-            second = portable.Second(second[0], second[1:], formats.codec(second_codec), second_dim)
-            if not kernel.joins(q, keys, values, codecs, tuple(dims), second):
+            from tqcompile.kernels.portable import Second
+
+            second = Second(second[0], second[1:], formats.codec(second_codec), second_dim)
+            if not kernel.joins(q, keys, values, codecs, dims, second):
                 mask = reference.beside(_logits_cuda(second.q, second.planes, second_codec, second_dim), mask)
                 second = None
             options["second"] = second
-        return kernel.attend(q, keys, values, mask, causal, scale, *codecs, tuple(dims), **options)
+        return kernel.attend(q, keys, values, mask, causal, scale, *codecs, dims, **options)
 
 
 def _remember_cuda(numbers, index, tokens, positions, start, dim, sinks):

@@ -5,10 +5,16 @@ import torch
 from cases import TOLERANCE
 from hypothesis import HealthCheck, settings
 
-from tqcompile.kernels import chunks, integer, tune
+from tqcompile.kernels import attend, chunks, integer, tune
 
 settings.register_profile("kernels", deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 settings.load_profile("kernels")
+
+
+@pytest.fixture(autouse=True)
+def asked_each_time(monkeypatch):
+    """Which kernel takes a call is not kept: tests have some take what they else would not."""
+    monkeypatch.setattr(attend, "kernel_of", attend.kernel_of.__wrapped__)
 
 
 @pytest.fixture(scope="session", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

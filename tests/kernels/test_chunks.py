@@ -195,7 +195,8 @@ def test_equal_inputs_give_equal_bits_also_in_a_graph():
     torch.manual_seed(5)
     codec = formats.codec("turboquant:4")
     q, *planes = case("cuda", (4, 4), (128, 128), 5000, 80, 20, heads=8, batch=2)
-    assert chunks.takes(q, *planes, (codec, codec), (128, 128), False)
+    codes = [split(codec, each)[0] for each in planes]
+    assert chunks.takes(q, codes, (codec, codec), (128, 128), False)
     run = partial(attend.attend, q, *planes, None, False, 0.1, codec, codec, (128, 128))
     out = run()
     close(out, reference.attend(q, *planes, None, False, 0.1, codec, codec, (128, 128)), torch.bfloat16)
@@ -216,7 +217,8 @@ def test_which_calls_are_chunks(monkeypatch):
     def taken(names=names, rows=40, dtype=torch.bfloat16, dims=(128, 128), is_masked=False):
         codecs = [formats.codec(name) for name in names]
         planes = [compressed(codec, torch.randn(1, 2, 40, dim)) for codec, dim in zip(codecs, dims)]
-        return chunks.takes(torch.randn(1, 2, rows, dims[0]).to(dtype), *planes, tuple(codecs), dims, is_masked)
+        codes = [split(codec, each)[0] for codec, each in zip(codecs, planes)]
+        return chunks.takes(torch.randn(1, 2, rows, dims[0]).to(dtype), codes, tuple(codecs), dims, is_masked)
 
     assert taken() and taken(("turboquant:5", "turboquant:3")) and taken(dims=(64, 256))
     assert not taken(rows=32) and taken(rows=33) and not taken(dtype=torch.float16) and not taken(dims=(16, 128))

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from hypothesis import given
 from hypothesis import strategies as st
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel, make_backend
 from triton.runtime.jit import create_function_from_signature
@@ -37,18 +38,21 @@ class Triton:
         return Compiled(self)
 
 
+# The stream that is current, and what a launch needs of a compiled kernel.
+STREAM, PARTS = 7, ("function", "metadata")
+
+
 class Compiled(CompiledKernel):
     def __init__(self, by):
         self.by, self.seen = by, by.seen()
+        self.function, self.packed_metadata = PARTS
 
     def __del__(self):
         """Nothing was loaded."""
 
-    def __getitem__(self, grid):
-        assert grid == self.by.grid
-        return self.launch
-
-    def launch(self, *given):
+    def run(self, x_blocks, y_blocks, z_blocks, stream, function, metadata, launch, enter, leave, *given):
+        assert ((x_blocks, y_blocks, z_blocks), stream) == (self.by.grid, STREAM)
+        assert ((function, metadata), launch, enter, leave) == (PARTS, None, None, None)
         x, out, *others = self.by.arguments
         assert given == (x.data_ptr(), out.data_ptr(), *others, self.by.options["num_warps"])
         assert self.seen == self.by.seen()
@@ -92,6 +96,7 @@ class Launches:
         self.built.kernel = kernel
         patch.setattr(triton.JITFunction, "run", lambda function, *a, **k: self.triton.run(*a, **k))
         patch.setattr(torch.cuda, "current_device", lambda: self.triton.device)
+        patch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: STREAM, raising=False)
 
     def launch(self, **changes):
         call = BASE | changes
@@ -137,6 +142,38 @@ def test_a_kept_kernel_is_one_for_such_arguments(changes):
 def test_triton_is_asked_for_what_it_sees(came_to, changes, monkeypatch):
     launches = Launches(monkeypatch)
     assert (launches.launch(), launches.launch(), launches.launch(**changes)) == ("asked", "kept", came_to)
+
+
+@pytest.mark.parametrize("name", ["launch_enter_hook", "launch_exit_hook"])
+def test_hooks_of_launches_are_left_to_triton(name, monkeypatch):
+    launches, hook = Launches(monkeypatch), knobs.HookChain()
+    launches.launch()
+    monkeypatch.setattr(Compiled, "__getitem__", lambda *a: lambda *given: launches.triton.launches.append("by Triton"))
+    assert launches.launch() == "kept"
+    monkeypatch.setattr(knobs.runtime, name, hook)
+    hook.add(print)
+    assert launches.launch() == "by Triton"
+
+
+def test_a_call_is_launched_again_for_tensors_elsewhere(monkeypatch):
+    """What it was compiled for aligned ones is not for others."""
+    launches, numbers = Launches(monkeypatch), (0.5, 100, 100, 16)
+    call = launcher.Call(launches.built, "kernel", (3, 2), numbers, (64,), **BASE["options"])
+    launches.triton.grid, launches.triton.options = (3, 2, 1), BASE["options"]
+    for start, came_to in ((0, "asked"), (32, "kept"), (4, "asked"), (0, "kept"), (20, "kept")):
+        tensors = (torch.empty(256, dtype=torch.uint8)[start:][:64].view(torch.float32), torch.empty(4).half())
+        launches.triton.arguments = (*tensors, *numbers, 64)
+        call(tensors)
+        assert launches.triton.launches[-1] == came_to
+
+
+def test_bytes_are_launched_for_bool(monkeypatch):
+    launches, numbers = Launches(monkeypatch), (0.5, 100, 100, 16)
+    marks, out = torch.zeros(64, dtype=torch.bool), torch.empty(4)
+    seen = []
+    monkeypatch.setattr(triton.JITFunction, "run", lambda function, *a, **k: seen.append(a))
+    launcher.launch(launches.built, "kernel", (1,), (marks, out), numbers, (64,), **BASE["options"])
+    assert seen[0][0].dtype == torch.uint8 and seen[0][0].data_ptr() == marks.data_ptr()
 
 
 def test_modules_share_nothing(monkeypatch):
