@@ -147,10 +147,8 @@ def joins(q, keys: Planes, values: Planes, codecs: tuple[Codec, Codec], head_dim
     codes = split(codecs[0], keys)[0], split(codecs[1], values)[0]
     if second.planes[0].shape[1] != heads or integer.takes(q, codes, codecs, head_dims):
         return False
-    widths, shared = (
-        (q.shape[3], codecs[1].coordinates(head_dims[1])),
-        portable.is_shared(codecs, head_dims, keys, values),
-    )
+    widths = q.shape[3], codecs[1].coordinates(head_dims[1])
+    shared = portable.is_shared(codecs, head_dims, keys, values)
     return q.device.type != "cuda" or rows <= heads * most_rows(q, codecs[0], widths, shared)
 
 

@@ -58,20 +58,9 @@ class CompressedKV(torch.Tensor):
         with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
             self = torch.Tensor._make_wrapper_subclass(cls, shape, strides, dtype=dtype, device=device)
         torch._C._set_throw_on_mutable_data_ptr(self)
-        self.__dict__.update(
-            planes=tuple(planes),
-            codec=codec,
-            buffer=buffer,
-            start=start,
-            centre=None,
-            part_of=(),
-            family=[],
-            copied=False,
-            counted=None,
-            recent=None,
-            stamp=object(),
-            __tensor_flatten__=flattener(codec.name, dtype, device, None),
-        )
+        self.__dict__.update(planes=tuple(planes), codec=codec, buffer=buffer, start=start, centre=None, recent=None)
+        self.__dict__.update(part_of=(), family=[], copied=False, counted=None, stamp=object())
+        self.__dict__["__tensor_flatten__"] = flattener(codec.name, dtype, device, None)
         return self
 
     def __setattr__(self, name: str, value) -> None:
