@@ -61,7 +61,8 @@ def attend(
     like arguments (codecs, dtypes, reader, strides) a CUDA graph can capture it. Generated files go to `folder`.
 
     Raises:
-        ValueError: q has a dtype that no cache holds, or its heads are no multiple of the planes'.
+        ValueError: q has a dtype that no cache holds, its heads are no multiple of the planes', or a mask does not
+            broadcast.
     """
     batch, query_heads, queries, _ = q.shape
     sides = split(key_codec, keys), split(value_codec, values)
@@ -75,9 +76,10 @@ def attend(
     if not place[0] * place[1] * length:
         return q.new_zeros(shape, dtype=dtype)
     codecs, sizes = (key_codec, value_codec), (batch, query_heads, queries, length)
+    spread = _spread(mask, sizes)
     planes = [codes if plane is None else plane for codes, scale in sides for plane in (codes, scale)]
     laid = placement.laid((q, *planes))
-    shared = q.shape[3] > tune.FUSED_DIMS and portable.is_shared(codecs, head_dims, *sides)
+    shared = q.shape[3] > tune.FUSED_DIMS and portable.is_shared(codecs, (q.shape[3], place[2]), *sides)
     kernel = kernel_of(codecs, head_dims, laid, shared, second is None, mask is not None and not known)
     if kernel is decoded:
         assert second is None, "of so many rows the scores of a second cache are to be a mask"
@@ -89,20 +91,21 @@ def attend(
     others = order = None
     if known:
         reader = reader_of(None if mask is None else mask.dtype, causal, score_mod)
-        beside = exact.attend(asked, known, _spread(mask, sizes), scale, kv_heads, length, reader, folder)
+        beside = exact.attend(asked, known, spread, scale, kv_heads, length, reader, folder)
         others = (beside[1], beside[2], torch.empty_like(beside[1]))
         mask = exact.hidden(mask, known, length, first, folder, owned)
-    reader, mask = reader_of(None if mask is None else mask.dtype, causal, score_mod), _spread(mask, sizes)
-    if reach is not None and reach.shape[0] != batch:
+        spread = _spread(mask, sizes)
+    reader = reader_of(None if mask is None else mask.dtype, causal, score_mod)
+    if reach is not None and reach.shape != (batch, 2):
         reach = reach.expand(batch, 2)
     if kernel is portable:
         more = None if second is None else (second.codec, second.head_dim)
         built = portable.module(*codecs, head_dims, reader, folder, q.device.type == "cpu", more)
-        left, left_sizes = portable.launch(built, q, *sides, mask, reach, scale, codecs, place, second)
+        left, left_sizes = portable.launch(built, q, *sides, spread, reach, scale, codecs, place, second)
     else:
         how = scale, reader, folder
         left, left_sizes, order = launches.launched(
-            kernel.prepared, q, planes, mask, reach, codecs, head_dims, how, laid
+            kernel.prepared, q, planes, spread, reach, codecs, head_dims, how, laid
         )
     sinks = None if sinks is None else sinks.float().expand(batch, query_heads, queries, 1).contiguous()
     out = combine(left, left_sizes, shape, folder, basis, torch.float32 if known else dtype, sinks, others, order)
@@ -148,7 +151,7 @@ def joins(q, keys: Planes, values: Planes, codecs: tuple[Codec, Codec], head_dim
     if second.planes[0].shape[1] != heads or integer.takes(q, codes, codecs, head_dims):
         return False
     widths = q.shape[3], codecs[1].coordinates(head_dims[1])
-    shared = portable.is_shared(codecs, head_dims, keys, values)
+    shared = portable.is_shared(codecs, widths, keys, values)
     return q.device.type != "cuda" or rows <= heads * most_rows(q, codecs[0], widths, shared)
 
 

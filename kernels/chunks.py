@@ -153,8 +153,9 @@ def prepared(
     head_dims: tuple[int, int],
     how: tuple[float, Reader, str | None],
     laid: tuple[tuple, ...],
-    mask: tuple[torch.dtype | None, tuple[int, ...]],
+    mask: tuple[int, ...],
     reach: int | None,
+    kinds: tuple,
 ) -> Prepared:
     """The launch for a query and planes that lie as `placement.laid` says (`integer.prepared`)."""
     (scale, reader, folder), (q, *planes), pieces = how, [Laid(*each) for each in laid], pieces_of(codecs, head_dims)
@@ -162,6 +163,6 @@ def prepared(
     rows = q.shape[1] // kv_heads * q.shape[2]
     plan = plan_of(pieces, reader, rows, batch * kv_heads, length, device)
     built = module(*pieces, reader, folder)
-    call = launches.call_of(built, "attend_chunk", plan, scale, (q, *planes), mask[1], reach, device)
+    call = launches.call_of(built, "attend_chunk", plan, scale, (q, *planes), mask, reach, device)
     tables = tuple(table_of(codec, dim, device) for codec, dim in zip(codecs, head_dims))
     return Prepared(call, tables, Sizes(batch * kv_heads, plan.splits, rows, pieces[1].numbers), None)

@@ -154,7 +154,8 @@ def combine(
         return rotate_back(combine(left, sizes, shape, folder, None, torch.float32, sinks, others, order), basis, dtype)
     out = left[0].new_empty(shape, dtype=dtype)
     has = order is not None, sinks is not None, others is not None
-    call = _call(sizes, shape[-1], (dtype, None if basis is None else basis.dtype), has, folder, out.device)
+    kinds = dtype, *map(launcher.kind_of, (basis, sinks))
+    call = _call(sizes, shape[-1], kinds, has, folder, out.device)
     given = (sinks, *(left if others is None else others), basis, order)
     call((*left, *[left[0] if tensor is None else tensor for tensor in given], out))
     return out
@@ -164,15 +165,15 @@ def combine(
 def _call(
     sizes: Sizes,
     value_dim: int,
-    dtypes: tuple[torch.dtype, torch.dtype | None],
+    kinds: tuple,
     has: tuple[bool, bool, bool],
     folder: str | None,
     device: torch.device,
 ) -> launcher.Call:
-    """The launch for what so many splits leave; `dtypes` are those of what is returned and of a basis, and it `has` an
-    order, sinks, others."""
+    """The launch for what so many splits leave; `kinds` are the dtype of what is returned and those of a basis and of
+    sinks (`launcher.kind_of`), and it `has` an order, sinks, others."""
     heads, splits, rows, width = sizes
-    *blocks, warps = tune.combine_blocks(splits, width, heads * rows, 0 if dtypes[1] is None else dtypes[1].itemsize)
+    *blocks, warps = tune.combine_blocks(splits, width, heads * rows, kinds[1][0].itemsize if kinds[1] else 0)
     early = tune.overlaps(device)
     return launcher.Call(
         combine_module(folder, device.type == "cpu"),

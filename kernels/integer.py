@@ -230,13 +230,14 @@ def prepared(
     head_dims: tuple[int, int],
     how: tuple[float, Reader, str | None],
     laid: tuple[tuple, ...],
-    mask: tuple[torch.dtype | None, tuple[int, ...]],
+    mask: tuple[int, ...],
     reach: int | None,
+    kinds: tuple,
 ) -> Prepared:
     """The launch for a query and planes of codes and scales, keys' first, that lie as `placement.laid` says.
 
-    `how` is a scale, a reader and a folder; `mask` are the dtype of one and its strides, `reach` is a stride. Layers of
-    a model have it in common.
+    `how` is a scale, a reader and a folder, `mask` and `reach` are strides, `kinds` those of both (`launcher.kind_of`).
+    Layers of a model have it in common.
     """
     (scale, reader, folder), (q, *planes), sides = how, [Laid(*each) for each in laid], sides_of(codecs, head_dims)
     codes, scales, device = planes[::2], planes[1::2], q.device
@@ -246,7 +247,7 @@ def prepared(
     plan = plan_of((sides, through), rows, batch * kv_heads, length, device)
     ring = (tune.STAGES, not in_blocks(sides), placement.in_one_row(sides, codes, scales)) if through else ()
     built = module(*sides, reader, folder)
-    call = launches.call_of(built, KERNEL[through], plan, scale, (q, *planes), mask[1], reach, device, ring)
+    call = launches.call_of(built, KERNEL[through], plan, scale, (q, *planes), mask, reach, device, ring)
     tables = tuple(table_of(codec, dim, device) for codec, dim in zip(codecs, head_dims))
     sizes = Sizes(batch * kv_heads, plan.splits, rows, sides[1].width)
     return Prepared(call, tables, sizes, order_of(codecs[1], head_dims[1], device))

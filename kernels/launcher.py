@@ -19,8 +19,8 @@ LONG = 2**31
 
 
 class Call:
-    """A launch of the kernel `name` of a generated module over `grid`, but for the tensors: their dtypes and devices
-    are those of its first call.
+    """A launch of the kernel `name` of a generated module over `grid`, but for the tensors: their kinds (`kind_of`) are
+    those of its first call, so that who keeps it keeps it for such tensors.
 
     These are its first parameters, then come `numbers`, then `constants` that it is compiled for; `options` are
     Triton's. Kernels of Triton's interpreter, and all on an AMD GPU, are launched by Triton each time.
@@ -52,7 +52,7 @@ class Call:
             self._asked(tensors)
             return
         if self.kept is None:
-            self.kept = _kept(*self.seen, tuple([(tensor.dtype, tensor.device) for tensor in tensors]))
+            self.kept = _kept(*self.seen, tuple(map(kind_of, tensors)))
         addresses, device = list(map(torch.Tensor.data_ptr, tensors)), torch.cuda.current_device()
         key = device, *[address % 16 == 0 for address in addresses]
         compiled = self.kept.get(key)
@@ -61,7 +61,7 @@ class Call:
             # Not what is still being compiled.
             if isinstance(compiled, triton.compiler.CompiledKernel):
                 self.kept[key] = compiled
-        elif knobs.runtime.launch_enter_hook.calls or knobs.runtime.launch_exit_hook.calls:
+        elif _calls(knobs.runtime.launch_enter_hook) or _calls(knobs.runtime.launch_exit_hook):
             compiled[self.grid](*addresses, *self.given, *self.behind)
         else:
             # What Triton does at the end of its own launches.
@@ -74,9 +74,19 @@ class Call:
         return self.kernel[self.grid](*tensors, *self.given, **self.options)
 
 
+def kind_of(tensor: torch.Tensor | None) -> tuple[torch.dtype, torch.device] | None:
+    """What a kernel is compiled for of a tensor, but for its place, and where that is; None for none."""
+    return None if tensor is None else (tensor.dtype, tensor.device)
+
+
 def launch(built: ModuleType, name: str, grid: tuple[int, ...], tensors: Sequence[torch.Tensor], *others, **options):
     """A `Call` that is made once."""
     Call(built, name, grid, *others, **options)(tensors)
+
+
+def _calls(hook) -> bool:
+    """Whether a hook of Triton's calls anything: none is one, and so is an empty chain."""
+    return hook is not None and bool(getattr(hook, "calls", True))
 
 
 def _seen(number: int | float, param) -> tuple:

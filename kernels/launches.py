@@ -62,8 +62,9 @@ def launched(
     totals, how much, and in which order. `planes` are codes and scales of keys, and of values; `mask` is None or a mask
     and its strides."""
     part, strides = mask if mask is not None else (q, (0, 0, 0, 0))
-    masked, beyond = (None if mask is None else part.dtype, strides), None if reach is None else reach.stride(0)
-    call, tables, sizes, order = prepared(codecs, head_dims, how, laid, masked, beyond)
+    kinds = None if mask is None else launcher.kind_of(part), launcher.kind_of(reach)
+    beyond = None if reach is None else reach.stride(0)
+    call, tables, sizes, order = prepared(codecs, head_dims, how, laid, strides, beyond, kinds)
     left = sizes.parts(q)
     call((q, *planes, *tables, part, q if reach is None else reach, *left))
     return left, sizes, order

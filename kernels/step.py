@@ -164,8 +164,8 @@ def append_step(
     keys = k, key_codes, key_codes if key_scale is None else key_scale
     values = v, value_codes, value_codes if value_scale is None else value_scale
     laid = placement.laid((*keys, *values, q))
-    dtypes = tuple([None if given is None else given.dtype for given in (positions, *bases)])
-    call, key_tables, value_tables = _call(codecs, laid, dtypes, folder)
+    kinds = tuple(map(launcher.kind_of, (positions, *bases)))
+    call, key_tables, value_tables = _call(codecs, laid, kinds, folder)
     sides = *keys, *key_tables, bases[0], *values, *value_tables, v if bases[1] is None else bases[1]
     call((*sides, q, turned, scratch, q if positions is None else positions))
     return turned
@@ -173,10 +173,10 @@ def append_step(
 
 @lru_cache(maxsize=4096)
 def _call(
-    codecs: tuple[Codec, Codec], laid: tuple[tuple, ...], dtypes: tuple[torch.dtype | None, ...], folder: str | None
+    codecs: tuple[Codec, Codec], laid: tuple[tuple, ...], kinds: tuple, folder: str | None
 ) -> tuple[launcher.Call, tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
     """The launch for tokens, codes and scales, keys' first, and a query that lie as `placement.laid` says, and tables
-    of keys and of values; `dtypes` are those of positions and of both bases, None where there are none."""
+    of keys and of values; `kinds` are those of positions and of both bases (`launcher.kind_of`)."""
     k, key_codes, key_scale, v, value_codes, value_scale, q = [Laid(*each) for each in laid]
     dims, rows = (k.shape[3], v.shape[3]), [math.prod(side.shape[:3]) for side in (k, v, q)]
     tables = [
@@ -193,7 +193,7 @@ def _call(
             *(*k.strides, *key_codes.strides[:3], *key_scale.strides[:3]),
             *(*v.strides, *value_codes.strides[:3], *value_scale.strides[:3], *q.strides),
         ),
-        (dtypes[0] is not None, dtypes[2] is not None, *dims, *map(tune.extent, dims), *map(tune.turned_dims, dims)),
+        (kinds[0] is not None, kinds[2] is not None, *dims, *map(tune.extent, dims), *map(tune.turned_dims, dims)),
         num_warps=4,
         maxnreg=tune.APPEND_REGISTERS,
     )

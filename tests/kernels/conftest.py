@@ -12,9 +12,11 @@ settings.load_profile("kernels")
 
 
 @pytest.fixture(autouse=True)
-def asked_each_time(monkeypatch):
-    """Which kernel takes a call is not kept: tests have some take what they else would not."""
-    monkeypatch.setattr(attend, "kernel_of", attend.kernel_of.__wrapped__)
+def asked_anew():
+    """Which kernel takes a call is not kept from one test to the next: some have others take it."""
+    attend.kernel_of.cache_clear()
+    yield
+    attend.kernel_of.cache_clear()
 
 
 @pytest.fixture(scope="session", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

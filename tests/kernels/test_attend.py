@@ -1,4 +1,5 @@
 import math
+import re
 
 import pytest
 import torch
@@ -82,6 +83,13 @@ def test_a_mask_broadcasts_over_any_dimension(device, shape):
     close(*both(*case, mask_of("bool", shape, device), False, codecs, (64, 64)), torch.float32)
     expanded = mask_of("float32", shape, device).expand(2, 6, 4, 70)
     close(*both(*case, expanded, False, codecs, (64, 64)), torch.float32)
+
+
+@pytest.mark.parametrize("shape", [(70, 1), (2, 6, 4, 69), (1, 2, 6, 4, 70), (3, 1, 1, 70), (6, 3, 70)])
+def test_a_mask_that_does_not_broadcast_is_named(device, shape):
+    case, codecs = random_case(device, torch.float32, ("q8_0", "q8_0"), queries=4), [formats.codec("q8_0")] * 2
+    with pytest.raises(ValueError, match=re.escape(f"mask is {list(shape)}")):
+        attend.attend(*case, mask_of("bool", shape, device), False, 0.1, *codecs, (64, 64))
 
 
 @settings(max_examples=16)

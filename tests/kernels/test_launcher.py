@@ -150,9 +150,12 @@ def test_hooks_of_launches_are_left_to_triton(name, monkeypatch):
     launches.launch()
     monkeypatch.setattr(Compiled, "__getitem__", lambda *a: lambda *given: launches.triton.launches.append("by Triton"))
     assert launches.launch() == "kept"
-    monkeypatch.setattr(knobs.runtime, name, hook)
     hook.add(print)
-    assert launches.launch() == "by Triton"
+    for some in (hook, print):
+        monkeypatch.setattr(knobs.runtime, name, some)
+        assert launches.launch() == "by Triton"
+    monkeypatch.setattr(knobs.runtime, name, None)
+    assert launches.launch() == "kept"
 
 
 def test_a_call_is_launched_again_for_tensors_elsewhere(monkeypatch):
