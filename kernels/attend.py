@@ -15,10 +15,15 @@ from tqcompile.kernels.portable import Second
 from tqcompile.reference import rotate_back
 
 
-@lru_cache(maxsize=4096)
-def reader_of(mask: torch.dtype | None, causal: bool, score_mod: str = "") -> Reader:
-    """The reader that a score function, a mask of a dtype or none, and `causal` ask for."""
-    return Reader({None: "none", torch.bool: "bool"}.get(mask, "additive"), causal, score_mod)
+def reader_of(mask: torch.Tensor | None, causal: bool, score_mod: str = "") -> Reader:
+    """The reader that a score function, a mask and `causal` ask for."""
+    if mask is None:
+        return _reader("none", causal, score_mod)
+    return _reader("bool" if mask.dtype == torch.bool else "additive", causal, score_mod)
+
+
+# A reader checks its text when it is made, which each call would.
+_reader = lru_cache(maxsize=4096)(Reader)
 
 
 def attend(
@@ -90,12 +95,12 @@ def attend(
         return rotate_back(decoded.attend(q, keys, values, *how), basis, dtype)
     others = order = None
     if known:
-        reader = reader_of(None if mask is None else mask.dtype, causal, score_mod)
+        reader = reader_of(mask, causal, score_mod)
         beside = exact.attend(asked, known, spread, scale, kv_heads, length, reader, folder)
         others = (beside[1], beside[2], torch.empty_like(beside[1]))
         mask = exact.hidden(mask, known, length, first, folder, owned)
         spread = _spread(mask, sizes)
-    reader = reader_of(None if mask is None else mask.dtype, causal, score_mod)
+    reader = reader_of(mask, causal, score_mod)
     if reach is not None and reach.shape != (batch, 2):
         reach = reach.expand(batch, 2)
     if kernel is portable:

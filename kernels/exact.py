@@ -208,13 +208,12 @@ def hidden(
     sizes = (1, 1, 1) if mask is None else mask.shape[:-1]
     out = torch.empty((*sizes, length), dtype=torch.bool if mask is None else mask.dtype, device=index.device)
     given = out if mask is None else mask.contiguous()
-    given, bytes_of = (x.view(torch.uint8) if x.dtype == torch.bool else x for x in (given, out))
     built = module(Reader(), folder, index.device.type == "cpu")
     launcher.launch(
         built,
         "hide_tokens",
         (out[..., 0].numel(), -(-length // HIDDEN_TOKENS)),
-        (given, index, exact[3], bytes_of),
+        (given, index, exact[3], out),
         (length, sinks, index.shape[0] - 1 - sinks, 0 if given.shape[-1] == 1 else 1),
         (kind, HIDDEN_TOKENS),
         num_warps=4,

@@ -89,8 +89,8 @@ def shifted(
     kind = "none" if mask is None else "bool" if mask.dtype == torch.bool else "additive"
     given, strides = out, (0, 0, 0, 0)
     if mask is not None:
-        mask = mask.broadcast_to(out.shape)
-        given, strides = mask.view(torch.uint8) if kind == "bool" else mask, mask.stride()
+        given = mask.broadcast_to(out.shape)
+        strides = given.stride()
     interpreted, rows, (tokens, extent) = waved.device.type == "cpu", batch * heads * queries, tile_of(columns)
     blocks = -(-rows // BLOCK_R)
     held = max(1, tune.processors_of(waved.device) * tune.PROGRAMS_PER_PROCESSOR // blocks)

@@ -60,7 +60,7 @@ class CompressedKV(torch.Tensor):
         torch._C._set_throw_on_mutable_data_ptr(self)
         self.__dict__.update(planes=tuple(planes), codec=codec, buffer=buffer, start=start, centre=None, recent=None)
         self.__dict__.update(part_of=(), family=[], copied=False, counted=None, stamp=object())
-        self.__dict__["__tensor_flatten__"] = flattener(codec.name, dtype, device, None)
+        self._guard(dtype, device)
         return self
 
     def __setattr__(self, name: str, value) -> None:

@@ -122,7 +122,7 @@ def _attend_sources(node: fx.Node) -> dict[str, str]:
 
     sources = {}
     mask, _, _, _, causal, _, score_mod, _, keys, values, *head_dims, _ = node.args[3:]
-    reader = attend.reader_of(None if mask is None else tensor_of(mask).dtype, causal, score_mod)
+    reader = attend.reader_of(tensor_of(mask), causal, score_mod)
     if node.kwargs.get("centre"):
         sources["shift"] = shift.source()
         reader = replace(reader, mask="additive")
