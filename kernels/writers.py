@@ -19,7 +19,7 @@ WRITE_SIGNATURE = (
 # The scalar of a normalised vector: what leaves inner products unbiased, or the norm.
 SCALARS = {
     "sphere": """\
-    centroid = tl.load(table + {at})
+    centroid = tl.load(table + {code})
     fitted = sum_of(tl.where(inside, unit * centroid, 0.0), 1)
     scalar = tl.div_rn(peak * size_divisor * {root}, tl.where(usable, fitted, 1.0))""",
     "norm": """\
@@ -55,17 +55,15 @@ def sphere_writer(codec: Codec, head_dim: int) -> str:
         start = tables.table_offsets(codec, head_dim)[term.codes.plane.name]
         lines += _sphere_lines(term, layout.plane(term.codes.plane.name), band.start, name, start)
         lines.append(f"    tl.store({_after(place, 'scale')}, scalar, mask=valid)")
-        for section in layout.plane(term.codes.plane.name).sections:
-            lines += _sphere_section(section, band, name)
+        sections, extent = layout.plane(term.codes.plane.name).sections, tune.extent(band.stop - band.start)
+        whole = all(section.fields * section.run == extent for section in sections)
+        for section in sections:
+            lines += _packed_section(section) if whole else _sphere_section(section, band, name)
     return "\n".join([*codes, *lines])
 
 
 def _sphere_lines(term: Term, layout: PlaneLayout, first: int, name: str, start: int) -> list[str]:
-    """The scalar of a term whose coordinates begin at `first`, and whose centroids at `start` of the table.
-
-    A byte holds pieces of several coordinates: each is read and quantised again where its byte is built, which is
-    the same arithmetic and so the same code, and needs no exchange between threads.
-    """
+    """Codes and scalar of a term whose coordinates begin at `first`, and whose centroids at `start` of the table."""
     root = repr(float(layout.count) ** 0.5)
     return [
         f"    d = tl.arange(0, {tune.extent(layout.count)})[None, :]",
@@ -79,7 +77,8 @@ def _sphere_lines(term: Term, layout: PlaneLayout, first: int, name: str, start:
         "    size = tl.sqrt_rn(sum_of(shape * shape, 1))",
         "    size_divisor = tl.where(size > 0.0, size, 1.0)",
         f"    unit = tl.div_rn(shape, size_divisor[:, None]) * {root}",
-        *SCALARS[term.fit].format(root=root, at=_after(start, f"{name}(unit, edges)")).splitlines(),
+        f"    code = {name}(unit, edges)",
+        *SCALARS[term.fit].format(root=root, code=_after(start, "code")).splitlines(),
         "    scalar = tl.where(peak == 0.0, 0.0, scalar).to(tl.float16)",
     ]
 
@@ -99,7 +98,23 @@ def code_lines_of(codes: Lookup, coordinates: int, name: str) -> list[str]:
     return [*lines, "    return code"]
 
 
+def _packed_section(section: Section) -> list[str]:
+    """Bytes of a section that has as many pieces as a tile has coordinates."""
+    return [
+        f"    field = tl.arange(0, {section.fields})[None, :, None]",
+        f"    piece = tl.where(inside, (code >> {section.shift}) & {2**section.bits - 1}, 0)",
+        f"    piece = tl.reshape(piece, [BLOCK_T, {section.fields}, {section.run}]) << (field * {section.bits})",
+        f"    j = tl.arange(0, {section.run})[None, :]",
+        f"    tl.store(codes[:, None] + {section.offset} + j, sum_of(piece, 1).to(tl.uint8), mask=valid[:, None])",
+    ]
+
+
 def _sphere_section(section: Section, band: slice, name: str) -> list[str]:
+    """Bytes of a section that has fewer pieces, or more.
+
+    A byte holds pieces of several coordinates: each is read and quantised again where its byte is built, which is
+    the same arithmetic and so the same code, and needs no exchange between threads.
+    """
     extent, count, near = power_of_two(section.run), band.stop - band.start, _after(band.start, "d")
     return [
         f"    j = tl.arange(0, {extent})[None, :]",

@@ -74,6 +74,15 @@ def test_every_codec_is_written_as_the_reference_writes_it(device, name, dtype):
     agree(codec, both(codec, y, 5, None), y, None)
 
 
+@pytest.mark.parametrize("head_dim", [31, 124, 127])
+@pytest.mark.parametrize("name", [f"turboquant:{bits}" for bits in (2, 3, 4, 5)])
+def test_bytes_are_those_of_the_reference_where_codes_fill_a_part_of_them(device, name, head_dim):
+    torch.manual_seed(3)
+    codec, y = formats.codec(name), torch.randn(1, 2, 3, head_dim, device=device)
+    (mine, _), (theirs, _) = (coding.split(codec, side) for side in both(codec, y, 3, None))
+    assert torch.equal(mine, theirs)
+
+
 @settings(max_examples=20)
 @given(data=st.data())
 def test_any_shape_is_written_as_the_reference_writes_it(device, data):
