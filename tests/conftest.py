@@ -4,6 +4,7 @@ import gc
 import logging
 import pathlib
 import sys
+import zlib
 
 import pytest
 import torch
@@ -23,8 +24,12 @@ torch.set_num_threads(1)
 settings.register_profile("tests", deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 settings.load_profile("tests")
 
-# Tensors are tiny here: threads would wait for each other longer than they work.
-torch.set_num_threads(1)
+
+def pytest_itemcollected(item):
+    """A `thinned` grid runs one case of n on a CPU, told by its name: the others are slow."""
+    thinned = item.get_closest_marker("thinned")
+    if thinned and not item.get_closest_marker("gpu") and zlib.crc32(item.nodeid.encode()) % thinned.args[0]:
+        item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -50,6 +50,7 @@ def test_a_conversation_equals_the_same_model_with_a_quantised_dense_cache(kind,
     assert_compressed(ours, codecs)
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("codecs", CODECS, ids="/".join)
 @pytest.mark.parametrize("kind", MODELS)
 def test_every_codec_in_every_kind_of_cache(kind, codecs):

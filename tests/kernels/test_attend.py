@@ -46,6 +46,7 @@ def mask_of(kind, shape, device):
     return torch.where(keep, torch.randn(shape), torch.finfo(dtype).min).to(dtype).to(device)
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", CODECS)
 def test_every_codec_attends_like_the_reference(device, name, dtype):
@@ -169,6 +170,7 @@ def test_an_unwritten_cache_gives_zeros(device):
     assert (both(q, keys, values, None, False, codecs, (64, 64))[0] == 0).all()
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("name", CODECS)
 @pytest.mark.parametrize("side", ["keys", "values"])
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -184,6 +186,7 @@ def test_a_broken_token_behind_a_mask_behaves_like_the_reference(device, name, s
     close(*both(q, keys, values, None, True, (name, name), (64, 64)), torch.float32)
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("name", [name for name in CODECS if name != "identity"])
 @pytest.mark.parametrize("size", [1e-4, 3e3])
 def test_float16_products_neither_overflow_nor_vanish(device, name, size):
@@ -224,6 +227,7 @@ def test_heads_that_do_not_divide_are_refused(device):
         both(q[:, :5], keys, values, None, False, ("q8_0", "q8_0"), (64, 64))
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("kind", ["bool", "additive"])
 @pytest.mark.parametrize("spans", SPANS, ids=str)
 @pytest.mark.parametrize("name", ["turboquant:4", "turboquant:3", "q8_0"])
@@ -243,6 +247,7 @@ ROTATED = [("turboquant:3", dim) for dim in (32, 48, 128, 256)]
 ROTATED += [(name, 48) for name in ("turboquant:2.5", "turboquant_prod:2", "qjl:2", "polarquant")]
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("name", "head_dim"), ROTATED)
 def test_attention_rotates_back_into_any_dtype(device, name, head_dim, dtype):

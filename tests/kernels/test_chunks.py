@@ -55,6 +55,7 @@ def case(device, bits, dims, length, rows, queries, heads=2, batch=1, growing=Fa
     return q, *(compressed(formats.codec(f"turboquant:{each}"), x, growing) for each, x in zip(bits, dense))
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("bits", [*((each, each) for each in BITS), (5, 3), (1, 4)], ids=str)
 @pytest.mark.parametrize(("dims", "rows"), [((64, 64), 20), ((96, 128), 70), ((128, 32), 3)], ids=str)
 @pytest.mark.parametrize("length", [1, 77, 144])

@@ -142,6 +142,7 @@ def test_a_basis_rotates_the_result_back(device):
     close(out, reference.rotate_back(reference.attend(*arguments), basis, torch.float32), torch.float32)
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("at_once", [1, 3, 100])
 @pytest.mark.parametrize("name", CODECS)
 def test_the_single_products_equal_the_references(device, name, at_once, monkeypatch):

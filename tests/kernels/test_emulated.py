@@ -40,6 +40,7 @@ def attends_like_the_reference(q, keys, values, mask, causal, names, dims):
     close(attend.attend(*arguments), reference.attend(*arguments), q.dtype)
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("names", PAIRS, ids=str)
 @pytest.mark.parametrize(("dims", "rows"), [((64, 64), 4), ((96, 128), 8), ((256, 32), 3)], ids=str)
 @pytest.mark.parametrize("length", [77, 144])
@@ -50,6 +51,7 @@ def test_a_ragged_cache_attends_like_the_reference(names, dims, rows, length):
     attends_like_the_reference(q, *planes, None, False, names, dims)
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("names", [("q4_0", "q4_0"), ("q4_0", "q8_0"), ("turboquant:3", "q4_0")], ids=str)
 @pytest.mark.parametrize(("dims", "rows"), [((64, 64), 4), ((128, 128), 3), ((192, 256), 8), ((256, 192), 2)], ids=str)
 @pytest.mark.parametrize("length", [13, 160])
@@ -66,6 +68,7 @@ IN_PIECES = [(name, name) for name in ("turboquant:1", "turboquant:2.5", "turboq
 IN_PIECES += [("kvtc:3", "kvtc:4"), ("qjl:2", "turboquant:3.5"), ("turboquant:3.5", "q8_0"), ("kvtc:2", "turboquant:5")]
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("names", IN_PIECES, ids=str)
 @pytest.mark.parametrize("rows", [4, 7])
 @pytest.mark.parametrize("length", [1, 77, 144])
@@ -147,6 +150,7 @@ def test_tokens_are_read_wherever_they_lie(name, length):
         attends_like_the_reference(torch.randn(2, 6, 1, 128), keys, values, None, False, (name, name), (128, 128))
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("kind", ["none", "bool", "additive", "causal"])
 @pytest.mark.parametrize("names", [(4, 4), (3, 5), (2, 3)], ids=str)
 @pytest.mark.parametrize(("length", "splits"), [(17, 1), (77, 2), (191, 3), (194, 3), (130, 2)], ids=str)

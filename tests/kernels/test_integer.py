@@ -67,6 +67,7 @@ def test_any_shape_attends_like_the_reference(device, data):
     attends_like_the_reference(q, *planes, mask, draw(st.booleans()), codecs, dims)
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("kind", ["none", "bool", "additive"])
 @pytest.mark.parametrize(
     ("name", "dim"),

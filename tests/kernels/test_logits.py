@@ -39,6 +39,7 @@ def equals_the_reference(q, keys, name):
     close(scores(q, keys, name), reference.logits(q, keys, codec, codec.head_dim(q.shape[-1])), torch.float32)
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize(
     ("name", "head_dim"),
     [pair for pair in itertools.product(NAMES, (64, 96, 128, 256)) if logits.side_of(formats.codec(pair[0]), pair[1])],

@@ -36,6 +36,7 @@ def both(q, keys, values, second, mask, causal, names, dims, **options):
     return attend.attend(q, keys, values, mask, *how, second=second, **options), expected
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", REPRESENTATIVES)
 def test_a_latent_of_every_codec_is_read_with_keys_of_another(device, name, dtype):
@@ -97,6 +98,7 @@ def test_a_wide_latent_that_is_keys_and_values_has_tiles_of_its_own(device):
     assert not portable.is_latent(torch.bfloat16, formats.codec("q8_0"), 512)
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("heads", [16, 40, 128])
 @pytest.mark.parametrize("codec", ["turboquant:4", "turboquant:3", "q8_0", "identity"])
 def test_a_latent_as_wide_as_models_have_it_is_read(device, codec, heads):
