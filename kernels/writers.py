@@ -1,5 +1,7 @@
 """Prints the helper that encodes a tile of tokens and writes it, one function for each way to fit a codec."""
 
+from collections.abc import Sequence
+
 import torch
 
 from tqcompile import tables
@@ -8,8 +10,9 @@ from tqcompile.kernels import tune
 from tqcompile.kernels.address import DEVICE_TYPE, power_of_two
 from tqcompile.layout import PlaneLayout, Section, layout_of
 
-# A look-up of up to so many bits is a sum of comparisons.
+# Bits up to which codes, and centroids, are found by comparing with all edges; of more, in memory.
 MOST_COMPARED_BITS = 5
+MOST_CHOSEN_BITS = 4
 WRITE_SIGNATURE = (
     "@triton.jit\n"
     "def {name}(y, y_stride, codes, scale, edges, table, valid, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr):"
@@ -19,7 +22,7 @@ WRITE_SIGNATURE = (
 # The scalar of a normalised vector: what leaves inner products unbiased, or the norm.
 SCALARS = {
     "sphere": """\
-    centroid = tl.load(table + {code})
+    centroid = {centroid}
     fitted = sum_of(tl.where(inside, unit * centroid, 0.0), 1)
     scalar = tl.div_rn(peak * size_divisor * {root}, tl.where(usable, fitted, 1.0))""",
     "norm": """\
@@ -50,21 +53,24 @@ def sphere_writer(codec: Codec, head_dim: int) -> str:
     """`write_tokens` of a codec whose terms take the nearest centroids of normalised vectors."""
     layout, lines, codes = layout_of(codec, head_dim, torch.float32, DEVICE_TYPE), [WRITE_SIGNATURE], []
     for place, (term, band) in enumerate(zip(codec.terms, codec.bands(head_dim))):
-        name = "{name}_code" if len(codec.terms) == 1 else f"{{name}}_code_{place}"
-        codes += [*code_lines_of(term.codes, band.stop - band.start, name), "", ""]
+        suffix = f"_{place}" if len(codec.terms) > 1 else ""
+        codes += [*look_up_lines(term, band.stop - band.start, suffix), "", ""]
         start = tables.table_offsets(codec, head_dim)[term.codes.plane.name]
-        lines += _sphere_lines(term, layout.plane(term.codes.plane.name), band.start, name, start)
+        lines += _sphere_lines(term, layout.plane(term.codes.plane.name), band.start, suffix, start)
         lines.append(f"    tl.store({_after(place, 'scale')}, scalar, mask=valid)")
         sections, extent = layout.plane(term.codes.plane.name).sections, tune.extent(band.stop - band.start)
         whole = all(section.fields * section.run == extent for section in sections)
         for section in sections:
-            lines += _packed_section(section) if whole else _sphere_section(section, band, name)
+            lines += _packed_section(section) if whole else _sphere_section(section, band, suffix)
     return "\n".join([*codes, *lines])
 
 
-def _sphere_lines(term: Term, layout: PlaneLayout, first: int, name: str, start: int) -> list[str]:
+def _sphere_lines(term: Term, layout: PlaneLayout, first: int, suffix: str, start: int) -> list[str]:
     """Codes and scalar of a term whose coordinates begin at `first`, and whose centroids at `start` of the table."""
     root = repr(float(layout.count) ** 0.5)
+    centroid = f"tl.load(table + {_after(start, 'code')})"
+    if term.codes.plane.bits <= MOST_CHOSEN_BITS:
+        centroid = f"{{name}}_centroid{suffix}(unit)"
     return [
         f"    d = tl.arange(0, {tune.extent(layout.count)})[None, :]",
         f"    inside = valid[:, None] & (d < {layout.count})",
@@ -77,8 +83,8 @@ def _sphere_lines(term: Term, layout: PlaneLayout, first: int, name: str, start:
         "    size = tl.sqrt_rn(sum_of(shape * shape, 1))",
         "    size_divisor = tl.where(size > 0.0, size, 1.0)",
         f"    unit = tl.div_rn(shape, size_divisor[:, None]) * {root}",
-        f"    code = {name}(unit, edges)",
-        *SCALARS[term.fit].format(root=root, code=_after(start, "code")).splitlines(),
+        f"    code = {{name}}_code{suffix}(unit, edges)",
+        *SCALARS[term.fit].format(root=root, centroid=centroid).splitlines(),
         "    scalar = tl.where(peak == 0.0, 0.0, scalar).to(tl.float16)",
     ]
 
@@ -87,15 +93,26 @@ def _after(start: int, name: str) -> str:
     return f"({start} + {name})" if start else name
 
 
-def code_lines_of(codes: Lookup, coordinates: int, name: str) -> list[str]:
-    """`code` of a number in units of its codebook: few edges are compared with, many are searched in memory."""
-    lines = ["@triton.jit", f"def {name}(unit, edges):"]
+def look_up_lines(term: Term, coordinates: int, suffix: str) -> list[str]:
+    """The code of a number in units of its codebook, and the centroid of that: few edges are compared with, many are
+    searched in memory."""
+    codes, of_code, of_centroid = term.codes, f"{{name}}_code{suffix}(unit, edges)", f"{{name}}_centroid{suffix}(unit)"
     if codes.plane.bits > MOST_COMPARED_BITS:
-        return [*lines, f"    return nearest(unit, edges, {codes.plane.bits})"]
-    edges = tables.boundaries(tables.numbers(codes, coordinates))
-    lines += ["    code = tl.full(unit.shape, 0, tl.int32)"]
-    lines += [f"    code = tl.where(unit > {edge!r}, {code}, code)" for code, edge in enumerate(edges, 1)]
-    return [*lines, "    return code"]
+        return ["@triton.jit", f"def {of_code}:", f"    return nearest(unit, edges, {codes.plane.bits})"]
+    centroids = [float(number) for number in torch.tensor(tables.numbers(codes, coordinates), dtype=torch.float32)]
+    lines = _chosen_lines(of_code, codes, coordinates, range(len(centroids)), "int32")
+    if term.fit == "norm" or codes.plane.bits > MOST_CHOSEN_BITS:
+        return lines
+    return [*lines, "", "", *_chosen_lines(of_centroid, codes, coordinates, centroids, "float32")]
+
+
+def _chosen_lines(signature: str, codes: Lookup, coordinates: int, choices: Sequence, dtype: str) -> list[str]:
+    """A function that takes one of `choices` by how many edges of a codebook lie under `unit`."""
+    first, *others = choices
+    lines = ["@triton.jit", f"def {signature}:", f"    chosen = tl.full(unit.shape, {first!r}, tl.{dtype})"]
+    for edge, choice in zip(tables.boundaries(tables.numbers(codes, coordinates)), others):
+        lines.append(f"    chosen = tl.where(unit > {edge!r}, {choice!r}, chosen)")
+    return [*lines, "    return chosen"]
 
 
 def _packed_section(section: Section) -> list[str]:
@@ -109,7 +126,7 @@ def _packed_section(section: Section) -> list[str]:
     ]
 
 
-def _sphere_section(section: Section, band: slice, name: str) -> list[str]:
+def _sphere_section(section: Section, band: slice, suffix: str) -> list[str]:
     """Bytes of a section that has fewer pieces, or more.
 
     A byte holds pieces of several coordinates: each is read and quantised again where its byte is built, which is
@@ -124,7 +141,8 @@ def _sphere_section(section: Section, band: slice, name: str) -> list[str]:
         f"        inside = valid[:, None] & (j < {section.run}) & (d < {count})",
         f"        number = tl.load(y[:, None] + {near} * y_stride, mask=inside, other=0.0).to(tl.float32)",
         "        shape = tl.where(usable[:, None], tl.div_rn(number, divisor[:, None]), 0.0)",
-        f"        code = {name}(tl.div_rn(shape, size_divisor[:, None]) * {float(count) ** 0.5!r}, edges)",
+        f"        unit = tl.div_rn(shape, size_divisor[:, None]) * {float(count) ** 0.5!r}",
+        f"        code = {{name}}_code{suffix}(unit, edges)",
         piece_line(section),
         f"    inside = valid[:, None] & (j < {section.run})",
         f"    tl.store(codes[:, None] + {section.offset} + j, byte.to(tl.uint8), mask=inside)",
