@@ -6,10 +6,11 @@ import torch
 
 from tqcompile import tables
 from tqcompile.codec import Codec, Lookup, Term
-from tqcompile.kernels import tune
 from tqcompile.kernels.address import DEVICE_TYPE, power_of_two
 from tqcompile.layout import PlaneLayout, Section, layout_of
 
+# A tile pads runs of a multiple of so many bytes: the compiler moves bytes of others through memory.
+PADDED_RUN = 8
 # Bits up to which codes, and centroids, are found by comparing with all edges; of more, in memory.
 MOST_COMPARED_BITS = 5
 MOST_CHOSEN_BITS = 4
@@ -55,14 +56,21 @@ def sphere_writer(codec: Codec, head_dim: int) -> str:
     for place, (term, band) in enumerate(zip(codec.terms, codec.bands(head_dim))):
         suffix = f"_{place}" if len(codec.terms) > 1 else ""
         codes += [*look_up_lines(term, band.stop - band.start, suffix), "", ""]
-        start = tables.table_offsets(codec, head_dim)[term.codes.plane.name]
-        lines += _sphere_lines(term, layout.plane(term.codes.plane.name), band.start, suffix, start)
+        start, plane = tables.table_offsets(codec, head_dim)[term.codes.plane.name], layout.plane(term.codes.plane.name)
+        fine = _common_runs(plane)
+        tile = _runs(1, plane.count, "d", "inside") if fine is None else _runs(fine.fields, fine.run, "d", "inside")
+        lines += [*tile, *_sphere_lines(term, plane, band.start, suffix, start)]
         lines.append(f"    tl.store({_after(place, 'scale')}, scalar, mask=valid)")
-        sections, extent = layout.plane(term.codes.plane.name).sections, tune.extent(band.stop - band.start)
-        whole = all(section.fields * section.run == extent for section in sections)
-        for section in sections:
-            lines += _packed_section(section) if whole else _sphere_section(section, band, suffix)
+        for section in plane.sections:
+            lines += _packed_section(section, fine) if fine else _sphere_section(section, band, suffix)
     return "\n".join([*codes, *lines])
+
+
+def _common_runs(plane: PlaneLayout) -> Section | None:
+    """The section whose bytes hold the most pieces, where the runs of all others are some of its own."""
+    fine = min(plane.sections, key=lambda section: section.bits)
+    alike = all(section.fields * section.run == fine.fields * fine.run for section in plane.sections)
+    return fine if alike and (fine.run % PADDED_RUN == 0 or power_of_two(fine.run) == fine.run) else None
 
 
 def _sphere_lines(term: Term, layout: PlaneLayout, first: int, suffix: str, start: int) -> list[str]:
@@ -72,8 +80,7 @@ def _sphere_lines(term: Term, layout: PlaneLayout, first: int, suffix: str, star
     if term.codes.plane.bits <= MOST_CHOSEN_BITS:
         centroid = f"{{name}}_centroid{suffix}(unit)"
     return [
-        f"    d = tl.arange(0, {tune.extent(layout.count)})[None, :]",
-        f"    inside = valid[:, None] & (d < {layout.count})",
+        f"    inside = valid[:, None] & inside & (d < {layout.count})",
         f"    number = tl.load(y[:, None] + {_after(first, 'd')} * y_stride, mask=inside, other=0.0).to(tl.float32)",
         "    peak = maximum_of(tl.abs(number), 1)",
         '    peak = tl.where(sum_of((number != number).to(tl.int32), 1) > 0, float("nan"), peak)',
@@ -87,6 +94,15 @@ def _sphere_lines(term: Term, layout: PlaneLayout, first: int, suffix: str, star
         *SCALARS[term.fit].format(root=root, centroid=centroid).splitlines(),
         "    scalar = tl.where(peak == 0.0, 0.0, scalar).to(tl.float16)",
     ]
+
+
+def _runs(count: int, run: int, name: str, there: str) -> list[str]:
+    """`name`, places of so many runs one behind the other, and which of them are `there`: a tile pads each run."""
+    extent = power_of_two(run)
+    lines = [f"    place = tl.arange(0, {count * extent})[None, :]"]
+    if count == 1 or extent == run:
+        return [*lines, f"    {name}, {there} = place, place < {count * run}"]
+    return [*lines, f"    {name}, {there} = place // {extent} * {run} + place % {extent}, place % {extent} < {run}"]
 
 
 def _after(start: int, name: str) -> str:
@@ -115,19 +131,21 @@ def _chosen_lines(signature: str, codes: Lookup, coordinates: int, choices: Sequ
     return [*lines, "    return chosen"]
 
 
-def _packed_section(section: Section) -> list[str]:
-    """Bytes of a section that has as many pieces as a tile has coordinates."""
+def _packed_section(section: Section, fine: Section) -> list[str]:
+    """Bytes of a section, of codes in a tile of the runs of the `fine` one."""
+    runs = fine.fields // section.fields
     return [
-        f"    field = tl.arange(0, {section.fields})[None, :, None]",
         f"    piece = tl.where(inside, (code >> {section.shift}) & {2**section.bits - 1}, 0)",
-        f"    piece = tl.reshape(piece, [BLOCK_T, {section.fields}, {section.run}]) << (field * {section.bits})",
-        f"    j = tl.arange(0, {section.run})[None, :]",
-        f"    tl.store(codes[:, None] + {section.offset} + j, sum_of(piece, 1).to(tl.uint8), mask=valid[:, None])",
+        f"    piece = tl.reshape(piece, [BLOCK_T, {section.fields}, {runs * power_of_two(fine.run)}])",
+        f"    piece = piece << (tl.arange(0, {section.fields})[None, :, None] * {section.bits})",
+        *_runs(runs, fine.run, "j", "there"),
+        f"    rows = codes[:, None] + {section.offset}",
+        "    tl.store(rows + j, sum_of(piece, 1).to(tl.uint8), mask=valid[:, None] & there)",
     ]
 
 
 def _sphere_section(section: Section, band: slice, suffix: str) -> list[str]:
-    """Bytes of a section that has fewer pieces, or more.
+    """Bytes of a section whose codes are in no tile of runs.
 
     A byte holds pieces of several coordinates: each is read and quantised again where its byte is built, which is
     the same arithmetic and so the same code, and needs no exchange between threads.
