@@ -9,8 +9,6 @@ from tqcompile.codec import Codec, Lookup, Term
 from tqcompile.kernels.address import DEVICE_TYPE, power_of_two
 from tqcompile.layout import PlaneLayout, Section, layout_of
 
-# A tile pads runs of a multiple of so many bytes: the compiler moves bytes of others through memory.
-PADDED_RUN = 8
 # Bits up to which codes, and centroids, are found by comparing with all edges; of more, in memory.
 MOST_COMPARED_BITS = 5
 MOST_CHOSEN_BITS = 4
@@ -70,7 +68,7 @@ def _common_runs(plane: PlaneLayout) -> Section | None:
     """The section whose bytes hold the most pieces, where the runs of all others are some of its own."""
     fine = min(plane.sections, key=lambda section: section.bits)
     alike = all(section.fields * section.run == fine.fields * fine.run for section in plane.sections)
-    return fine if alike and (fine.run % PADDED_RUN == 0 or power_of_two(fine.run) == fine.run) else None
+    return fine if alike else None
 
 
 def _sphere_lines(term: Term, layout: PlaneLayout, first: int, suffix: str, start: int) -> list[str]:
@@ -83,7 +81,8 @@ def _sphere_lines(term: Term, layout: PlaneLayout, first: int, suffix: str, star
         f"    inside = valid[:, None] & inside & (d < {layout.count})",
         f"    number = tl.load(y[:, None] + {_after(first, 'd')} * y_stride, mask=inside, other=0.0).to(tl.float32)",
         "    peak = maximum_of(tl.abs(number), 1)",
-        '    peak = tl.where(sum_of((number != number).to(tl.int32), 1) > 0, float("nan"), peak)',
+        # Floats are counted: truths would be counted as bits, which the compiler moves through memory.
+        '    peak = tl.where(sum_of(tl.where(number != number, 1.0, 0.0), 1) > 0.0, float("nan"), peak)',
         '    usable = (peak > 0.0) & (peak < float("inf"))',
         "    divisor = tl.where(usable, peak, 1.0)",
         "    shape = tl.where(usable[:, None], tl.div_rn(number, divisor[:, None]), 0.0)",

@@ -74,7 +74,7 @@ def test_every_codec_is_written_as_the_reference_writes_it(device, name, dtype):
     agree(codec, both(codec, y, 5, None), y, None)
 
 
-@pytest.mark.parametrize("head_dim", [31, 124, 127])
+@pytest.mark.parametrize("head_dim", [31, 80, 96, 112, 124, 127])
 @pytest.mark.parametrize("name", [f"turboquant:{bits}" for bits in (2, 3, 4, 5)])
 def test_bytes_are_those_of_the_reference_where_codes_fill_a_part_of_them(device, name, head_dim):
     torch.manual_seed(3)
