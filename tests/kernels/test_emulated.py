@@ -79,6 +79,7 @@ def test_codes_in_pieces_attend_like_the_reference(names, rows, length):
     attends_like_the_reference(q, *planes, None, False, names, (128, 128))
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("name", ["turboquant:3.5", "turboquant_prod:3"])
 @pytest.mark.parametrize("side", [0, 1])
 @pytest.mark.parametrize("place", [0, 1])
@@ -93,6 +94,7 @@ def test_a_piece_that_is_no_number_reaches_what_the_reference_lets_it_reach(name
         attends_like_the_reference(q, *planes, mask, False, (name, name), (128, 128))
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("gathers", [False, True])
 @pytest.mark.parametrize(
     ("names", "dims"), [((3, 5), (128, 64)), ((5, 3), (32, 32)), ((3, 3), (256, 128)), ((3, 3), (96, 96))], ids=str
@@ -114,6 +116,7 @@ def test_rows_of_two_runs_are_read_where_they_lie_in_a_stretch(gathers, names, d
 GATHERED = [("turboquant:3.5", 128), ("kvtc:3", 128), ("turboquant_prod:4", 128)]
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("gathers", [False, True])
 @pytest.mark.parametrize(
     ("name", "dim"),
@@ -221,6 +224,7 @@ def test_a_cap_and_sinks(name):
     close(attend.attend(*arguments, **options), reference.attend(*arguments, **options), q.dtype)
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("name", ["turboquant:3", "q8_0"])
 @pytest.mark.parametrize("spans", SPANS, ids=str)
 @pytest.mark.parametrize("length", [300, 304])

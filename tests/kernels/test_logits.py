@@ -63,6 +63,7 @@ def test_strided_queries_and_planes_are_read_where_they_lie(device, name, dtype)
     equals_the_reference(q, [plane[:, :, 3:] for plane in growing], name)
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("tile", sorted({(s.block_rows, s.block_tokens) for s in tune.SETTINGS["logits"]}))
 @pytest.mark.parametrize("span", [2, 5])
 @pytest.mark.parametrize("name", ["turboquant:4", "q8_0"])
