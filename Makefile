@@ -32,7 +32,7 @@ test: env  ## lint, and every test that needs no GPU and is not slow
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest -n 2 $(ARGS)
 
-test-slow: env  ## the sweeps that are too long for CI
+test-slow: env  ## what is too long for CI: sweeps, and the rest of large grids
 	$(BIN)/python -m pytest -m "slow and not gpu" $(ARGS)
 
 test-gpu: env  ## the tests that need a CUDA device

@@ -65,23 +65,23 @@ def sphere_writer(codec: Codec, head_dim: int) -> str:
 
 
 def _common_runs(plane: PlaneLayout) -> Section | None:
-    """The section whose bytes hold the most pieces, where the runs of all others are some of its own."""
+    """The section whose bytes hold the most pieces, where each run of another is several of its runs, or None."""
     fine = min(plane.sections, key=lambda section: section.bits)
     alike = all(section.fields * section.run == fine.fields * fine.run for section in plane.sections)
     return fine if alike else None
 
 
-def _sphere_lines(term: Term, layout: PlaneLayout, first: int, suffix: str, start: int) -> list[str]:
+def _sphere_lines(term: Term, plane: PlaneLayout, first: int, suffix: str, start: int) -> list[str]:
     """Codes and scalar of a term whose coordinates begin at `first`, and whose centroids at `start` of the table."""
-    root = repr(float(layout.count) ** 0.5)
+    root = repr(float(plane.count) ** 0.5)
     centroid = f"tl.load(table + {_after(start, 'code')})"
     if term.codes.plane.bits <= MOST_CHOSEN_BITS:
         centroid = f"{{name}}_centroid{suffix}(unit)"
     return [
-        f"    inside = valid[:, None] & inside & (d < {layout.count})",
+        f"    inside = valid[:, None] & inside & (d < {plane.count})",
         f"    number = tl.load(y[:, None] + {_after(first, 'd')} * y_stride, mask=inside, other=0.0).to(tl.float32)",
         "    peak = maximum_of(tl.abs(number), 1)",
-        # Floats are counted: truths would be counted as bits, which the compiler moves through memory.
+        # Floats are counted: of truths Triton 3.9 counts bits, which it moves through local memory.
         '    peak = tl.where(sum_of(tl.where(number != number, 1.0, 0.0), 1) > 0.0, float("nan"), peak)',
         '    usable = (peak > 0.0) & (peak < float("inf"))',
         "    divisor = tl.where(usable, peak, 1.0)",
@@ -109,8 +109,8 @@ def _after(start: int, name: str) -> str:
 
 
 def look_up_lines(term: Term, coordinates: int, suffix: str) -> list[str]:
-    """The code of a number in units of its codebook, and the centroid of that: few edges are compared with, many are
-    searched in memory."""
+    """Functions of a number in units of its codebook: its code, by comparing with few edges or searching many in
+    memory, and its centroid where few are chosen from."""
     codes, of_code, of_centroid = term.codes, f"{{name}}_code{suffix}(unit, edges)", f"{{name}}_centroid{suffix}(unit)"
     if codes.plane.bits > MOST_COMPARED_BITS:
         return ["@triton.jit", f"def {of_code}:", f"    return nearest(unit, edges, {codes.plane.bits})"]

@@ -5,6 +5,7 @@ import logging
 import pathlib
 import sys
 import zlib
+from collections import defaultdict
 
 import pytest
 import torch
@@ -25,11 +26,24 @@ settings.register_profile("tests", deadline=None, suppress_health_check=list(Hea
 settings.load_profile("tests")
 
 
-def pytest_itemcollected(item):
-    """A `thinned` grid runs one case of n on a CPU, told by its name: the others are slow."""
-    thinned = item.get_closest_marker("thinned")
-    if thinned and not item.get_closest_marker("gpu") and zlib.crc32(item.nodeid.encode()) % thinned.args[0]:
-        item.add_marker(pytest.mark.slow)
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Of a grid that is `thinned` by n, cases that have every value of every parameter run on a CPU, and one of n: the
+    others are slow."""
+    grids = defaultdict(list)
+    for item in items:
+        if item.get_closest_marker("thinned") and not item.get_closest_marker("gpu"):
+            grids[item.nodeid.partition("[")[0]].append(item)
+    for cases in grids.values():
+        cases.sort(key=lambda item: zlib.crc32(item.nodeid.encode()))
+        wanted, seen, left = len(cases) / cases[0].get_closest_marker("thinned").args[0], set(), []
+        for item in cases:
+            values = {(name, repr(value)) for name, value in item.callspec.params.items()}
+            if values <= seen:
+                left.append(item)
+            seen |= values
+        for item in left[max(0, round(wanted) - len(cases) + len(left)) :]:
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(autouse=True, scope="module")

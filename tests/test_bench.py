@@ -214,7 +214,6 @@ def test_what_no_kernel_writes_is_said_not_to_be_timed_by_itself_on_a_gpu(task):
     assert all(ops.writes(formats.codec(name), 128) for c in suite() if c.task == task for name in (c.keys, c.values))
 
 
-@pytest.mark.thinned(3)
 @pytest.mark.parametrize("pair", sorted({(c.keys, c.values) for c in suite() if c.shape == LONG}), ids="/".join)
 def test_any_pair_of_the_suite_can_be_measured(pair, monkeypatch):
     monkeypatch.setattr(cpu, "_compile_rows", None)

@@ -137,7 +137,6 @@ def test_centred_keys_with_first_and_last_tokens_as_they_are_change_nothing(name
     assert turns and all(turning == (name in TURNED) for turning in turns)
 
 
-@pytest.mark.thinned(2)
 @EVERY_MODEL
 def test_bytes_stay_close_and_two_bits_show(name):
     module, model = load(name)

@@ -56,7 +56,6 @@ def close(ours, expected, dtype):
     assert error <= TOLERANCE[dtype], f"relative error {error:.2e}"
 
 
-@pytest.mark.thinned(3)
 @pytest.mark.parametrize("name", [name for name in REPRESENTATIVES if formats.codec(name).for_values])
 def test_every_codec_reads_exact_tokens_beside_its_codes(device, name):
     torch.manual_seed(1)
