@@ -29,10 +29,14 @@ SCALARS = {
 }
 
 
+def piece_of(section: Section) -> str:
+    """A section's bits of `code`."""
+    return f"tl.where(inside, (code >> {section.shift}) & {2**section.bits - 1}, 0)"
+
+
 def piece_line(section: Section) -> str:
     """The line that takes a section's bits out of `code` and puts them into a field of `byte`."""
-    bits = f"(code >> {section.shift}) & {2**section.bits - 1}"
-    return f"        byte |= tl.where(inside, {bits}, 0) << (field * {section.bits})"
+    return f"        byte |= {piece_of(section)} << (field * {section.bits})"
 
 
 def exact_writer(codec: Codec, head_dim: int) -> str:
@@ -134,7 +138,7 @@ def _packed_section(section: Section, fine: Section) -> list[str]:
     """Bytes of a section, of codes in a tile of the runs of the `fine` one."""
     runs = fine.fields // section.fields
     return [
-        f"    piece = tl.where(inside, (code >> {section.shift}) & {2**section.bits - 1}, 0)",
+        f"    piece = {piece_of(section)}",
         f"    piece = tl.reshape(piece, [BLOCK_T, {section.fields}, {runs * power_of_two(fine.run)}])",
         f"    piece = piece << (tl.arange(0, {section.fields})[None, :, None] * {section.bits})",
         *_runs(runs, fine.run, "j", "there"),

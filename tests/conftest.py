@@ -42,7 +42,8 @@ def pytest_collection_modifyitems(items):
             if values <= seen:
                 left.append(item)
             seen |= values
-        for item in left[max(0, round(wanted) - len(cases) + len(left)) :]:
+        covering = len(cases) - len(left)
+        for item in left[max(0, round(wanted) - covering) :]:
             item.add_marker(pytest.mark.slow)
 
 
