@@ -52,7 +52,8 @@ def attend(
 
     q [B, Hq, T, D] float32, float16 or bfloat16 in the key basis, any strides; planes [B, Hkv, S, width], any strides
     but contiguous in the last; mask broadcasts to [B, Hq, T, S], bool (True keeps) or additive. `reach`, int32 [B or 1,
-    2], says that `mask` hides all tokens but those from the first number to before the second: no other is read then.
+    2 or 3], says that `mask` hides all tokens but those from the first number to before the second: no other is read
+    then. A third number says that it changes nothing before that token, from the first one on: there it is not read.
     `known` are the numbers [B, Hkv, slots, D] and the index of keys and of values that `recent` keeps, `first` slots of
     them for the first tokens, and `asked` is q in the model's basis: they take the place of their tokens' codes. An
     `owned` mask, of float32 over all queries and tokens, may be written. The scores of a `second` cache of keys, where
@@ -99,10 +100,11 @@ def attend(
         beside = exact.attend(asked, known, spread, scale, kv_heads, length, reader, folder)
         others = (beside[1], beside[2], torch.empty_like(beside[1]))
         mask = exact.hidden(mask, known, length, first, folder, owned)
+        reach = None if reach is None else reach[:, :2]
         spread = _spread(mask, sizes)
     reader = reader_of(mask, causal, score_mod)
-    if reach is not None and reach.shape != (batch, 2):
-        reach = reach.expand(batch, 2)
+    if reach is not None and reach.shape[0] != batch:
+        reach = reach.expand(batch, -1)
     if kernel is portable:
         more = None if second is None else (second.codec, second.head_dim)
         built = portable.module(*codecs, head_dims, reader, folder, q.device.type == "cpu", more)

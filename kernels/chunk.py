@@ -123,8 +123,11 @@ def attend_chunk(
         gdc_wait()
         # The combination may be put on the device now; it waits there for what this kernel writes.
         gdc_launch_dependents()
+    clear = first * 0
     if REACH:
         first, count = reached(reach + batch * reach_b, splits, T)
+    if REACH == 3:
+        clear = gl.load(reach + batch * reach_b + 2) - first
     start = first.to(gl.int64)
     at = (
         key_codes + batch * key_b + head * key_h, key_scale + batch * key_scale_b + head * key_scale_h,
@@ -148,27 +151,32 @@ def attend_chunk(
     nothing = gl.full([R, T], 0.0, gl.float32, SCORES)
     peak, total = gl.full([R], float("-inf"), gl.float32, ROWS), gl.full([R], 0.0, gl.float32, ROWS)
     mixed = gl.full([R, VALUE_DIMS], 0.0, gl.float32, SUMS)
-    for i in range(gl.cdiv(count, T)):
-        scores = hopper.warpgroup_mma(rows, keys.permute((1, 0)), nothing, use_acc=False, is_async=True)
-        put_values(values, tile[1], value_table, T)
-        # The next tile, or the last one again.
-        step = gl.where(last >= T, T, 0)
-        at = advanced(at, step, KEY_S, KEY_SCALE_S, VALUE_S, VALUE_SCALE_S)
-        tile = load_tile(at, last - step, T, KEY_S, KEY_SCALE_S, VALUE_S, VALUE_SCALE_S, num_warps)
-        scores = hopper.warpgroup_mma_wait(0, deps=(scores, rows, keys))[0] * slots.index(0).load(TOKENS)[None, :]
-        # Made anew for each tile: the addresses of all scores would take most registers.
-        address = mask_row[:, None] + ((gl.minimum(token, last) + i * T + start) * mask_s)[None, :]
-        scores = read_scores(scores, mask, address, query[:, None], token[None, :], None, None)
-        if last < T - 1:
-            scores = gl.where((token <= last)[None, :], scores, float("-inf"))
-        peak, total, mixed, weights = absorb(scores, slots.index(1).load(TOKENS), (peak, total, mixed))
-        weights = gl.convert_layout(weights.to(gl.bfloat16), gl.DotOperandLayout(0, SUMS, 2))
-        mixed = hopper.warpgroup_mma(weights, values, mixed, is_async=True)
-        put_scalars(slots, tile[2], scale * KEY_UNIT)
-        put_keys(keys, tile[0], key_table, T)
-        mixed = hopper.warpgroup_mma_wait(0, deps=(mixed, values))[0]
-        last -= T
-        query -= T
+    done, tiles = 0, gl.cdiv(count, T)
+    # First those that need no mask, in a loop of their own: Triton 3.6 dies of a branch.
+    for MASKED in gl.static_range(0 if REACH == 3 else 1, 2):
+        stop = tiles if MASKED else gl.where(clear >= count, tiles, gl.maximum(clear, 0) // T)
+        for i in range(done, stop):
+            scores = hopper.warpgroup_mma(rows, keys.permute((1, 0)), nothing, use_acc=False, is_async=True)
+            put_values(values, tile[1], value_table, T)
+            # The next tile, or the last one again.
+            step = gl.where(last >= T, T, 0)
+            at = advanced(at, step, KEY_S, KEY_SCALE_S, VALUE_S, VALUE_SCALE_S)
+            tile = load_tile(at, last - step, T, KEY_S, KEY_SCALE_S, VALUE_S, VALUE_SCALE_S, num_warps)
+            scores = hopper.warpgroup_mma_wait(0, deps=(scores, rows, keys))[0] * slots.index(0).load(TOKENS)[None, :]
+            # Made anew for each tile: the addresses of all scores would take most registers.
+            address = mask_row[:, None] + ((gl.minimum(token, last) + i * T + start) * mask_s)[None, :]
+            scores = read_scores(scores, mask, address, query[:, None], token[None, :], None, None, not MASKED)
+            if last < T - 1:
+                scores = gl.where((token <= last)[None, :], scores, float("-inf"))
+            peak, total, mixed, weights = absorb(scores, slots.index(1).load(TOKENS), (peak, total, mixed))
+            weights = gl.convert_layout(weights.to(gl.bfloat16), gl.DotOperandLayout(0, SUMS, 2))
+            mixed = hopper.warpgroup_mma(weights, values, mixed, is_async=True)
+            put_scalars(slots, tile[2], scale * KEY_UNIT)
+            put_keys(keys, tile[0], key_table, T)
+            mixed = hopper.warpgroup_mma_wait(0, deps=(mixed, values))[0]
+            last -= T
+            query -= T
+        done = stop
     store_rows(out, peaks, totals, peak, total, mixed, splits, groups * queries, R)
 
 

@@ -154,7 +154,7 @@ def prepared(
     how: tuple[float, Reader, str | None],
     laid: tuple[tuple, ...],
     mask: tuple[int, ...],
-    reach: int | None,
+    reach: tuple[int, int],
     kinds: tuple,
 ) -> Prepared:
     """The launch for a query and planes that lie as `placement.laid` says (`integer.prepared`)."""

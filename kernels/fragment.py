@@ -217,8 +217,11 @@ def attend_fragments(
         gdc_wait()
         # The combination may be put on the device now; it waits there for what this kernel writes.
         gdc_launch_dependents()
+    clear = first * 0
     if REACH:
         first, count = reached(reach + batch * reach_b, splits, T)
+    if REACH == 3:
+        clear = gl.load(reach + batch * reach_b + 2) - first
     start = first.to(gl.int64)
     at = (
         key_codes + batch * key_b + head * key_h, key_scale + batch * key_scale_b + head * key_scale_h,
@@ -245,11 +248,13 @@ def attend_fragments(
         step = gl.where(i + 1 < full, T, 0)
         at = advanced(at, step, KEY_S, KEY_SCALE_S, VALUE_S, VALUE_SCALE_S)
         scores = scores_of(tile[0], asked, unit, key_table, T, R, MMA)
-        scores = read_scores(scores, mask, address, query[None, :], token[:, None], None, None)
+        is_clear = clear >= T if REACH == 3 else False
+        scores = read_scores(scores, mask, address, query[None, :], token[:, None], None, None, is_clear)
         state = absorb(tile[1], scores, state, value_table, None, T, R, MMA)
         if AHEAD:
             tile = load_tile(at, None, T, SCORES, KEY_S, KEY_SCALE_S, VALUE_S, VALUE_SCALE_S)
         query -= T
+        clear -= T
         mask += T * mask_s
     count -= full * T
     if count > 0:
@@ -257,7 +262,8 @@ def attend_fragments(
         at = advanced(at, step, KEY_S, KEY_SCALE_S, VALUE_S, VALUE_SCALE_S)
         tile = load_tile(at, count - 1, T, SCORES, KEY_S, KEY_SCALE_S, VALUE_S, VALUE_SCALE_S)
         scores = scores_of(tile[0], asked, unit, key_table, T, R, MMA)
-        scores = read_scores(scores, mask, address, query[None, :], token[:, None], None, count - 1)
+        is_clear = clear >= count if REACH == 3 else False
+        scores = read_scores(scores, mask, address, query[None, :], token[:, None], None, count - 1, is_clear)
         state = absorb(tile[1], scores, state, value_table, count, T, R, MMA)
     store_sums(out, peaks, totals, state, splits, groups * queries, R)
 # fmt: on

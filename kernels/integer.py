@@ -95,21 +95,22 @@ def asm_lines(block: ptx.Block, inputs: str, indent: str) -> list[str]:
 
 def score_helper(reader: Reader) -> str:
     """`read_scores`: what the reader does to scores [T, R]; places count from the tile's first token. A mask has no
-    others than those from `begin` to `last`, where these are given."""
-    lines = [_signature("read_scores(scores, mask, address, query, token, begin, last)")]
+    others than those from `begin` to `last`, where these are given, and is not read of a tile that is `clear`."""
+    lines = [_signature("read_scores(scores, mask, address, query, token, begin, last, clear)")]
     if reader.score_mod:
         lines += [f"    scores = {scores.in_kernel(reader.score_mod, 'gl', 'scores')}"]
     if reader.causal:
         lines += ['    scores = gl.where(token <= query, scores, float("-inf"))']
     if reader.mask != "none":
-        lines += ["    if last is None:", "        part = gl.load(mask + address)", "    else:"]
-        lines += ["        there = token <= last + 0 * query", "        if begin is not None:"]
-        lines += ["            there = there & (token >= begin)"]
-        lines += ["        part = gl.load(mask + address, mask=there, other=0)"]
+        lines += ["    if not clear:"]
+        lines += ["        if last is None:", "            part = gl.load(mask + address)", "        else:"]
+        lines += ["            there = token <= last + 0 * query", "            if begin is not None:"]
+        lines += ["                there = there & (token >= begin)"]
+        lines += ["            part = gl.load(mask + address, mask=there, other=0)"]
     if reader.mask == "bool":
-        lines += ['    scores = gl.where(part != 0, scores, float("-inf"))']
+        lines += ['        scores = gl.where(part != 0, scores, float("-inf"))']
     if reader.mask == "additive":
-        lines += ["    scores += part.to(gl.float32)"]
+        lines += ["        scores += part.to(gl.float32)"]
     return "\n".join([*lines, "    return scores"])
 
 
@@ -231,7 +232,7 @@ def prepared(
     how: tuple[float, Reader, str | None],
     laid: tuple[tuple, ...],
     mask: tuple[int, ...],
-    reach: int | None,
+    reach: tuple[int, int],
     kinds: tuple,
 ) -> Prepared:
     """The launch for a query and planes of codes and scales, keys' first, that lie as `placement.laid` says.
@@ -245,7 +246,12 @@ def prepared(
     through = placement.in_ring(sides, codes, scales, device)
     rows = q.shape[1] // kv_heads * q.shape[2]
     plan = plan_of((sides, through), rows, batch * kv_heads, length, device)
-    ring = (tune.STAGES, not in_blocks(sides), placement.in_one_row(sides, codes, scales)) if through else ()
+    ring = ()
+    if through:
+        shifted = placement.in_one_row(sides, codes, scales)
+        ring = tune.STAGES, not in_blocks(sides), shifted
+        if shifted:
+            plan = placement.with_hidden_tokens(plan, length, batch * kv_heads * -(-rows // plan.block_rows), device)
     built = module(*sides, reader, folder)
     call = launches.call_of(built, KERNEL[through], plan, scale, (q, *planes), mask, reach, device, ring)
     tables = tuple(table_of(codec, dim, device) for codec, dim in zip(codecs, head_dims))

@@ -30,7 +30,7 @@ def call_of(
     scale: float,
     laid: tuple[Laid, ...],
     mask: tuple[int, ...],
-    reach: int | None,
+    reach: tuple[int, int],
     device: torch.device,
     more: tuple = (),
 ) -> launcher.Call:
@@ -46,9 +46,9 @@ def call_of(
         (
             *(scale, kv_heads, groups, queries, length, plan.span, plan.splits, *q.strides),
             *(stride for plane in planes for stride in plane.strides[:2]),
-            *(*mask, reach or 0),
+            *(*mask, reach[0]),
         ),
-        (*(plane.strides[2] for plane in planes), reach is not None, plan.block_tokens, plan.block_rows, early, *more),
+        (*(plane.strides[2] for plane in planes), reach[1], plan.block_tokens, plan.block_rows, early, *more),
         num_warps=plan.warps,
         maxnreg=plan.registers,
         **({"launch_pdl": True} if early else {}),
@@ -63,7 +63,7 @@ def launched(
     and its strides."""
     part, strides = mask if mask is not None else (q, (0, 0, 0, 0))
     kinds = None if mask is None else launcher.kind_of(part), launcher.kind_of(reach)
-    beyond = None if reach is None else reach.stride(0)
+    beyond = (0, 0) if reach is None else (reach.stride(0), reach.shape[1])
     call, tables, sizes, order = prepared(codecs, head_dims, how, laid, strides, beyond, kinds)
     left = sizes.parts(q)
     call((q, *planes, *tables, part, q if reach is None else reach, *left))

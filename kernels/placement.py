@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -70,6 +71,14 @@ def in_one_row(sides: Sides, codes: Sequence[torch.Tensor], scales: Sequence[tor
         for planes, each in widths
         for plane, width in zip(planes, each)
     )
+
+
+def with_hidden_tokens(plan: tune.AttendPlan, length: int, programs: int, device: torch.device) -> tune.AttendPlan:
+    """The plan where tiles begin so (`in_one_row`), the first with up to 15 tokens of the head before: with another
+    split, of so many `programs`, where these would make one longer than the others and the device holds it at once."""
+    splits = -(-(length + 15) // plan.span)
+    held = tune.processors_of(device) * tune.RING_PROGRAMS
+    return replace(plan, splits=splits) if splits * programs <= held else plan
 
 
 def ring_tokens(sides: Sides, device: torch.device) -> int:

@@ -209,7 +209,9 @@ def attend_ringed(
         # Tokens of all heads are one row of them, and tiles begin at its multiples of 16: there codes begin at a cache
         # line, and scalars at a word. The first of a head may begin with the last ones of the head before it.
         ahead = ((batch * key_scale_b + head * key_scale_h) % 16).to(gl.int32)
-        count = gl.where(gl.program_id(2) == splits - 1, length + ahead - first, span)
+        # The last split takes what these leave over, unless it has one more for that.
+        rest = length + ahead - first
+        count = gl.where(gl.program_id(2) == splits - 1, rest, gl.minimum(span, rest))
         skip = ahead - first
     key_table, value_table = tables_like(key_words, value_words, T)
     if EARLY:
@@ -221,6 +223,9 @@ def attend_ringed(
         first, count, skip = reached_in_words(reach + batch * reach_b, ahead, splits, T)
     elif REACH:
         first, count = reached(reach + batch * reach_b, splits, T)
+    clear = first * 0
+    if REACH == 3:
+        clear = gl.load(reach + batch * reach_b + 2) + ahead - first
     start = first.to(gl.int64)
     if SCALES:
         # It is a multiple, which Triton sees here, and needs for the scalars of two tokens in one word.
@@ -263,7 +268,8 @@ def attend_ringed(
         keys = keys_in(ring, i % STAGES, scales[0], T, SCORES, SCALES)
         scores = scores_of(keys, asked, unit, key_table, T, R, MMA)
         begin = skip - i * T if SHIFTED else None
-        scores = read_scores(scores, mask, address, query[None, :], token[:, None], begin, left - 1)
+        is_clear = clear - i * T >= gl.minimum(left, T) if REACH == 3 else False
+        scores = read_scores(scores, mask, address, query[None, :], token[:, None], begin, left - 1, is_clear)
         async_copy.wait_group(2 * STAGES - 2)
         values = values_in(ring, i % STAGES, scales[1], T, SCORES, SCALES)
         scores, values = those_there(scores, values, skip - i * T, left, T)

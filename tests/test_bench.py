@@ -72,6 +72,21 @@ def test_masks_and_several_queries_are_measured(mask, queries, capsys):
     assert (f"{mask} mask" in shown) == (mask != "none") and (f"{queries} queries" in shown) == (queries > 1)
 
 
+@pytest.mark.parametrize("mask", MASKS)
+def test_a_cache_that_is_filled_in_part(mask, capsys, tmp_path):
+    file = tmp_path / "rows.json"
+    tasks = "--tasks", "attend", "append"
+    assert bench(*SHAPE, *FAST, *PAIR, *tasks, "--mask", mask, "--filled", 10, "--json", file) == 0
+    assert "B2 x 40, 10 filled, 4/2 heads" in capsys.readouterr().out
+    part, other = read(file)
+    assert (part.case.shape.filled, other.case.shape.filled, other.case.shape.mask) == (10, 0, "none")
+    seen = compressed.mask_of(part.case.shape, torch.float32, torch.device("cpu"))
+    seen = (seen == 0) if mask == "additive" else seen
+    assert seen.sum() == (2 * 10 if mask == "none" else 2 * 9) and not seen[..., 10:].any()
+    _, size, moved = compressed.attend(part.case, torch.float32, torch.device("cpu"))
+    assert moved == size * 10 // 40
+
+
 def test_each_number_of_queries_gets_a_row_where_a_task_has_any(capsys, tmp_path):
     file = tmp_path / "rows.json"
     assert bench(*SHAPE, *FAST, *PAIR, "--tasks", "attend", "append", "--queries", 3, 1, 3, "--json", file) == 0
@@ -230,6 +245,7 @@ WRONG = {
     "values of what serves keys": (("--values", "qjl:1"), "--values: codec 'qjl:1' serves keys alone"),
     "both of what serves keys": (("--codec", "qjl:1"), "--codec: codec 'qjl:1' serves keys alone"),
     "heads": (("--heads", 6, "--kv-heads", 4), "heads=6 is no multiple of kv_heads=4"),
+    "more filled than there is": (("--context", 9, "--filled", 10), "filled=10 of context=9; give a number of tokens"),
     "no tokens": (("--context", 0), "'0' is not a whole number of 1 or more"),
     "weights": (("--weights", "many"), "'many' is no number of bytes; examples are 15GiB"),
     "tolerance": (("--tolerance", "-1"), "'-1' is not a number from 0 to 100"),

@@ -1,5 +1,8 @@
 """Where the kernels of this folder's tests run: on a GPU, or on CPU tensors through Triton's interpreter."""
 
+from types import SimpleNamespace
+
+import emulate
 import pytest
 import torch
 from cases import TOLERANCE
@@ -46,3 +49,21 @@ def attending_device(request, monkeypatch):
     else:
         monkeypatch.setattr(integer, "takes", lambda *arguments: False)
     return device
+
+
+@pytest.fixture
+def emulated(monkeypatch):
+    """The kernel on int8 units takes all calls, and the emulator runs it."""
+    calls = []
+
+    def module(keys, values, reader, folder):
+        calls.append((keys, values))
+        text = integer.source(keys, values, reader)
+        return SimpleNamespace(**{name: emulate.Kernel(text, name) for name in integer.KERNEL.values()})
+
+    monkeypatch.setattr(integer, "takes", lambda *a: True)
+    monkeypatch.setattr(integer, "prepared", integer.prepared.__wrapped__)
+    monkeypatch.setattr(integer, "module", module)
+    monkeypatch.setitem(TOLERANCE, torch.float32, 4e-4)
+    yield
+    assert calls

@@ -234,7 +234,19 @@ def test_heads_that_do_not_divide_are_refused(device):
 @pytest.mark.parametrize("length", [300, 304])
 def test_what_a_mask_hides_from_all_is_not_read(device, name, spans, kind, length):
     q, planes, arguments, reach, basis, expected = hidden_case(name, spans, kind, device, length)
-    assert reach.tolist() == [list(span) for span in spans]
+    assert reach[:, :2].tolist() == [list(span) for span in spans]
+    close(attend.attend(q, *planes, *arguments, reach=reach, basis=basis), expected, torch.float32)
+
+
+@pytest.mark.thinned(3)
+@pytest.mark.parametrize("kind", ["bool", "additive"])
+@pytest.mark.parametrize("spans", SPANS[:3], ids=str)
+@pytest.mark.parametrize("name", ["turboquant:4", "turboquant:3", "q8_0"])
+@pytest.mark.parametrize("length", [300, 304])
+@pytest.mark.parametrize("clear", [1, 63, 129, 300])
+def test_a_mask_that_changes_nothing_of_the_first_tokens(device, name, spans, kind, length, clear):
+    q, planes, arguments, reach, basis, expected = hidden_case(name, spans, kind, device, length, clear)
+    assert reach.tolist() == [[first, stop, min(stop, first + clear)] for first, stop in spans]
     close(attend.attend(q, *planes, *arguments, reach=reach, basis=basis), expected, torch.float32)
 
 

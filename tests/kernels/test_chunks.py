@@ -10,7 +10,7 @@ import torch
 from cases import TOLERANCE, close, compressed, numbers_of
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from reaching import SPANS, hidden_case
+from reaching import SPANS, hidden_case, lie_of
 
 from tqcompile import formats, reference
 from tqcompile.coding import split
@@ -138,15 +138,19 @@ def test_rows_that_see_nothing_and_rows_of_nothing_but_low_scores(device, hidden
     close(out, expected, torch.bfloat16)
 
 
+@pytest.mark.parametrize("clear", [0, 63, 129, 300])
 @pytest.mark.parametrize("kind", ["bool", "additive"])
 @pytest.mark.parametrize("spans", SPANS, ids=str)
-def test_tokens_out_of_reach_are_not_read(device, spans, kind):
-    q, planes, arguments, reach, basis, _ = hidden_case("turboquant:4", spans, kind, device)
+def test_tokens_out_of_reach_are_not_read_nor_is_a_mask_that_changes_nothing(device, spans, kind, clear):
+    q, planes, arguments, reach, basis, _ = hidden_case("turboquant:4", spans, kind, device, clear=clear)
     q = q.bfloat16()
     whole = [[plane.nan_to_num(1.0) if plane.is_floating_point() else plane for plane in side] for side in planes]
     expected = reference.rotate_back(reference.attend(q, *whole, *arguments), basis, torch.float32)
     out = attend.attend(q, *planes, *arguments, reach=reach, basis=basis)
     close(out, expected, torch.bfloat16)
+    if clear == 300:
+        arguments = lie_of(arguments[0]), *arguments[1:]
+        close(attend.attend(q, *planes, *arguments, reach=reach, basis=basis), expected, torch.bfloat16)
 
 
 def test_what_is_no_number_reaches_what_the_reference_lets_it_reach(device):

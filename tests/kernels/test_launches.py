@@ -94,8 +94,11 @@ def test_attention(kernel):
         mask = None if mask is None else (mask, (400, 0, 40, 1))
         launches.launched(kernel.prepared, q, planes, mask, reach, (CODEC, CODEC), (64, 64), how, laid)
 
+    reaches = each((torch.int32, torch.int64), 2, 2)
+    reaches += [torch.zeros(1, width, dtype=torch.int32).expand(2, width) for width in (2, 3)]
     marks = *each(FLOATS, 2, 1, 10, 40), torch.zeros(2, 1, 10, 40, dtype=torch.bool)
-    require_one_each(run, marks, each((torch.int32, torch.int64), 2, 2))
+    require_one_each(run, marks, reaches)
+    assert Kept.launched[-1] is not Kept.launched[-2]
 
 
 def test_what_splits_leave_begins_where_kernels_like_it():

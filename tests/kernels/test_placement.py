@@ -5,7 +5,7 @@ import torch
 
 from tqcompile import formats
 from tqcompile.coding import split
-from tqcompile.kernels import placement, sides
+from tqcompile.kernels import placement, sides, tune
 from tqcompile.layout import layout_of
 
 CPU = torch.device("cpu")
@@ -28,3 +28,12 @@ def test_planes_and_how_they_lie_go_the_same_way(name):
             seen |= found
     # Rows of whole sectors come alone, and scalars of blocks are not copied: these lie as they like.
     assert seen == {(True, False)} | (set() if name == "q8_0" else {(True, True), (False, False)})
+
+
+@pytest.mark.parametrize(
+    ("length", "programs", "splits"), [(191, 8, 4), (191, 9, 3), (177, 8, 3), (192, 1, 4), (178, 8, 4)]
+)
+def test_a_split_more_takes_what_lies_behind_hidden_tokens_where_it_runs_at_once(length, programs, splits):
+    """The device that is planned for holds 32 programs; splits have 64 tokens."""
+    plan = tune.AttendPlan(4, 32, 3, 64, 1, 255)
+    assert placement.with_hidden_tokens(plan, length, programs, CPU).splits == splits

@@ -78,7 +78,7 @@ def test_the_fastest_setting_is_used_from_then_on_and_by_other_processes(task):
 def test_what_is_launched_follows_a_search():
     planes = layout_of(CODEC, 128, torch.bfloat16, "cpu").allocate((1, HEADS, LENGTH), CPU)
     lie = placement.laid((torch.empty(1, ROWS * HEADS, 1, 128), *split(CODEC, planes), *split(CODEC, planes)))
-    given = (CODEC, CODEC), (128, 128), (0.1, emit.Reader(), None), lie, (0, 0, 0, 0), None, (None, None)
+    given = (CODEC, CODEC), (128, 128), (0.1, emit.Reader(), None), lie, (0, 0, 0, 0), (0, 0), (None, None)
     before, seen = integer.prepared(*given), []
     assert integer.prepared(*given) is before
 

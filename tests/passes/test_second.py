@@ -12,6 +12,7 @@ from test_sites import AT, Cache, K, Q, V, write
 from tqcompile import ops
 from tqcompile.dump import kernel_sources
 from tqcompile.options import Options
+from tqcompile.passes import rewrite
 from tqcompile.passes.second import second
 from tqcompile.reads import kernels_of
 
@@ -222,3 +223,10 @@ def test_a_left_out_pass_leaves_the_mask():
     after, context, _ = passed(Cache(spelled_out), Q, K, V, AT, disable=("second",))
     assert "second" not in context.counts and operators(after)["logits.default"] + operators(after)["logits"] == 1
     assert "second" in Options(disable="second").disable and second.__name__ == "second"
+
+
+def test_scores_in_a_mask_are_read_of_tokens_that_need_none_of_the_rest():
+    after, _, _ = passed(Cache(behind_a_mask), Q, K, V, AT, disable=("second",))
+    assert operators(after)["reach"] == operators(after)["bounds"] == 1
+    (call,) = after.graph.find_nodes(op="call_function", target=ops.attend)
+    assert call.args[4].target is rewrite.bounds

@@ -45,6 +45,9 @@ def add(commands) -> None:
         "--queries", type=whole, nargs="+", metavar="N", help="queries of each head in attention (default 1)"
     )
     shape.add_argument("--mask", choices=MASKS, help="mask of compressed attention (default none)")
+    shape.add_argument(
+        "--filled", type=tokens, metavar="N", help="tokens of a static cache that are there, in attention"
+    )
     shape.add_argument("--softcap", type=float, metavar="C", help="cap scores at C (default 0: they are not)")
     shape.add_argument("--sinks", action="store_true", help="give each head one more logit")
     shape.add_argument("--model", metavar="NAME", help="read the shape from a Hugging Face configuration instead")

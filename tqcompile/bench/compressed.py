@@ -43,7 +43,7 @@ def attend(case: Case, dtype: torch.dtype, device: torch.device) -> tuple[Sample
 
     codecs = tuple(map(formats.codec, names))
     check.attention(f"attention over {case.pair} of {shape}", step(0), q, *caches[0], mask, sinks, codecs, shape)
-    return clock.measure(step, len(caches), device), size, size
+    return clock.measure(step, len(caches), device), size, size * (shape.filled or shape.context) // shape.context
 
 
 def logits(case: Case, dtype: torch.dtype, device: torch.device) -> tuple[Sample, int, int]:
@@ -130,13 +130,12 @@ def _basis(name: str, shape: Shape, dtype: torch.dtype, device: torch.device) ->
 
 
 def mask_of(shape: Shape, dtype: torch.dtype, device: torch.device) -> torch.Tensor | None:
-    """A mask that hides every tenth token of each sequence, or its second half."""
-    if shape.mask == "none":
+    """A mask that hides every tenth token of each sequence where one is asked for, and those that are not filled."""
+    if shape.mask == "none" and not shape.filled:
         return None
-    if shape.mask == "half":
-        return (torch.arange(shape.context, device=device) < -(-shape.context // 2)).expand(shape.batch, 1, 1, -1)
-    keep = torch.arange(shape.context, device=device).expand(shape.batch, 1, 1, -1) % 10 != 9
-    return keep if shape.mask == "bool" else torch.where(keep, 0.0, -torch.inf).to(dtype)
+    token = torch.arange(shape.context, device=device).expand(shape.batch, 1, 1, -1)
+    keep = (token < (shape.filled or shape.context)) & ((token % 10 != 9) | (shape.mask == "none"))
+    return torch.where(keep, 0.0, -torch.inf).to(dtype) if shape.mask == "additive" else keep
 
 
 def live_bytes(cache) -> int:

@@ -2,6 +2,7 @@
 
 import argparse
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ DEFAULTS = {
 }
 SHAPE = {
     **{"batch": 1, "heads": 32, "kv_heads": 8, "head_dim": 128},
-    **{"mask": "none", "queries": [1], "softcap": 0.0, "sinks": False},
+    **{"mask": "none", "queries": [1], "softcap": 0.0, "sinks": False, "filled": 0},
 }
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30}
 # Tasks of as many queries as are asked for; others are of one token.
@@ -136,15 +137,17 @@ def _own(options: argparse.Namespace, defaults: dict) -> list[Case]:
         raise ValueError(f"--plot draws one number of queries; leave all but one of --queries {chunks} out")
 
     def case(task: str, context: int, queries: int) -> Case:
-        # Scores are those of all tokens.
-        shape = Shape(context=context, queries=queries, **facts | ({"mask": "none"} if task == "logits" else {}))
+        shape = Shape(context=context, queries=queries, **facts)
+        if task != "attend":
+            # Of all tokens.
+            shape = replace(shape, mask="none", filled=0)
         dtype = options.dtype or DTYPE.get(task, defaults["dtype"])
         return Case(task, shape, *pair, dtype, **(of_step if task == "step" else {}))
 
     cases = []
     if options.plot and len(contexts) == 1:
         shorter = {contexts[0] // fraction for fraction in FRACTIONS} - {0, contexts[0]}
-        cases = [case("attend", context, *chunks) for context in sorted(shorter)]
+        cases = [case("attend", context, *chunks) for context in sorted(shorter) if context >= facts["filled"]]
     return cases + [
         case(task, context, queries)
         for context in contexts

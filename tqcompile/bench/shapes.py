@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from tqcompile import formats, ops
 
 TASKS = ("attend", "logits", "append", "prefill", "step")
-MASKS = ("none", "bool", "additive", "half")
+MASKS = ("none", "bool", "additive")
 DTYPES = ("bfloat16", "float16", "float32")
 # Where nothing else is asked for; of other tasks the device says it.
 DTYPE = {"logits": "float32"}
@@ -15,8 +15,9 @@ DTYPE = {"logits": "float32"}
 class Shape:
     """One step: sequences, tokens in the cache of each, heads, the mask that attention is given, queries of each.
 
-    A `half` mask is bool and shows the first half of the cache, which is what a half full static cache has. Scores are
-    capped at `softcap` (0: they are not), and with `sinks` each head has one more logit.
+    Of a static cache the first `filled` tokens are there (0: all are), and a mask hides the others, as a bool where
+    nothing else is asked for. Scores are capped at `softcap` (0: they are not), and with `sinks` each head has one more
+    logit.
     """
 
     batch: int
@@ -28,11 +29,16 @@ class Shape:
     queries: int = 1
     softcap: float = 0.0
     sinks: bool = False
+    filled: int = 0
 
     def __post_init__(self):
         for name in ("batch", "context", "heads", "kv_heads", "head_dim", "queries"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)!r}; give a whole number of 1 or more")
+        if not isinstance(self.filled, int) or not 0 <= self.filled <= self.context:
+            raise ValueError(
+                f"filled={self.filled!r} of context={self.context}; give a number of tokens that it holds, or 0 for all"
+            )
         if not 0 <= self.softcap < float("inf"):
             raise ValueError(f"softcap={self.softcap!r}; give a positive number, or 0 for none")
         if self.heads % self.kv_heads:
@@ -48,11 +54,15 @@ class Shape:
         return f"tanh(score / {self.softcap}) * {self.softcap}" if self.softcap else ""
 
     def __str__(self):
-        tokens = f"{self.context // 1024}K" if self.context % 1024 == 0 else str(self.context)
+        tokens = _tokens(self.context) + f", {_tokens(self.filled)} filled" * (self.filled > 0)
         heads = f"{self.heads}/{self.kv_heads} heads, {self.head_dim} dims"
         asked = f", {self.queries} queries" * (self.queries > 1)
         asked += f", softcap {self.softcap:g}" * (self.softcap > 0) + ", sinks" * self.sinks
         return f"B{self.batch} x {tokens}, {heads}" + asked + f", {self.mask} mask" * (self.mask != "none")
+
+
+def _tokens(count: int) -> str:
+    return f"{count // 1024}K" if count % 1024 == 0 else str(count)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,59 @@
+"""Masks of which some tokens are read alone, by the text of the kernel on int8 units, emulated."""
+
+import pytest
+import torch
+from cases import close, compressed
+from reaching import SPANS, hidden_case, lie_of
+
+from tqcompile import formats, ops, recent
+from tqcompile.centre import halves, waves
+from tqcompile.kernels import attend, integer, tune
+from tqcompile.passes import rewrite
+
+pytestmark = pytest.mark.usefixtures("emulated")
+
+
+@pytest.mark.thinned(3)
+@pytest.mark.parametrize("name", ["turboquant:3", "q8_0"])
+@pytest.mark.parametrize("spans", SPANS, ids=str)
+@pytest.mark.parametrize("length", [300, 304])
+def test_what_a_mask_hides_from_all_is_not_read(name, spans, length):
+    q, planes, arguments, reach, basis, expected = hidden_case(name, spans, "bool", "cpu", length)
+    close(attend.attend(q, *planes, *arguments, reach=reach, basis=basis), expected, q.dtype)
+
+
+@pytest.mark.parametrize("name", ["turboquant:3", "q8_0"])
+@pytest.mark.parametrize("spans", SPANS[:3:2], ids=str)
+@pytest.mark.parametrize(("length", "growing"), [(300, False), (304, False), (300, True)])
+@pytest.mark.parametrize("kind", ["bool", "additive"])
+@pytest.mark.parametrize("clear", [1, 63, 100, 148, 300])
+def test_a_mask_is_not_read_where_it_changes_nothing(name, spans, length, kind, clear, growing, monkeypatch):
+    monkeypatch.setattr(integer, "plan_of", lambda *a: tune.AttendPlan(8, 64, 2, 192, 1, 255))
+    q, planes, arguments, reach, basis, expected = hidden_case(name, spans, kind, "cpu", length, clear, growing)
+    close(attend.attend(q, *planes, *arguments, reach=reach, basis=basis), expected, q.dtype)
+    if clear == 300:
+        arguments = lie_of(arguments[0]), *arguments[1:]
+        close(attend.attend(q, *planes, *arguments, reach=reach, basis=basis), expected, q.dtype)
+
+
+@pytest.mark.parametrize("more", ["exact", "centre", "second"])
+def test_what_is_added_to_a_mask_is_read_where_the_mask_itself_changes_nothing(more):
+    torch.manual_seed(8)
+    codec, name, length = formats.codec("turboquant:4"), "turboquant:4", 150
+    caches = [torch.randn(2, 2, length, 64) for _ in range(2)]
+    planes = [compressed(codec, x) for x in caches]
+    q = torch.randn(2, 6, 1, 64)
+    sides = [recent.first_and_last(x, 2, 3, 40) for x in caches]
+    table = waves(length, torch.logspace(0, -3, 8), torch.arange(8))
+    beside = {
+        "exact": {"exact": [tensor for side in sides for tensor in side], "first": 3},
+        "centre": {"centre": [torch.randn(2, 6, 1, 17), halves(table)]},
+        "second": {"second": [q, *compressed(codec, torch.randn(2, 2, length, 64))], "second_codec": name},
+    }[more]
+    beside |= {"second_dim": 64} if more == "second" else {}
+    mask = (torch.arange(length) < 140).expand(2, 1, 1, length)
+    options = (None, None, False, 0.125, "", None, name, name, 64, 64, torch.float32)
+    found, expected = (
+        ops._attend_cuda(q, *planes, mask, reach, *options, **beside) for reach in (rewrite.reach(mask), None)
+    )
+    close(found, expected, torch.float32)
