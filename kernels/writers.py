@@ -75,6 +75,14 @@ def _common_runs(plane: PlaneLayout) -> Section | None:
     return fine if alike else None
 
 
+def _peak_lines(indent: str, axis: int) -> list[str]:
+    """The largest magnitude along an axis, or what is no number where one is: as integers those are the largest."""
+    return [
+        f"{indent}peak = maximum_of(tl.abs(number).to(tl.int32, bitcast=True), {axis})",
+        f"{indent}peak = peak.to(tl.float32, bitcast=True)",
+    ]
+
+
 def _sphere_lines(term: Term, plane: PlaneLayout, first: int, suffix: str, start: int) -> list[str]:
     """Codes and scalar of a term whose coordinates begin at `first`, and whose centroids at `start` of the table."""
     root = repr(float(plane.count) ** 0.5)
@@ -84,9 +92,7 @@ def _sphere_lines(term: Term, plane: PlaneLayout, first: int, suffix: str, start
     return [
         f"    inside = valid[:, None] & inside & (d < {plane.count})",
         f"    number = tl.load(y[:, None] + {_after(first, 'd')} * y_stride, mask=inside, other=0.0).to(tl.float32)",
-        "    peak = maximum_of(tl.abs(number), 1)",
-        # Floats are counted: of truths Triton 3.9 counts bits, which it moves through local memory.
-        '    peak = tl.where(sum_of(tl.where(number != number, 1.0, 0.0), 1) > 0.0, float("nan"), peak)',
+        *_peak_lines("    ", 1),
         '    usable = (peak > 0.0) & (peak < float("inf"))',
         "    divisor = tl.where(usable, peak, 1.0)",
         "    shape = tl.where(usable[:, None], tl.div_rn(number, divisor[:, None]), 0.0)",
@@ -212,8 +218,7 @@ def _block_section(codec: Codec, section: Section, head_dim: int, with_scales: b
         f"        d = field * {section.run} + j",
         f"        inside = valid[:, None, None] & (j < {section.run}) & (d < {head_dim})",
         "        number = tl.load(y[:, None, None] + d * y_stride, mask=inside, other=0.0).to(tl.float32)",
-        "        peak = maximum_of(tl.abs(number), 2)",
-        '        peak = tl.where(sum_of((number != number).to(tl.int32), 2) > 0, float("nan"), peak)',
+        *_peak_lines("        ", 2),
         *_code_of_block(codec),
         piece_line(section),
     ]
