@@ -76,7 +76,7 @@ def attend_usage(
         **{f"BLOCK_{side}": tune.extent(width) for side, width in zip("KVS", widths)},
         "SHARED": bool(second_dim),
         **{"KEY_TYPE": kind, "VALUE_TYPE": kind, "KEY_DOT": kind, "VALUE_DOT": kind},
-        "REACH": 3 * (reader.mask != "none"),
+        "REACH": reader.mask != "none",
         "SHRINK": dtype == torch.float16,
     }
     name = f"attend {pair[0].name} {pair[1].name} d{head_dim} {reader.mask}{' causal' * reader.causal}"
@@ -101,7 +101,9 @@ def fragment_arguments(pair: tuple[Codec, Codec], head_dim: int, reader: Reader,
     for side, codec in zip(("KEY", "VALUE"), pair):
         widths = {store.name: store.width for store in layout_of(codec, head_dim, torch.float32, "cuda").stores}
         constants |= {f"{side}_S": widths["codes"], f"{side}_SCALE_S": widths["scale"]}
-    constants |= {"REACH": 3 * (reader.mask != "none"), "T": plan.block_tokens, "R": plan.block_rows}
+    # Of a mask that more was added to, a reach says what is hidden and no more.
+    reach = {"none": 0, "bool": 3, "additive": 3 if reader.score_mod else 2}[reader.mask]
+    constants |= {"REACH": reach, "T": plan.block_tokens, "R": plan.block_rows}
     types = {"key_words": "*i32", "value_words": "*i32", "scale": "fp32", "reach": "*i32"}
     return pointers, constants | {"num_warps": plan.warps}, types
 

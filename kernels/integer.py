@@ -237,8 +237,8 @@ def prepared(
 ) -> Prepared:
     """The launch for a query and planes of codes and scales, keys' first, that lie as `placement.laid` says.
 
-    `how` is a scale, a reader and a folder, `mask` and `reach` are strides, `kinds` those of both (`launcher.kind_of`).
-    Layers of a model have it in common.
+    `how` is a scale, a reader and a folder, `mask` the strides of one, `reach` the first stride of one and how many
+    numbers it has, `kinds` those of both (`launcher.kind_of`). Layers of a model have it in common.
     """
     (scale, reader, folder), (q, *planes), sides = how, [Laid(*each) for each in laid], sides_of(codecs, head_dims)
     codes, scales, device = planes[::2], planes[1::2], q.device

@@ -35,8 +35,8 @@ def call_of(
     more: tuple = (),
 ) -> launcher.Call:
     """The launch of a kernel that has the parameters of `attend_fragments`, and `more` constants behind them, for a
-    query and planes that lie so."""
-    (q, *planes), early = laid, tune.overlaps(device)
+    query and planes that lie so, a mask of such strides, and a reach: its first stride, and how many numbers it has."""
+    (q, *planes), (reach_stride, reach_numbers), early = laid, reach, tune.overlaps(device)
     (batch, query_heads, queries, _), (kv_heads, length) = q.shape, planes[0].shape[1:3]
     groups = query_heads // kv_heads
     return launcher.Call(
@@ -46,9 +46,9 @@ def call_of(
         (
             *(scale, kv_heads, groups, queries, length, plan.span, plan.splits, *q.strides),
             *(stride for plane in planes for stride in plane.strides[:2]),
-            *(*mask, reach[0]),
+            *(*mask, reach_stride),
         ),
-        (*(plane.strides[2] for plane in planes), reach[1], plan.block_tokens, plan.block_rows, early, *more),
+        (*(plane.strides[2] for plane in planes), reach_numbers, plan.block_tokens, plan.block_rows, early, *more),
         num_warps=plan.warps,
         maxnreg=plan.registers,
         **({"launch_pdl": True} if early else {}),
@@ -63,8 +63,8 @@ def launched(
     and its strides."""
     part, strides = mask if mask is not None else (q, (0, 0, 0, 0))
     kinds = None if mask is None else launcher.kind_of(part), launcher.kind_of(reach)
-    beyond = (0, 0) if reach is None else (reach.stride(0), reach.shape[1])
-    call, tables, sizes, order = prepared(codecs, head_dims, how, laid, strides, beyond, kinds)
+    numbers = (0, 0) if reach is None else (reach.stride(0), reach.shape[1])
+    call, tables, sizes, order = prepared(codecs, head_dims, how, laid, strides, numbers, kinds)
     left = sizes.parts(q)
     call((q, *planes, *tables, part, q if reach is None else reach, *left))
     return left, sizes, order

@@ -18,7 +18,7 @@ def _content(node: fx.Node) -> object:
 
 
 class Masker(Writer):
-    """`reaches` are the nodes that say which tokens a mask lets anyone see, by what the mask shows."""
+    """`reaches` are the nodes that say which tokens anyone sees, and which need no mask, by what the mask shows."""
 
     def __init__(self, gm: fx.GraphModule, context: Context):
         super().__init__(gm, context)
@@ -48,7 +48,7 @@ class Masker(Writer):
         return numbers
 
     def reach(self, mask: fx.Node) -> fx.Node | None:
-        """Which tokens `mask` lets anyone see: computed once for all layers that share a mask."""
+        """Which tokens `mask` lets anyone see, and which need none: computed once for all layers that share a mask."""
         if tensor_of(mask).shape[-1] == 1:
             return None
         same = _content(mask)

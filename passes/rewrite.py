@@ -40,30 +40,28 @@ def reach(mask: torch.Tensor) -> torch.Tensor:
     int32 [B or 1, 3].
 
     All tokens where some query may see none: an additive mask gives such a query the mean of everything. Those that
-    need no mask begin at the first token, all queries see them, and nothing is added to their scores; there are none
-    where others lie between them.
+    need no mask begin at the first token: all queries see them, and nothing is added to their scores.
     """
     mask = mask.reshape(*[1] * (4 - mask.dim()), *mask.shape)
     seen, clear = mask, mask
     if mask.dtype != torch.bool:
         seen, clear = ~(mask <= torch.finfo(mask.dtype).min), mask == 0
-    some, blind = seen.flatten(1, 2).any(1), ~seen.any(-1).flatten(1).all(-1)
-    clear = clear.flatten(1, 2).all(1)
-    (first, stop), (start, end) = _ends(some), _ends(clear)
-    first, stop = first.masked_fill(blind, 0), stop.masked_fill(blind, mask.shape[-1])
-    end = torch.where((start == first) & (end - start == clear.sum(-1)), end, first)
-    return torch.stack([first, stop, end], -1).to(torch.int32)
-
-
-def _ends(tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The first of each row [B, S] that is true, and one past the last; S and 0 where there is none."""
-    length = tokens.shape[-1]
+    length = mask.shape[-1]
     # In int64: Inductor 2.11 mixes the widths up where the length is a symbol.
-    token = torch.arange(length, device=tokens.device)
+    token = torch.arange(length, device=mask.device)
+    some, blind = seen.flatten(1, 2).any(1), ~seen.any(-1).flatten(1).all(-1)
+    first = _first(some, token).masked_fill(blind, 0)
+    stop = pad(torch.where(some, token + 1, 0), (0, 1)).amax(-1).masked_fill(blind, length)
+    masked = ~clear.flatten(1, 2).all(1) & (token >= first[:, None])
+    return torch.stack([first, stop, _first(masked, token)], -1).to(torch.int32)
+
+
+def _first(tokens: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
+    """The first of each row [B, S] that is true; S where there is none. `token` counts them."""
     # One more column: there is no least number of none, where there are no tokens yet. Of zeros: PyTorch would take any
     # other number of padding for a constant, and compile for one length alone.
-    first = pad(torch.where(tokens, token - length, 0), (0, 1)).amin(-1) + length
-    return first, pad(torch.where(tokens, token + 1, 0), (0, 1)).amax(-1)
+    length = tokens.shape[-1]
+    return pad(torch.where(tokens, token - length, 0), (0, 1)).amin(-1) + length
 
 
 def bounds(reach: torch.Tensor) -> torch.Tensor:

@@ -27,9 +27,7 @@ def test_reach_spans_what_any_query_of_a_sequence_sees_and_tokens_that_need_no_m
     for rows, same in zip(keep.flatten(1, 2), (keep & (plain | (mask.dtype == torch.bool))).flatten(1, 2).all(1)):
         seen = rows.any(0).nonzero().flatten().tolist()
         first, stop = (seen[0], seen[-1] + 1) if rows.any(-1).all() else (0, length)
-        needless = list(range(first, first + int(same.sum())))
-        is_run = same.nonzero().flatten().tolist() == needless
-        expected.append([first, stop, needless[-1] + 1 if needless and is_run else first])
+        expected.append([first, stop, next((t for t in range(first, length) if not same[t]), length)])
     assert rewrite.reach(mask).tolist() == expected
     assert rewrite.bounds(rewrite.reach(mask)).tolist() == [[first, stop] for first, stop, _ in expected]
 

@@ -46,7 +46,7 @@ def add(commands) -> None:
     )
     shape.add_argument("--mask", choices=MASKS, help="mask of compressed attention (default none)")
     shape.add_argument(
-        "--filled", type=tokens, metavar="N", help="tokens of a static cache that are there, in attention"
+        "--filled", type=tokens, metavar="N", help="tokens of a static cache that a mask shows attention (default all)"
     )
     shape.add_argument("--softcap", type=float, metavar="C", help="cap scores at C (default 0: they are not)")
     shape.add_argument("--sinks", action="store_true", help="give each head one more logit")

@@ -23,7 +23,7 @@ from tqcompile.kernels.address import DEVICE_TYPE
 from tqcompile.layout import layout_of
 
 # What `request.plan` reads and this command does not ask for.
-UNASKED = ("check", "dtype", "json", "layers", "mask", "model", "plot", "queries", "sinks", "softcap", "suite")
+UNASKED = "check", "dtype", "filled", "json", "layers", "mask", "model", "plot", "queries", "sinks", "softcap", "suite"
 
 
 def add(commands) -> None:
