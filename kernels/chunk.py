@@ -123,7 +123,6 @@ def attend_chunk(
         gdc_wait()
         # The combination may be put on the device now; it waits there for what this kernel writes.
         gdc_launch_dependents()
-    clear = first * 0
     if REACH:
         first, count = reached(reach + batch * reach_b, splits, T)
     if REACH == 3:

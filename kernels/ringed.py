@@ -223,7 +223,6 @@ def attend_ringed(
         first, count, skip = reached_in_words(reach + batch * reach_b, ahead, splits, T)
     elif REACH:
         first, count = reached(reach + batch * reach_b, splits, T)
-    clear = first * 0
     if REACH == 3:
         clear = gl.load(reach + batch * reach_b + 2) + ahead - first
     start = first.to(gl.int64)

@@ -173,8 +173,7 @@ class _Rewriter(Masker):
         # Scores that are added hide no token, and are others in each layer.
         hides = tuple(each for each in read.masks if each.node not in self.survey.reads)
         hiding = mask if len(hides) == len(read.masks) else self.mask(hides, folding)
-        # What is hidden from a causal query besides may leave it none.
-        reach = None if folds or hiding is None or read.causal else self.reach(hiding)
+        reach = None if folds or hiding is None else self.reach(hiding)
         if reach is not None and hiding is not mask:
             reach = self.call(rewrite.bounds, reach)
         beside = {"exact": exact, "first": self.context.options.chosen.sinks} if (exact := self.exact(read)) else {}

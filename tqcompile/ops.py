@@ -178,7 +178,7 @@ def _attend_cuda(
 
     score_mod, sinks, key_codec, value_codec, *dims, dtype = others
     codecs, dims = (formats.codec(key_codec), formats.codec(value_codec)), tuple(dims)
-    options = {"reach": reach, "basis": value_basis, "dtype": dtype, "score_mod": score_mod, "sinks": sinks}
+    options = {"basis": value_basis, "dtype": dtype, "score_mod": score_mod, "sinks": sinks}
     with torch.cuda.device(q.get_device()):
         seen = mask
         if centre:
@@ -196,9 +196,9 @@ def _attend_cuda(
                 mask = reference.beside(_logits_cuda(second.q, second.planes, second_codec, second_dim), mask)
                 second = None
             options["second"] = second
-        if reach is not None and mask is not seen:
+        if reach is not None and not causal:
             # Tokens that need none of the mask that it is of may need another.
-            options["reach"] = reach[:, :2]
+            options["reach"] = reach if mask is seen else reach[:, :2]
         return kernel.attend(q, keys, values, mask, causal, scale, *codecs, dims, **options)
 
 

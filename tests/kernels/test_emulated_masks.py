@@ -36,6 +36,19 @@ def test_a_mask_is_not_read_where_it_changes_nothing(name, spans, length, kind, 
         close(attend.attend(q, *planes, *arguments, reach=reach, basis=basis), expected, q.dtype)
 
 
+def test_what_a_mask_and_causality_hide_together_is_seen_as_without_a_reach():
+    """An additive mask and causality leave the first query nothing: it gets the mean of what causality shows it."""
+    torch.manual_seed(10)
+    codec, name = formats.codec("turboquant:4"), "turboquant:4"
+    planes = [compressed(codec, torch.randn(1, 2, 40, 64)) for _ in range(2)]
+    mask = torch.zeros(1, 1, 2, 40).masked_fill(torch.arange(40) < 10, torch.finfo(torch.float32).min)
+    options = (None, None, True, 0.125, "", None, name, name, 64, 64, torch.float32)
+    given = torch.randn(1, 4, 2, 64), *planes, mask
+    expected = ops._attend_cpu(*given, None, *options)
+    for attend_on in (ops._attend_cpu, ops._attend_cuda):
+        close(attend_on(*given, rewrite.reach(mask), *options), expected, torch.float32)
+
+
 @pytest.mark.parametrize("more", ["exact", "centre", "second"])
 def test_what_is_added_to_a_mask_is_read_where_the_mask_itself_changes_nothing(more):
     torch.manual_seed(8)

@@ -2,7 +2,6 @@
 
 import argparse
 import re
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -138,9 +137,7 @@ def _own(options: argparse.Namespace, defaults: dict) -> list[Case]:
 
     def case(task: str, context: int, queries: int) -> Case:
         shape = Shape(context=context, queries=queries, **facts)
-        if task != "attend":
-            # Of all tokens.
-            shape = replace(shape, mask="none", filled=0)
+        shape = shape if task == "attend" else shape.unmasked
         dtype = options.dtype or DTYPE.get(task, defaults["dtype"])
         return Case(task, shape, *pair, dtype, **(of_step if task == "step" else {}))
 

@@ -66,7 +66,7 @@ class Session:
 
     def _once(self, case: Case, measure: Callable):
         # A mask is no handicap of the dense side, and its codecs are not read.
-        key = replace(case, keys=LOSSLESS, values=LOSSLESS, shape=replace(case.shape, mask="none", filled=0))
+        key = replace(case, keys=LOSSLESS, values=LOSSLESS, shape=case.shape.unmasked)
         if key not in self._dense:
             self._dense[key] = measure()
         return self._dense[key]

@@ -1,6 +1,6 @@
 """What is measured: shapes of attention, the cases made of them, and the suite that docs/gpu.md publishes."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tqcompile import formats, ops
 
@@ -47,6 +47,11 @@ class Shape:
             )
         if self.mask not in MASKS:
             raise ValueError(f"mask={self.mask!r} is unknown; allowed are {', '.join(MASKS)}")
+
+    @property
+    def unmasked(self) -> "Shape":
+        """The same, of all tokens."""
+        return replace(self, mask="none", filled=0)
 
     @property
     def score_mod(self) -> str:
