@@ -13,6 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 ROTATED_BYTES = 256 * 2**20
+MOST_COPIES = {"cuda": 512, "cpu": 64}
 COPIED_BYTES = {"cuda": 2**31, "cpu": 2**28}
 # Calls in one replay of a graph, repeats of it, and milliseconds that all repeats may take where a call is long.
 CALLS, MOST_REPEATS, LEAST_REPEATS, BUDGET_MS = 16, 15, 5, 2000
@@ -91,9 +92,12 @@ def _repeats(milliseconds: float) -> int:
     return max(LEAST_REPEATS, min(MOST_REPEATS, int(BUDGET_MS / milliseconds)))
 
 
-def buffers_for(bytes_per_copy: int) -> int:
-    """Copies that together exceed the device's cache several times."""
-    return max(2, min(64, -(-ROTATED_BYTES // bytes_per_copy)))
+def copies_of(size: int, moved: int, device: torch.device) -> int:
+    """How many copies of `size` bytes to rotate through, each of which a call moves `moved` bytes of, so that these
+    exceed the device's cache several times; at least two, and no more than a quarter of its free memory holds."""
+    free = free_bytes(device)
+    most = MOST_COPIES[device.type] if free is None else min(MOST_COPIES[device.type], free // 4 // size)
+    return max(2, min(most, -(-ROTATED_BYTES // moved)))
 
 
 def bytes_per_ms(device: torch.device) -> float:

@@ -43,7 +43,7 @@ def attend(case: Case, dtype: torch.dtype, device: torch.device) -> tuple[Sample
 
     codecs = tuple(map(formats.codec, names))
     check.attention(f"attention over {case.pair} of {shape}", step(0), q, *caches[0], mask, sinks, codecs, shape)
-    return clock.measure(step, len(caches), device), size, size * (shape.filled or shape.context) // shape.context
+    return clock.measure(step, len(caches), device), size, moved_bytes(shape, size)
 
 
 def logits(case: Case, dtype: torch.dtype, device: torch.device) -> tuple[Sample, int, int]:
@@ -101,7 +101,7 @@ def _allocated(shape: Shape, names, dtype: torch.dtype, device: torch.device) ->
     layouts = [layout_of(formats.codec(name), shape.head_dim, dtype, device.type) for name in names]
     caches = [tuple(layout.allocate(heads, device) for layout in layouts)]
     size = live_bytes(caches[0])
-    copies = range(clock.buffers_for(size) - 1)
+    copies = range(clock.copies_of(size, moved_bytes(shape, size), device) - 1)
     return caches + [tuple(layout.allocate(heads, device) for layout in layouts) for _ in copies], size
 
 
@@ -136,6 +136,11 @@ def mask_of(shape: Shape, dtype: torch.dtype, device: torch.device) -> torch.Ten
     token = torch.arange(shape.context, device=device).expand(shape.batch, 1, 1, -1)
     keep = (token < (shape.filled or shape.context)) & ((token % 10 != 9) | (shape.mask == "none"))
     return torch.where(keep, 0.0, -torch.inf).to(dtype) if shape.mask == "additive" else keep
+
+
+def moved_bytes(shape: Shape, size: int) -> int:
+    """Bytes that a step reads of a cache of `size` bytes."""
+    return size * (shape.filled or shape.context) // shape.context
 
 
 def live_bytes(cache) -> int:

@@ -38,7 +38,7 @@ def logits(shape: Shape, dtype: torch.dtype, device: torch.device) -> tuple[Samp
     for layout, product in itertools.product(("tokens first", "dims first"), ("q @ keys", "keys @ q")):
         q, *first = inputs(shape, dtype, device, shape.queries)
         size = first[0].nbytes
-        keys = [first[0], *(torch.randn_like(first[0]) for _ in range(clock.buffers_for(size) - 1))]
+        keys = [first[0], *(torch.randn_like(first[0]) for _ in range(clock.copies_of(size, size, device) - 1))]
         if layout == "dims first":
             keys = [x.mT.contiguous().mT for x in keys]
         asked = q.reshape(shape.batch, shape.kv_heads, rows, shape.head_dim)
@@ -83,7 +83,8 @@ def inputs(shape: Shape, dtype: torch.dtype, device: torch.device, queries: int)
 def _copies(first, shape: Shape, dtype: torch.dtype, device: torch.device) -> tuple[list, int]:
     """Caches to rotate through, and the bytes of one."""
     size = sum(x.nbytes for x in first)
-    return [first, *(inputs(shape, dtype, device, 1)[1:] for _ in range(clock.buffers_for(size) - 1))], size
+    copies = range(clock.copies_of(size, size, device) - 1)
+    return [first, *(inputs(shape, dtype, device, 1)[1:] for _ in copies)], size
 
 
 def _fastest(steps: Iterator[tuple[str, Step]], q, caches, shape: Shape, device: torch.device) -> tuple[Sample, str]:
