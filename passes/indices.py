@@ -11,8 +11,9 @@ def same_size(left, right) -> bool:
 
 
 def index_items(index, rank: int) -> list | None:
-    """An index as one item a dimension (None items apart), or None where a boolean mask takes several at once."""
-    items = list(index) if isinstance(index, (tuple, list)) else [index]
+    """An index as one item a dimension (None items apart), or None where a boolean mask takes several at once, or a
+    list one."""
+    items = list(index) if isinstance(index, tuple) or _is_spread(index) else [index]
     for item in items:
         tensor = tensor_of(item)
         if isinstance(item, (list, bool)) or (tensor is not None and tensor.dtype == torch.bool):
@@ -22,6 +23,12 @@ def index_items(index, rank: int) -> list | None:
         missing = rank - sum(item is not None and item is not Ellipsis for item in items)
         items[at : at + 1] = [slice(None)] * missing
     return items + [slice(None)] * (rank - sum(item is not None for item in items))
+
+
+def _is_spread(index) -> bool:
+    """Whether a list is what a tuple of its items is, as torch sees it: one of numbers alone is one item."""
+    several = (slice, tuple, list, type(None), type(Ellipsis))
+    return isinstance(index, list) and any(isinstance(x, several) or tensor_of(x) is not None for x in index)
 
 
 def full(item, size=None) -> bool:

@@ -235,3 +235,11 @@ def test_queries_apart_in_front_of_the_heads_are_not_taken_for_groups_behind_the
         return ((apart @ k[:, None].mT).softmax(-1) @ v[:, None]).sum(1) + sdpa(q, k, v)
 
     compare(read, LOSSLESS, decoded=True)
+
+
+@pytest.mark.parametrize("rows", [[1, 0], [0, 0]], ids=str)
+def test_rows_that_a_list_names_are_decoded(rows):
+    """Not the one element of two dimensions that the tuple would name."""
+    compare(lambda q, k, v, mask: sdpa(q, k[rows], v.flip(0), mask) + sdpa(q, k, v), LOSSLESS, decoded=True)
+    torch._dynamo.reset()
+    compare(lambda q, k, v, mask: sdpa(q, k, v[rows]) + sdpa(q, k, v), LOSSLESS, decoded=True)

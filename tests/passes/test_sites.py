@@ -183,6 +183,16 @@ def test_a_roll_with_a_token_written_and_copied_back_is_a_write_in_place():
     assert [(site.kind, site.role) for site in context.sites] == [("in_place", "keys"), ("in_place", "values")]
 
 
+def test_rows_that_a_list_names_are_written_by_no_rule():
+    def step(kc, vc, q, k, v, at):
+        kc[[1, 0]] = kc + k[:, :, :1]
+        write(vc, v, at)
+        return attend(q, kc, vc)
+
+    context = found(Cache(step), Q, K, V, AT)
+    assert [site.role for site in context.sites] == ["values"] and "setitem" in context.refusals[0].reason
+
+
 def test_a_cache_that_is_copied_onto_itself_stays_dense():
     def step(kc, vc, q, k, v, at):
         kc[:, :, :-1] = kc[:, :, 1:]
