@@ -94,23 +94,26 @@ def asm_lines(block: ptx.Block, inputs: str, indent: str) -> list[str]:
 
 
 def score_helper(reader: Reader) -> str:
-    """`read_scores`: what the reader does to scores [T, R]; places count from the tile's first token. A mask has no
-    others than those from `begin` to `last`, where these are given, and is not read of a tile that is `clear`."""
-    lines = [_signature("read_scores(scores, mask, address, query, token, begin, last, clear)")]
+    """`mask_part`, `masked` and `read_scores`: what is read of a mask for a tile, what it does to scores [T, R], and
+    what the reader does to them. Places count from the tile's first token. A mask has no others than those from `begin`
+    to `last`, where these are given, and is not read of a tile that is `clear`."""
+    kind, part = reader.mask, "0" if reader.mask == "none" else "gl.load(mask + address)"
+    lines = [_signature("mask_part(mask, address, query, token, begin, last)")]
+    if kind != "none":
+        lines += ["    if last is not None:", "        there = token <= last + 0 * query"]
+        lines += ["        if begin is not None:", "            there = there & (token >= begin)"]
+        lines += ["        return gl.load(mask + address, mask=there, other=0)"]
+    lines += [f"    return {part}", "", "", _signature("masked(scores, part)")]
+    shown = {"bool": 'gl.where(part != 0, scores, float("-inf"))', "additive": "scores + part.to(gl.float32)"}
+    lines += [f"    return {shown.get(kind, 'scores')}", "", ""]
+    lines += [_signature("read_scores(scores, mask, address, query, token, begin, last, clear)")]
     if reader.score_mod:
         lines += [f"    scores = {scores.in_kernel(reader.score_mod, 'gl', 'scores')}"]
     if reader.causal:
         lines += ['    scores = gl.where(token <= query, scores, float("-inf"))']
-    if reader.mask != "none":
+    if kind != "none":
         lines += ["    if not clear:"]
-        lines += ["        if last is None:", "            part = gl.load(mask + address)", "        else:"]
-        lines += ["            there = token <= last + 0 * query", "            if begin is not None:"]
-        lines += ["                there = there & (token >= begin)"]
-        lines += ["            part = gl.load(mask + address, mask=there, other=0)"]
-    if reader.mask == "bool":
-        lines += ['        scores = gl.where(part != 0, scores, float("-inf"))']
-    if reader.mask == "additive":
-        lines += ["        scores += part.to(gl.float32)"]
+        lines += ["        scores = masked(scores, mask_part(mask, address, query, token, begin, last))"]
     return "\n".join([*lines, "    return scores"])
 
 

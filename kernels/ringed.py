@@ -12,7 +12,6 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from tqcompile.kernels.blocks import load_scales
 from tqcompile.kernels.fragment import absorb, nothing_absorbed, scores_of, tables_like
 from tqcompile.kernels.query import load_query, rows_of
 from tqcompile.kernels.ring import (
@@ -25,12 +24,13 @@ from tqcompile.kernels.ring import (
     slots,
     value_words_of,
 )
-from tqcompile.kernels.spans import advanced, masked_by, reached, reached_in_words
+from tqcompile.kernels.spans import advanced, masked_by, reached, reached_in_words, shared_out
 from tqcompile.kernels.stretch import fetch_stretch, key_words_along, stretches, value_words_along
 from tqcompile.kernels.sums import store_sums
+from tqcompile.kernels.tiles import scalars_of, side_scalars
 
 # Printed by `emit`; the names stand here so that the skeleton can be read, and checked, as ordinary Python.
-read_scores = None
+mask_part = masked = read_scores = None
 KEY_BLOCKS = KEY_PIECES = VALUE_BLOCKS = VALUE_PIECES = gl.constexpr(0)
 # One number for each piece.
 KEY_OFFSET = KEY_RUN = KEY_HIGH_RUN = KEY_WORDS = gl.constexpr(())
@@ -145,6 +145,27 @@ def those_there(scores, values, skip, left, T: gl.constexpr):
 
 
 @gluon.jit
+def mixed_in(
+    ring, stage, scores, scales, state, value_table, skip, left, STAGES: gl.constexpr, SCALES: gl.constexpr,
+    MMA: gl.constexpr,
+):
+    """The running softmax after a tile whose scores these are, and whose tokens `skip` to `left` are there."""
+    async_copy.wait_group(2 * STAGES - 2)
+    T: gl.constexpr = scores.shape[0]
+    R: gl.constexpr = scores.shape[1]
+    SCORES: gl.constexpr = scores.type.layout
+    values = values_in(ring, stage, scales, T, SCORES, SCALES)
+    scores, values = those_there(scores, values, skip, left, T)
+    return absorb(values, scores, state, value_table, None, T, R, MMA)
+
+
+@gluon.jit
+def part_of(mask, address, query, token, skip, left, SHIFTED: gl.constexpr):
+    """What is read of the mask for a tile whose tokens `skip` to `left` are there."""
+    return mask_part(mask, address, query[None, :], token[:, None], skip if SHIFTED else None, left - 1)
+
+
+@gluon.jit
 def fetch_next(
     ring, stage, at, left, T: gl.constexpr, KEY_S: gl.constexpr, VALUE_S: gl.constexpr, SCALES: gl.constexpr,
 ):
@@ -157,30 +178,6 @@ def fetch_next(
     else:
         async_copy.commit_group()
         async_copy.commit_group()
-
-
-@gluon.jit
-def scalars_of(at, last, T: gl.constexpr, KEY_STRIDE: gl.constexpr, VALUE_STRIDE: gl.constexpr, SCORES: gl.constexpr):
-    """Scalars of a tile of keys and of values out of memory; tokens after `last` repeat it."""
-    return (
-        side_scalars(at[0], last, T, KEY_STRIDE, KEY_BLOCKS, KEY_PIECES, SCORES),
-        side_scalars(at[1], last, T, VALUE_STRIDE, VALUE_BLOCKS, VALUE_PIECES, SCORES),
-    )
-
-
-@gluon.jit
-def side_scalars(
-    at, last, T: gl.constexpr, STRIDE: gl.constexpr, BLOCKS: gl.constexpr, PIECES: gl.constexpr, SCORES: gl.constexpr,
-):
-    """Scalars of a tile of one side."""
-    if BLOCKS:
-        return load_scales(at, last, T, STRIDE, BLOCKS)
-    else:
-        at += gl.minimum(gl.arange(0, T, gl.SliceLayout(1, SCORES)), last) * STRIDE
-        found = ()
-        for piece in gl.static_range(PIECES):
-            found = found + (gl.load(at + piece),)
-        return found
 
 
 @gluon.jit(do_not_specialize=[
@@ -203,16 +200,9 @@ def attend_ringed(
     head = (gl.program_id(0) % kv_heads).to(gl.int64)
     first = gl.program_id(2) * span
     count = gl.minimum(span, length - first)
-    ahead = first * 0
-    skip = first * 0
+    ahead, skip = first * 0, first * 0
     if SHIFTED:
-        # Tokens of all heads are one row of them, and tiles begin at its multiples of 16: there codes begin at a cache
-        # line, and scalars at a word. The first of a head may begin with the last ones of the head before it.
-        ahead = ((batch * key_scale_b + head * key_scale_h) % 16).to(gl.int32)
-        # The last split takes what these leave over, unless it has one more for that.
-        rest = length + ahead - first
-        count = gl.where(gl.program_id(2) == splits - 1, rest, gl.minimum(span, rest))
-        skip = ahead - first
+        ahead, count, skip = shared_out(batch * key_scale_b + head * key_scale_h, first, length, span, splits)
     key_table, value_table = tables_like(key_words, value_words, T)
     if EARLY:
         # Launched while what wrote the codes may still run: until here nothing of it is read.
@@ -225,10 +215,8 @@ def attend_ringed(
         first, count = reached(reach + batch * reach_b, splits, T)
     if REACH == 3:
         clear = gl.load(reach + batch * reach_b + 2) + ahead - first
-    start = first.to(gl.int64)
-    if SCALES:
-        # It is a multiple, which Triton sees here, and needs for the scalars of two tokens in one word.
-        start = (first // 16 * 16).to(gl.int64)
+    # For the scalars of two tokens in one word Triton has to see that it is a multiple.
+    start = (first // 16 * 16).to(gl.int64) if SCALES else first.to(gl.int64)
     if SHIFTED:
         origin = (batch * key_scale_b + head * key_scale_h) // 16 * 16
         at = advanced((key_codes, key_scale, value_codes, value_scale), origin, KEY_S, 1, VALUE_S, 1)
@@ -257,33 +245,49 @@ def attend_ringed(
     query -= first - ahead
     address = mask_row[None, :] + (start - ahead) * mask_s + token[:, None] * mask_s
 
-    for i in range(tiles):
-        async_copy.wait_group(2 * STAGES - 1)
-        left = count - i * T
-        if not SCALES:
-            step = gl.where(left > T, T, 0)
-            scale_at = scale_at[0] + step * KEY_SCALE_S, scale_at[1] + step * VALUE_SCALE_S
-            later = scalars_of(scale_at, left - step - 1, T, KEY_SCALE_S, VALUE_SCALE_S, SCORES)
-        keys = keys_in(ring, i % STAGES, scales[0], T, SCORES, SCALES)
-        scores = scores_of(keys, asked, unit, key_table, T, R, MMA)
-        begin = skip - i * T if SHIFTED else None
-        is_clear = clear - i * T >= gl.minimum(left, T) if REACH == 3 else False
-        scores = read_scores(scores, mask, address, query[None, :], token[:, None], begin, left - 1, is_clear)
-        async_copy.wait_group(2 * STAGES - 2)
-        values = values_in(ring, i % STAGES, scales[1], T, SCORES, SCALES)
-        scores, values = those_there(scores, values, skip - i * T, left, T)
-        state = absorb(values, scores, state, value_table, None, T, R, MMA)
-        at = advanced(at, T, KEY_S, KEY_SCALE_S, VALUE_S, VALUE_SCALE_S)
-        fetch_next(ring, i % STAGES, at, left - STAGES * T, T, KEY_S, VALUE_S, SCALES)
-        if not SCALES:
-            scales = later
-        query -= T
-        mask += T * mask_s
+    done, part = 0, 0
+    # First those that need no mask, in a loop of their own; of the others it is asked for a tile ahead, as scores would
+    # wait for it. Over the largest tiles one loop that branches takes less time.
+    AHEAD: gl.constexpr = T < 128
+    for MASKED in gl.static_range(0 if REACH == 3 and AHEAD else 1, 2):
+        stop = tiles if MASKED else gl.where(clear >= count, tiles, gl.minimum(gl.maximum(clear, 0) // T, tiles))
+        if MASKED and AHEAD:
+            mask += (start * 0 + done * T) * mask_s
+            part = part_of(mask, address, query, token, skip - done * T, count - done * T, SHIFTED)
+        for i in range(done, stop):
+            left = count - i * T
+            if MASKED and AHEAD:
+                mask += T * mask_s
+                following = part_of(mask, address, query, token, skip - i * T - T, left - T, SHIFTED)
+            async_copy.wait_group(2 * STAGES - 1)
+            if not SCALES:
+                step = gl.where(left > T, T, 0)
+                scale_at = scale_at[0] + step * KEY_SCALE_S, scale_at[1] + step * VALUE_SCALE_S
+                later = scalars_of(scale_at, left - step - 1, T, KEY_SCALE_S, VALUE_SCALE_S, SCORES)
+            keys = keys_in(ring, i % STAGES, scales[0], T, SCORES, SCALES)
+            scores = scores_of(keys, asked, unit, key_table, T, R, MMA)
+            if AHEAD:
+                scores = read_scores(scores, mask, address, query[None, :], token[:, None], None, None, True)
+                if MASKED:
+                    scores, part = masked(scores, part), following
+            else:
+                near = skip - i * T if SHIFTED else None
+                is_clear = clear - i * T >= gl.minimum(left, T) if REACH == 3 else False
+                scores = read_scores(scores, mask, address, query[None, :], token[:, None], near, left - 1, is_clear)
+                mask += T * mask_s
+            begin = skip - i * T
+            state = mixed_in(ring, i % STAGES, scores, scales[1], state, value_table, begin, left, STAGES, SCALES, MMA)
+            at = advanced(at, T, KEY_S, KEY_SCALE_S, VALUE_S, VALUE_SCALE_S)
+            fetch_next(ring, i % STAGES, at, left - STAGES * T, T, KEY_S, VALUE_S, SCALES)
+            if not SCALES:
+                scales = later
+            query -= T
+        done = stop
     store_sums(out, peaks, totals, state, splits, groups * queries, R)
 # fmt: on
 
 
 KERNELS = (
-    *(codes_ring, make_ring, fetch_codes, fetch_tile, keys_in, values_in, those_there, fetch_next),
+    *(codes_ring, make_ring, fetch_codes, fetch_tile, keys_in, values_in, those_there, mixed_in, part_of, fetch_next),
     *(reached_in_words, scalars_of, side_scalars, attend_ringed),
 )

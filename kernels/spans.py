@@ -24,6 +24,20 @@ def masked_by(
 
 
 @gluon.jit
+def shared_out(place, first, length, span, splits):
+    """How far behind a multiple of 16 a head begins whose first token is at `place` of one row of all, how many tokens
+    this split has, and how many of these are another head's.
+
+    Tiles begin at multiples, where codes begin at a cache line, and scalars at a word: the first of a head may begin
+    with the last tokens of the head before. The last split takes what these leave over, unless there is one more.
+    """
+    ahead = (place % 16).to(gl.int32)
+    rest = length + ahead - first
+    count = gl.where(gl.program_id(2) == splits - 1, rest, gl.minimum(span, rest))
+    return ahead, count, ahead - first
+
+
+@gluon.jit
 def reached(reach, splits, T: gl.constexpr):
     """The first token of this split of those that are seen, shared out in whole tiles, and how many it has.
 
@@ -51,4 +65,4 @@ def reached_in_words(reach, ahead, splits, T: gl.constexpr):
     return begin + first, gl.maximum(gl.minimum(span, length - first), 0), seen - begin - first
 
 
-KERNELS = (advanced, masked_by, reached, reached_in_words)
+KERNELS = (advanced, masked_by, shared_out, reached, reached_in_words)

@@ -57,6 +57,30 @@ def tokens_to(last, T: gl.constexpr, SCORES: gl.constexpr):
     if last is not None:
         token = gl.minimum(token, last)
     return token
+
+
+@gluon.jit
+def scalars_of(at, last, T: gl.constexpr, KEY_STRIDE: gl.constexpr, VALUE_STRIDE: gl.constexpr, SCORES: gl.constexpr):
+    """Scalars of a tile of keys and of values out of memory; tokens after `last` repeat it."""
+    return (
+        side_scalars(at[0], last, T, KEY_STRIDE, KEY_BLOCKS, KEY_PIECES, SCORES),
+        side_scalars(at[1], last, T, VALUE_STRIDE, VALUE_BLOCKS, VALUE_PIECES, SCORES),
+    )
+
+
+@gluon.jit
+def side_scalars(
+    at, last, T: gl.constexpr, STRIDE: gl.constexpr, BLOCKS: gl.constexpr, PIECES: gl.constexpr, SCORES: gl.constexpr,
+):
+    """Scalars of a tile of one side."""
+    if BLOCKS:
+        return load_scales(at, last, T, STRIDE, BLOCKS)
+    else:
+        at += gl.minimum(gl.arange(0, T, gl.SliceLayout(1, SCORES)), last) * STRIDE
+        found = ()
+        for piece in gl.static_range(PIECES):
+            found = found + (gl.load(at + piece),)
+        return found
 # fmt: on
 
 
