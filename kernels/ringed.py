@@ -247,8 +247,8 @@ def attend_ringed(
 
     done, part = 0, 0
     # First those that need no mask, in a loop of their own; of the others it is asked for a tile ahead, as scores would
-    # wait for it. Over the largest tiles one loop that branches takes less time.
-    AHEAD: gl.constexpr = T < 128
+    # wait for it. Where a tile's part of it takes more registers, one loop that branches takes less time.
+    AHEAD: gl.constexpr = T * R <= 256
     for MASKED in gl.static_range(0 if REACH == 3 and AHEAD else 1, 2):
         stop = tiles if MASKED else gl.where(clear >= count, tiles, gl.minimum(gl.maximum(clear, 0) // T, tiles))
         if MASKED and AHEAD:
