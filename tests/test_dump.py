@@ -118,9 +118,10 @@ def test_the_kernels_of_a_graph_are_those_of_its_codecs_and_readers(name, values
         functions = {node.name for node in ast.parse(text).body if isinstance(node, ast.FunctionDef)}
         assert kernels[what] <= functions
     for what in {attend} | int8 | chunk:
-        (scores,) = re.findall(r"def read_scores.*?\n\n", sources[what], re.DOTALL)
-        assert ("<= query" in scores) == (name == "causal")
-        assert ("part != 0" in scores) == (name == "bool") and ("scores += part" in scores) == (name == "additive")
+        scores = "".join(re.findall(r"def (?:masked|read_scores)\(.*?\n\n", sources[what], re.DOTALL))
+        assert scores.count("def read_scores") == 1 and ("<= query" in scores) == (name == "causal")
+        added = re.search(r"scores \+=? part", scores) is not None
+        assert ("part != 0" in scores) == (name == "bool") and added == (name == "additive")
 
 
 def test_single_products_have_the_kernels_that_multiply_codes_or_decode_them(tmp_path, monkeypatch):
