@@ -22,13 +22,16 @@ def test_what_a_mask_hides_from_all_is_not_read(name, spans, length):
     close(attend.attend(q, *planes, *arguments, reach=reach, basis=basis), expected, q.dtype)
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("name", ["turboquant:3", "q8_0"])
 @pytest.mark.parametrize("spans", SPANS[:3:2], ids=str)
 @pytest.mark.parametrize(("length", "growing"), [(300, False), (304, False), (300, True)])
 @pytest.mark.parametrize("kind", ["bool", "additive"])
 @pytest.mark.parametrize("clear", [1, 63, 100, 148, 300])
-def test_a_mask_is_not_read_where_it_changes_nothing(name, spans, length, kind, clear, growing, monkeypatch):
-    monkeypatch.setattr(integer, "plan_of", lambda *a: tune.AttendPlan(8, 64, 2, 192, 1, 255))
+@pytest.mark.parametrize("rows", [4, 8])
+def test_a_mask_is_not_read_where_it_changes_nothing(name, spans, length, kind, clear, growing, rows, monkeypatch):
+    """Of four rows it is asked for a tile ahead."""
+    monkeypatch.setattr(integer, "plan_of", lambda *a: tune.AttendPlan(rows, 64, 2, 192, 1, 255))
     q, planes, arguments, reach, basis, expected = hidden_case(name, spans, kind, "cpu", length, clear, growing)
     close(attend.attend(q, *planes, *arguments, reach=reach, basis=basis), expected, q.dtype)
     if clear == 300:
