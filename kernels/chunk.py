@@ -11,7 +11,7 @@ from triton.experimental.gluon.language.nvidia import hopper
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from tqcompile.kernels.bfloats import load_codes, side_by_side, table_beside
-from tqcompile.kernels.spans import advanced, reached
+from tqcompile.kernels.spans import advanced, clear_tiles, reached
 
 # Printed by `chunks`; the names stand here so that the skeleton can be read, and checked, as ordinary Python.
 read_scores = key_look_up = value_look_up = None
@@ -153,7 +153,7 @@ def attend_chunk(
     done, tiles = 0, gl.cdiv(count, T)
     # First those that need no mask, in a loop of their own: Triton 3.6 dies of a branch.
     for MASKED in gl.static_range(0 if REACH == 3 else 1, 2):
-        stop = tiles if MASKED else gl.where(clear >= count, tiles, gl.maximum(clear, 0) // T)
+        stop = tiles if MASKED else clear_tiles(clear, count, T)
         for i in range(done, stop):
             scores = hopper.warpgroup_mma(rows, keys.permute((1, 0)), nothing, use_acc=False, is_async=True)
             put_values(values, tile[1], value_table, T)

@@ -35,6 +35,7 @@ KERNELS = (
     operands.row_of,
     *bfloats.KERNELS,
     spans.advanced,
+    spans.clear_tiles,
     spans.reached,
     *chunk.KERNELS,
 )

@@ -24,7 +24,7 @@ from tqcompile.kernels.ring import (
     slots,
     value_words_of,
 )
-from tqcompile.kernels.spans import advanced, masked_by, reached, reached_in_words, shared_out
+from tqcompile.kernels.spans import advanced, clear_tiles, masked_by, reached, reached_in_words, shared_out
 from tqcompile.kernels.stretch import fetch_stretch, key_words_along, stretches, value_words_along
 from tqcompile.kernels.sums import store_sums
 from tqcompile.kernels.tiles import scalars_of, side_scalars
@@ -250,7 +250,7 @@ def attend_ringed(
     # wait for it. Where a tile's part of it takes more registers, one loop that branches takes less time.
     AHEAD: gl.constexpr = T * R <= 256
     for MASKED in gl.static_range(0 if REACH == 3 and AHEAD else 1, 2):
-        stop = tiles if MASKED else gl.where(clear >= count, tiles, gl.minimum(gl.maximum(clear, 0) // T, tiles))
+        stop = tiles if MASKED else clear_tiles(clear, count, T)
         if MASKED and AHEAD:
             mask += (start * 0 + done * T) * mask_s
             part = part_of(mask, address, query, token, skip - done * T, count - done * T, SHIFTED)

@@ -65,4 +65,11 @@ def reached_in_words(reach, ahead, splits, T: gl.constexpr):
     return begin + first, gl.maximum(gl.minimum(span, length - first), 0), seen - begin - first
 
 
-KERNELS = (advanced, masked_by, shared_out, reached, reached_in_words)
+@gluon.jit
+def clear_tiles(clear, count, T: gl.constexpr):
+    """How many tiles, from the first one of `count` tokens on, have no token that needs a mask: the first does behind
+    `clear` tokens."""
+    return gl.where(clear >= count, gl.cdiv(count, T), gl.maximum(clear, 0) // T)
+
+
+KERNELS = (advanced, masked_by, clear_tiles, shared_out, reached, reached_in_words)
