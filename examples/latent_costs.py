@@ -32,7 +32,7 @@ class Case:
         self.heads, self.dims, self.codec = heads, (given.latent, given.rope), formats.codec(given.codec)
         self.scale = (MADE + given.rope) ** -0.5
         size = given.batch * given.context * sum(self.dims) * self.dtype.itemsize
-        self.sizes, self.copies = (given.batch, 1, given.context), clock.buffers_for(size)
+        self.sizes, self.copies = (given.batch, 1, given.context), clock.copies_of(size, size, device)
         self.queries = [self._random(given.batch, heads, 1, dim) for dim in self.dims]
         self.caches = [[self._random(*self.sizes, dim) for dim in self.dims] for _ in range(self.copies)]
 
