@@ -5,10 +5,11 @@ import operator
 import torch
 from torch import fx
 
+from tqcompile.passes.by_index import BY_INDEX
 from tqcompile.passes.indices import index_items
 from tqcompile.passes.inplace import forget_sizes, name_writes
 from tqcompile.passes.nodes import example, spelling, tensor_of
-from tqcompile.passes.values import before, size_of
+from tqcompile.passes.values import before, respell, size_of
 
 _MATMULS = {"matmul", "bmm", "__matmul__"}
 _SDPA_DEFAULTS = (("attn_mask", None), ("dropout_p", 0.0), ("is_causal", False), ("scale", None), ("enable_gqa", False))
@@ -20,18 +21,10 @@ def canonicalize(gm: fx.GraphModule, context) -> int:
     return changed + sum(_RULES[spelling(node)](node) for node in list(gm.graph.nodes) if spelling(node) in _RULES)
 
 
-def _respell(node: fx.Node, target, args: tuple, kwargs: dict | None = None) -> bool:
-    kwargs = kwargs or {}
-    if node.op == "call_function" and node.target is target and node.args == args and node.kwargs == kwargs:
-        return False
-    node.op, node.target, node.args, node.kwargs = "call_function", target, args, kwargs
-    return True
-
-
 def _matmul(node: fx.Node) -> bool:
     if len(node.args) != 2 or node.kwargs:
         return False
-    return _respell(node, torch.matmul, node.args)
+    return respell(node, torch.matmul, node.args)
 
 
 def _einsum(node: fx.Node) -> bool:
@@ -69,8 +62,8 @@ def _einsum(node: fx.Node) -> bool:
         out = before(node, torch.unflatten, out, 1, tuple(sizes[letter] for letter in shared[1:]))
     made = [*shared, *rows, column]
     if made != list(result):
-        return _respell(node, torch.permute, (out, tuple(made.index(letter) for letter in result)))
-    _respell(node, out.target, out.args)
+        return respell(node, torch.permute, (out, tuple(made.index(letter) for letter in result)))
+    respell(node, out.target, out.args)
     node.graph.erase_node(out)
     return True
 
@@ -103,9 +96,9 @@ def _added_product(node: fx.Node) -> bool:
     product = before(node, torch.matmul, given["batch1"], given["batch2"])
     product = product if alpha == 1 else before(node, torch.mul, product, alpha)
     if beta == 0:
-        return _respell(node, torch.clone, (product,))
+        return respell(node, torch.clone, (product,))
     bias = given["input"] if beta == 1 else before(node, torch.mul, given["input"], beta)
-    return _respell(node, torch.add, (product, bias))
+    return respell(node, torch.add, (product, bias))
 
 
 def _getitem(node: fx.Node) -> bool:
@@ -125,7 +118,7 @@ def _new_axes(node: fx.Node) -> bool:
     *others, last = [place for place, item in enumerate(kept) if item is None]
     for place in others:
         out = before(node, torch.unsqueeze, out, place)
-    return _respell(node, torch.unsqueeze, (out, last))
+    return respell(node, torch.unsqueeze, (out, last))
 
 
 def _piece(node: fx.Node) -> bool:
@@ -142,7 +135,7 @@ def _piece(node: fx.Node) -> bool:
     if not all(isinstance(size, int) for size in sizes):
         return False
     target, where = (torch.narrow, (sum(sizes[:-1]), sizes[-1])) if sizes else (torch.select, (place,))
-    _respell(node, target, (source, dim, *where))
+    respell(node, target, (source, dim, *where))
     if not pieces.users:
         node.graph.erase_node(pieces)
     return True
@@ -155,7 +148,7 @@ def _transpose(node: fx.Node) -> bool:
     order = list(range(value.dim()))
     first, second = (dim % value.dim() for dim in node.args[1:])
     order[first], order[second] = order[second], order[first]
-    return _respell(node, torch.permute, (node.args[0], tuple(order)))
+    return respell(node, torch.permute, (node.args[0], tuple(order)))
 
 
 def _matrix_transpose(node: fx.Node) -> bool:
@@ -163,7 +156,7 @@ def _matrix_transpose(node: fx.Node) -> bool:
     if value is None or value.dim() < 2 or tensor_of(node) is None:
         return False
     order = (*range(value.dim() - 2), value.dim() - 1, value.dim() - 2)
-    return _respell(node, torch.permute, (node.args[0], order))
+    return respell(node, torch.permute, (node.args[0], order))
 
 
 def _permute(node: fx.Node) -> bool:
@@ -171,7 +164,7 @@ def _permute(node: fx.Node) -> bool:
     dims = node.args[1] if len(node.args) == 2 else node.args[1:]
     if value is None or node.kwargs or not isinstance(dims, (tuple, list)) or not all(type(d) is int for d in dims):
         return False
-    return _respell(node, torch.permute, (node.args[0], tuple(dim % value.dim() for dim in dims)))
+    return respell(node, torch.permute, (node.args[0], tuple(dim % value.dim() for dim in dims)))
 
 
 def _attention(node: fx.Node) -> bool:
@@ -181,7 +174,7 @@ def _attention(node: fx.Node) -> bool:
     options = {name: given.pop(name, default) for name, default in _SDPA_DEFAULTS}
     if given:
         return False
-    return _respell(node, torch.nn.functional.scaled_dot_product_attention, operands, options)
+    return respell(node, torch.nn.functional.scaled_dot_product_attention, operands, options)
 
 
 def _cast(node: fx.Node) -> bool:
@@ -189,11 +182,11 @@ def _cast(node: fx.Node) -> bool:
     value, operands = tensor_of(node), [tensor_of(operand) for operand in node.args]
     if len(operands) != 2 or None in (value, *operands) or node.kwargs or value.device != operands[0].device:
         return False
-    return _respell(node, torch.Tensor.to, (node.args[0], value.dtype))
+    return respell(node, torch.Tensor.to, (node.args[0], value.dtype))
 
 
 def _item_assignment(node: fx.Node) -> bool:
-    return _respell(node, operator.setitem, node.args) if len(node.args) == 3 else False
+    return respell(node, operator.setitem, node.args) if len(node.args) == 3 else False
 
 
 def _cat(node: fx.Node) -> bool:
@@ -205,12 +198,12 @@ def _cat(node: fx.Node) -> bool:
     # Only of a past: what is turned comes out as a view, and where nothing is kept the model may count on a copy.
     turned = order is not None and _is_given(parts[0].args[0]) and None not in map(tensor_of, parts)
     if not turned or any(tensor_of(part).dim() != len(order) for part in parts):
-        return _respell(node, torch.cat, (parts, dim))
+        return respell(node, torch.cat, (parts, dim))
     # A turned past that tokens are put behind: the past itself, and what is put behind it turned back.
     back = tuple(order.index(place) for place in range(len(order)))
     straight = [part.args[0] if _turn(part) == order else before(node, torch.permute, part, back) for part in parts]
     joined = before(node, torch.cat, straight, order[dim % len(order)])
-    return _respell(node, torch.permute, (joined, order))
+    return respell(node, torch.permute, (joined, order))
 
 
 def _is_given(node: fx.Node) -> bool:
@@ -226,40 +219,6 @@ def _turn(node) -> tuple[int, ...] | None:
     return tuple(node.args[1]) if moves else None
 
 
-def _scattered(node: fx.Node) -> bool:
-    """A write that returns a new tensor is one into a copy."""
-    names = _SCATTERED[spelling(node)]
-    given = {**dict(zip(names, node.args)), **node.kwargs}
-    source, dim = given.get("input"), given.get("dim", 0)
-    if tensor_of(source) is None or not set(given) <= set(names) or given.get("accumulate") or type(dim) is not int:
-        return False
-    if spelling(node) == "index_copy" and (tensor_of(given["index"]) is None or tensor_of(given["index"]).dim() != 1):
-        return False
-    dtype, written = tensor_of(source).dtype, tensor_of(given["src"])
-    if tensor_of(node).dtype != dtype:
-        return False
-    if written is not None and written.dtype != dtype:
-        given["src"] = before(node, torch.Tensor.to, given["src"], dtype)
-    copy = before(node, torch.clone, source)
-    index: tuple = tuple([slice(None)] * (dim % tensor_of(source).dim()))
-    if spelling(node) == "slice_scatter":
-        index = (*index, slice(given.get("start"), given.get("end"), given.get("step", 1)))
-    else:
-        index = (*index, given["index"]) if "dim" in names else tuple(given["index"])
-    with node.graph.inserting_before(node):
-        written = node.graph.call_function(operator.setitem, (copy, index, given["src"]))
-    written.meta = {**node.meta, "example_value": None}
-    node.replace_all_uses_with(copy)
-    node.graph.erase_node(node)
-    return True
-
-
-_SCATTERED = {
-    "slice_scatter": ("input", "src", "dim", "start", "end", "step"),
-    "select_scatter": ("input", "src", "dim", "index"),
-    "index_copy": ("input", "dim", "index", "src"),
-    "index_put": ("input", "index", "src", "accumulate"),
-}
 _PIECES = {"unbind": ("dim",), "split": ("split_size_or_sections", "dim"), "chunk": ("chunks", "dim")}
 
 _RULES = {
@@ -267,7 +226,7 @@ _RULES = {
     "einsum": _einsum,
     "baddbmm": _added_product,
     "getitem": _getitem,
-    **dict.fromkeys(_SCATTERED, _scattered),
+    **BY_INDEX,
     **dict.fromkeys(("cat", "concat", "concatenate"), _cat),
     **dict.fromkeys(("transpose", "swapaxes", "swapdims"), _transpose),
     **dict.fromkeys(("mT", "adjoint"), _matrix_transpose),

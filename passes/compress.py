@@ -121,6 +121,9 @@ class _Rewriter(Masker):
         parents = self.planes[self.survey.views[view.parent].base]
         moved = []
         for plane in parents:
+            if spelling(node) == "gather":
+                moved.append(self.call(rewrite.gather, plane, *node.args[1:]))
+                continue
             copy = self.graph.node_copy(node, lambda old, plane=plane: plane if old is node.args[0] else old)
             if spelling(node) == "getitem":
                 rank = tensor_of(node.args[0]).dim()

@@ -3,7 +3,7 @@
 import torch
 from torch import fx
 
-from tqcompile.passes.nodes import example, spelling, tensor_of
+from tqcompile.passes.nodes import example, spelling, tensor_of, times_of
 
 
 def same_size(left, right) -> bool:
@@ -38,6 +38,17 @@ def full(item, size=None) -> bool:
     return item.stop is None or (size is not None and same_size(example(item.stop), size))
 
 
+def names_tokens(index: fx.Node, tensor: torch.Tensor) -> bool:
+    """Whether an index of `gather` or `scatter_` takes tokens of a tensor as a whole: each of its numbers was made one
+    for all channels."""
+    value = tensor_of(index)
+    if value is None or value.dim() != tensor.dim() or not same_size(value.shape[-1], tensor.shape[-1]):
+        return False
+    times = times_of(index) if spelling(index) == "repeat" else ()
+    repeated = len(times) == value.dim() and same_size(tensor_of(index.args[0]).shape[-1], 1)
+    return repeated or same_size(value.stride(-1), 0)
+
+
 def kept_run(node: fx.Node) -> tuple[fx.Node, int, slice] | None:
     """The tensor, dimension and numbers of an index that keeps one run of all that the tensor holds, or None."""
     source = node.args[0] if spelling(node) == "getitem" else None
@@ -53,3 +64,21 @@ def kept_run(node: fx.Node) -> tuple[fx.Node, int, slice] | None:
     (dim, run), bounds = cut[0], (cut[0][1].start, cut[0][1].stop)
     numbers = all(bound is None or type(bound) is int for bound in bounds)
     return (source, dim, run) if numbers and run.step in (None, 1) else None
+
+
+def chosen_of(node: fx.Node) -> fx.Node | None:
+    """The tensor of which a node keeps one run of tokens, those that an index names, or several of these behind each
+    other; None for any other node."""
+    if spelling(node) == "cat":
+        apart = node.args[1] % tensor_of(node).dim() != tensor_of(node).dim() - 1
+        sources = {chosen_of(part) for part in node.args[0]} if apart else set()
+        return sources.pop() if len(sources) == 1 else None
+    source = node.args[0] if spelling(node) in ("getitem", "index_select", "gather") and node.args else None
+    if tensor_of(source) is None or tensor_of(node) is None or tensor_of(source).dim() != tensor_of(node).dim():
+        return None
+    if spelling(node) == "gather":
+        return source if names_tokens(node.args[2], tensor_of(source)) else None
+    if spelling(node) == "index_select" or kept_run(node) is not None:
+        return source
+    items = index_items(node.args[1], tensor_of(source).dim()) or [None]
+    return source if all(full(item) or tensor_of(item) is not None for item in items) and full(items[-1]) else None

@@ -11,9 +11,12 @@ import torch
 from torch import fx
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from tqcompile.passes.indices import full, index_items
+from tqcompile.cache import CompressedKV
+from tqcompile.passes.indices import full, index_items, same_size
 from tqcompile.passes.nodes import example, memory_of, sizes_of, spelling, tensor_of, walk, written_operands
-from tqcompile.passes.places import PRODUCTS, are_weights, becomes_weights
+from tqcompile.passes.places import PRODUCTS, are_weights, becomes_weights, operands_of, roles_of
+from tqcompile.passes.roles import real
+from tqcompile.passes.survey import Survey
 from tqcompile.passes.views import CARRIERS, shape_only
 
 _SCALED = {"mul", "truediv", "div"}
@@ -44,6 +47,39 @@ def read_only(roots: Iterable[fx.Node]) -> Iterator[Overlooked]:
         reader = next((user for node in shown for user in node.users if _attends(user, node)), None)
         if reader is not None:
             yield Overlooked(root, reader, reader)
+
+
+def remade(outputs: list[fx.Node], survey: Survey) -> Iterator[Overlooked]:
+    """The caches of a survey that come in, grow or are compressed already, and of which nothing leaves but numbers that
+    no view shows: tokens that were chosen or changed by an operator that no rule follows."""
+    roots = [node for node, view in survey.views.items() if node is view.root]
+    caches = {root for root in roots if isinstance(real(root), CompressedKV)}
+    caches |= {root for root in roots if any(_continues(user, root) and roles_of([user]) for user in root.users)}
+    caches -= {root for node in outputs if node in survey.views for root in survey.views[node].roots}
+    caches -= {view.root for view in survey.writes.values()}
+    for node in outputs:
+        if node in survey.views or tensor_of(node) is None:
+            continue
+        before = list(walk([node], lambda each: [] if each in survey.views | survey.reads else operands_of(each)))
+        for source in before:
+            root = survey.views[source].root if source in survey.views else None
+            if root in caches and _is_as_wide(node, root):
+                caches.remove(root)
+                yield Overlooked(root, node, _culprit(source, before))
+
+
+def _culprit(source: fx.Node, before: list[fx.Node]) -> fx.Node:
+    """The first node on the way from `source` that does more than to move tokens, or the first of all."""
+    first, *others = list(walk([source], lambda each: [user for user in each.users if user in before]))[1:]
+    return next((each for each in (first, *others) if spelling(each) not in {*CARRIERS, "cat", "stack"}), first)
+
+
+def _is_as_wide(node: fx.Node, root: fx.Node) -> bool:
+    """Whether a tensor could be tokens of a cache: of its dtype, and of its size but for one of the leading ones."""
+    made, held = tensor_of(node), tensor_of(root)
+    if made.dtype != held.dtype or made.dim() != held.dim() or not same_size(made.shape[-1], held.shape[-1]):
+        return False
+    return sum(not same_size(a, b) for a, b in zip(made.shape, held.shape)) <= 1
 
 
 def _alone(node: fx.Node) -> list[fx.Node]:

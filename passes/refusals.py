@@ -15,6 +15,8 @@ from tqcompile.passes.overlooked import Overlooked
 
 FOREIGN = "attention reads it, and no graph that was compiled keeps tokens in it"
 
+WHOLE_TOKENS = "Choose whole tokens: by slices, index_select, or gather with an index that is expanded over head_dim."
+
 _TORCH = str(Path(torch.__file__).parent) + os.sep
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -65,6 +67,12 @@ def refuse(root: fx.Node, reason: str, culprit: fx.Node | None = None) -> Refusa
 def foreign_cache(cache: Overlooked) -> Refusal:
     """The refusal of what attention reads, which may be no cache."""
     return replace(refuse(cache.root, FOREIGN, cache.reader), last=[])
+
+
+def remade_cache(cache: Overlooked) -> Refusal:
+    """The refusal of a cache whose tokens are chosen or changed before they are kept."""
+    reason = f"{spelling(cache.reader)} makes what is kept of it in a way that no rule follows"
+    return replace(refuse(cache.root, reason, cache.reader), remedy=WHOLE_TOKENS)
 
 
 def wrapped(value: torch.Tensor) -> str:

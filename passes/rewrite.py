@@ -4,6 +4,7 @@ import torch
 from torch.nn.functional import pad
 
 from tqcompile import coding, formats, ops, reference
+from tqcompile.layout import along_plane
 
 
 def strides(shape, seq_dim: int | None) -> tuple:
@@ -123,6 +124,18 @@ def encode_into(planes: list[torch.Tensor], y: torch.Tensor, positions: torch.Te
 def encode_items(planes: list[torch.Tensor], y: torch.Tensor, index: tuple, codec: str) -> None:
     for plane, code in zip(planes, encode(y, codec)):
         plane[index] = code.to(plane.dtype)
+
+
+@reference.as_stored
+def scatter(planes: list[torch.Tensor], y: torch.Tensor, dim: int, index: torch.Tensor, codec: str) -> None:
+    """Codes of the tokens y [..., n] to the places along `dim` that an index of their size names, alike for all n."""
+    for plane, code in zip(planes, encode(y, codec)):
+        plane.scatter_(dim, along_plane(index, plane), code.to(plane.dtype))
+
+
+def gather(plane: torch.Tensor, dim: int, index: torch.Tensor) -> torch.Tensor:
+    """What a plane has of the tokens at the places along `dim` that an index names, alike for all channels."""
+    return plane.gather(dim, along_plane(index, plane))
 
 
 @reference.as_stored

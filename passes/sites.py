@@ -15,12 +15,12 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from tqcompile.adopt import refusal
 from tqcompile.cache import CompressedKV
 from tqcompile.codec import Codec
-from tqcompile.passes.indices import kept_run
+from tqcompile.passes.indices import chosen_of
 from tqcompile.passes.nodes import memory_of, sizes_of, tensor_of, walk
-from tqcompile.passes.overlooked import overlooked, read_only
+from tqcompile.passes.overlooked import overlooked, read_only, remade
 from tqcompile.passes.places import operands_of
 from tqcompile.passes.records import Append, Read
-from tqcompile.passes.refusals import FLOATS, Refusal, foreign_cache, refuse, unknown_cache, wrapped
+from tqcompile.passes.refusals import FLOATS, Refusal, foreign_cache, refuse, remade_cache, unknown_cache, wrapped
 from tqcompile.passes.roles import (
     along_tokens,
     codec_of,
@@ -72,8 +72,13 @@ def sites(gm: fx.GraphModule, context) -> int:
     created = Survey(gm.graph, dict.fromkeys(map(_whole, made)))
     context.survey = held
     new, also_refused = _decide_created(created, made, context)
-    unknown = list(overlooked(_others(gm.graph, {site.root for site in found} | refused.keys())))
-    decided = {site.root for site in found} | refused.keys() | {cache.root for cache in unknown}
+    known = {node for node in made if role_of(created, _whole(node), context) is not None}
+    others = [node for node in map(written_value, outputs) if node not in known]
+    changed = {cache.root: remade_cache(cache) for cache in remade(others, held)}
+    refused = {**changed, **refused}
+    decided = {site.root for site in found} | refused.keys()
+    unknown = list(overlooked(_others(gm.graph, decided)))
+    decided |= {cache.root for cache in unknown}
     foreign = {cache.root: foreign_cache(cache) for cache in read_only(_others(gm.graph, decided))}
     given = [node for node in gm.graph.nodes if node.op == "placeholder"]
     context.foreign = {given.index(root): refusal.last for root, refusal in foreign.items()}
@@ -183,9 +188,9 @@ def _sources(survey: Survey, view: View) -> set[fx.Node]:
 
 
 def _whole(node: fx.Node) -> fx.Node:
-    """What a graph attends to of which it keeps the last tokens."""
-    run = kept_run(node)
-    return node if run is None or run[0].op == "placeholder" else run[0]
+    """What a graph attends to of which it keeps some tokens."""
+    source = chosen_of(node)
+    return node if source is None or source.op == "placeholder" else source
 
 
 def _decide_created(survey: Survey, made: list[fx.Node], context) -> tuple[list[Site], list[Refusal]]:

@@ -5,11 +5,11 @@ from collections.abc import Iterable
 import torch
 from torch import fx
 
-from tqcompile.passes.indices import full, index_items, same_size
+from tqcompile.passes.indices import full, index_items, names_tokens, same_size
 from tqcompile.passes.nodes import memory_of, spelling, tensor_of, walk, written_operands
 from tqcompile.passes.views import CARRIERS, View
 
-_WRITERS = {"setitem", "index_copy_", "copy_", "zero_"}
+_WRITERS = {"setitem", "index_copy_", "copy_", "scatter_", "zero_"}
 _HAND_ON = {*CARRIERS, "cat", "stack"}
 
 
@@ -30,12 +30,25 @@ def whole_tokens(node: fx.Node, view: View, views: dict[fx.Node, View]) -> bool:
         return False
     if name == "index_copy_" and node.args[1] % cache.dim() == cache.dim() - 1:
         return False
+    if name == "scatter_" and not _scatters_tokens(node, view, views):
+        return False
     if name == "setitem":
         items = index_items(node.args[1], cache.dim())
         if items is None or None in items or not full(items[-1], cache.shape[-1]):
             return False
     # Where Dynamo has symbols for a second head_dim an assignment, which may broadcast, does not make them one.
     return bool(value.shape[-1] == cache.shape[-1])
+
+
+def _scatters_tokens(node: fx.Node, view: View, views: dict[fx.Node, View]) -> bool:
+    """Whether `scatter_(dim, index, tokens)` writes all of its tokens, each as a whole, and none of the cache's own."""
+    if len(node.args) != 4 or node.kwargs:
+        return False
+    cache, (_, dim, index, tokens) = tensor_of(view.node), node.args
+    if dim % cache.dim() == cache.dim() - 1 or not names_tokens(index, cache):
+        return False
+    own = tokens in views and views[tokens].root is view.root
+    return not own and all(map(same_size, tensor_of(tokens).shape, tensor_of(index).shape))
 
 
 def kept_by(tensor: fx.Node) -> bool:

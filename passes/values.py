@@ -19,6 +19,15 @@ def before(node: fx.Node, target, *args, **kwargs) -> fx.Node:
     return made
 
 
+def respell(node: fx.Node, target, args: tuple, kwargs: dict | None = None) -> bool:
+    """Make a node call `target` on these; returns whether it did not already."""
+    kwargs = kwargs or {}
+    if node.op == "call_function" and node.target is target and node.args == args and node.kwargs == kwargs:
+        return False
+    node.op, node.target, node.args, node.kwargs = "call_function", target, args, kwargs
+    return True
+
+
 def size_of(node: fx.Node, tensor: fx.Node, dim: int):
     """A size of a tensor, as a number or as the node of a symbol, in front of `node`."""
     size = tensor_of(tensor).shape[dim]

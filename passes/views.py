@@ -6,7 +6,7 @@ from math import prod
 import torch
 from torch import fx
 
-from tqcompile.passes.indices import full, index_items, same_size
+from tqcompile.passes.indices import full, index_items, names_tokens, same_size
 from tqcompile.passes.nodes import memory_of, spelling, tensor_of, times_of
 
 Axis = tuple  # the plane dimensions that one dimension of a view is made of, "r" where a token is repeated
@@ -25,7 +25,7 @@ _SHAPE_ONLY = {
     "sym_size",
 }
 CASTS = {"to", "type", "type_as", "float", "half", "bfloat16", "_to_copy"}
-_RETURN_SELF = {"index_copy_", "copy_", "zero_"}
+_RETURN_SELF = {"index_copy_", "copy_", "scatter_", "zero_"}
 _COPIES = {"contiguous", "detach", "alias"}
 
 
@@ -144,7 +144,9 @@ def _along(node: fx.Node, parent: View, value: torch.Tensor) -> View | None:
     rank = tensor_of(parent.node).dim()
     if not parent.plain or not isinstance(dim, int) or dim % rank == rank - 1:
         return None
-    return _moved(node, parent, value, fresh=spelling(node) == "index_select")
+    if spelling(node) == "gather" and not names_tokens(node.args[2], tensor_of(parent.node)):
+        return None
+    return _moved(node, parent, value, fresh=spelling(node) in ("index_select", "gather"))
 
 
 def _clone(node: fx.Node, parent: View, value: torch.Tensor) -> View:
@@ -281,7 +283,7 @@ def _repeat_interleave(node: fx.Node, parent: View, value: torch.Tensor) -> View
 _RULES = {
     "getitem": _getitem,
     "permute": _permute,
-    **dict.fromkeys(("narrow", "select", "index_select"), _along),
+    **dict.fromkeys(("narrow", "select", "index_select", "gather"), _along),
     "clone": _clone,
     "roll": _roll,
     **dict.fromkeys(_COPIES, _copy),

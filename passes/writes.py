@@ -106,6 +106,8 @@ class Writer(Centrer, Keeper):
             self._write_positions(planes, node.args[1] % len(view.axes), node.args[2], source, site)
         elif name == "copy_":
             self._write_region(planes, source, site)
+        elif name == "scatter_":
+            self.call(rewrite.scatter, planes, self.rotated(source, site), *node.args[1:3], site.codec.name)
         else:
             self._write_items(planes, view, node.args[1], source, site)
 

@@ -43,6 +43,8 @@ class Recorder(torch.utils._python_dispatch.TorchDispatchMode):
 # ---- moves: operator -> call
 
 
+EACH = torch.tensor([[[4, 1], [0, 5], [2, 2]], [[5, 4], [1, 0], [3, 0]]]).unsqueeze(-1).expand(2, 3, 2, 48)
+
 MOVES = {
     "slice": (aten.slice.Tensor, lambda x: x[:, :, 1:4]),
     "slice in steps": (aten.slice.Tensor, lambda x: x[:, :, 1::2]),
@@ -72,6 +74,8 @@ MOVES = {
     "lift_fresh": (aten.lift_fresh.default, lambda x: aten.lift_fresh(x)),
     "index_select": (aten.index_select.default, lambda x: x.index_select(0, torch.tensor([1, 1, 0]))),
     "index_select of tokens": (aten.index_select.default, lambda x: x.index_select(-2, torch.tensor([5, 0]))),
+    "gather": (aten.gather.default, lambda x: x.gather(2, EACH)),
+    "gather from behind": (aten.gather.default, lambda x: torch.gather(x, -2, EACH[:1, :2])),
     "index": (aten.index.Tensor, lambda x: x[torch.tensor([1, 0])]),
     "index of tokens": (aten.index.Tensor, lambda x: x[:, :, torch.tensor([[5], [0]])]),
     "index with a mask": (aten.index.Tensor, lambda x: x[:, :, torch.arange(6) > 2]),

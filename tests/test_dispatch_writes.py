@@ -5,7 +5,7 @@ import torch
 from conversations import fake_quantised
 from test_dispatch import EVERY_CODEC, SIZE, F, Recorder, aten, made
 
-from tqcompile import CompressedKV, dispatch, formats
+from tqcompile import CompressedKV, dispatch_writes, formats
 
 # ---- writes
 
@@ -15,6 +15,12 @@ def assign(*index):
 
 
 AT = torch.tensor([4, 1])
+CHOSEN = torch.tensor([[[4, 1], [0, 5], [2, 3]], [[5, 4], [1, 0], [3, 0]]])
+
+
+def each(places):
+    return places.unsqueeze(-1).expand(*places.shape, 48)
+
 
 WRITES = {
     "copy_": (aten.copy_.default, lambda c, v: c.copy_(v), SIZE),
@@ -44,6 +50,9 @@ WRITES = {
         lambda c, v: c.index_copy_(0, torch.tensor([1]), v),
         (1, 3, 6, 48),
     ),
+    "scatter_": (aten.scatter_.src, lambda c, v: c.scatter_(2, each(CHOSEN), v), (2, 3, 2, 48)),
+    "scatter_ from behind": (aten.scatter_.src, lambda c, v: c.scatter_(-2, each(CHOSEN), v), (2, 3, 2, 48)),
+    "scatter_ of some heads": (aten.scatter_.src, lambda c, v: c.scatter_(2, each(CHOSEN[:, :1]), v), (2, 1, 2, 48)),
     "index_copy_ into a view": (
         aten.index_copy_.default,
         lambda c, v: c[:, :, 1:].index_copy_(2, AT, v),
@@ -79,7 +88,7 @@ def test_a_write_of_tokens_is_the_dense_write_of_quantised_tokens(name, codec, s
 
 def test_every_write_of_the_table_has_a_case():
     fills = {aten.zero_.default, aten.fill_.Scalar, aten.fill_.Tensor}
-    assert set(dispatch._WRITES) == {operator for operator, _, _ in WRITES.values()} | fills
+    assert set(dispatch_writes.WRITES) == {operator for operator, _, _ in WRITES.values()} | fills
 
 
 FILLS = {

@@ -20,7 +20,7 @@ FLOORS = (
     ("options",),
     ("kernels", "cpu"),
     ("ops",),
-    ("cache+adopt+buffer+centre+centred+dispatch+encoding+followed+guarded+principal+readonly",),
+    ("cache+adopt+buffer+centre+centred+dispatch+dispatch_writes+encoding+followed+guarded+principal+readonly",),
     ("report",),
     ("passes",),
     ("backend+runtime+dump+facts+reads",),

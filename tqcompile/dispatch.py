@@ -1,7 +1,7 @@
 """What eager code may do to a compressed cache.
 
-Four tables: views and copies that move whole tokens run on each plane; writes encode first; any other operator reads
-a decoded copy. What would write into that copy raises, because the write would be lost.
+Views and copies that move whole tokens run on each plane; writes encode first; any other operator reads a decoded
+copy. What would write into that copy raises, because the write would be lost.
 """
 
 import math
@@ -10,13 +10,14 @@ from collections.abc import Callable
 import torch
 from torch.utils._pytree import tree_map_only
 
-from tqcompile.cache import CompressedKV, encode_dense
+from tqcompile.cache import CompressedKV
+from tqcompile.dispatch_writes import ADVICE, WRITES, check_writable, leading, names_tokens, planes_alike, whole_tokens
+from tqcompile.layout import along_plane
 from tqcompile.readonly import ReadOnly
 
 aten = torch.ops.aten
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-ADVICE = "write whole tokens (index_copy_, copy_, an indexed assignment), or work on cache.decode()"
 
 
 # Between two of its graphs Dynamo would compile this too, and tensors that it traces with cannot be made read-only.
@@ -25,9 +26,9 @@ def run(func, args: tuple, kwargs: dict):
     """Run an ATen operator some of whose arguments are compressed, or decoded and read-only."""
     first = args[0] if args else None
     if isinstance(first, CompressedKV):
-        if func in _WRITES:
-            _check_writable(func, first)
-            _WRITES[func](*args, **kwargs)
+        if func in WRITES:
+            check_writable(func, first)
+            WRITES[func](*args, **kwargs)
             return first
         if func in _VIEWS:
             planes = _VIEWS[func](func, *args, **kwargs)
@@ -66,32 +67,6 @@ def _refuse_lost_writes(func, args: tuple, kwargs: dict) -> None:
             raise RuntimeError(f"{func} writes into a decoded view, and a compressed cache would not see it; {ADVICE}")
 
 
-def _check_writable(func, cache: CompressedKV) -> None:
-    if cache.copied:
-        raise RuntimeError(f"{func} writes into a view of a compressed cache whose tokens do not lie so; {ADVICE}")
-    if cache.buffer is not None and cache.buffer.shared:
-        raise RuntimeError(
-            f"{func} writes into a compressed cache that another continues or shows; clone() it first, and write there"
-        )
-
-
-def _planes_alike(cache: CompressedKV, value: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Planes of `value` in the codec of `cache`."""
-    if isinstance(value, CompressedKV):
-        same = value.codec is cache.codec and value.shape[-1] == cache.shape[-1]
-        if same and (not cache.codec.is_exact or value.dtype == cache.dtype):
-            return value.planes
-        value = value.decode()
-    if value.shape[-1:] != cache.shape[-1:]:
-        value = value.expand(*value.shape[:-1], cache.shape[-1])
-    return encode_dense(value.to(cache.dtype), cache.codec)
-
-
-def _leading(cache: torch.Tensor, dim: int) -> int | None:
-    """`dim` counted from the front, or None where it is the compressed one, or none at all."""
-    return dim % cache.dim() if -cache.dim() <= dim < cache.dim() and dim % cache.dim() < cache.dim() - 1 else None
-
-
 def _views(func, cache: CompressedKV, planes: list, args: tuple, kwargs: dict):
     """Views that `func` made of each plane, as views of the cache, with a dense one's strides: a dense tensor without
     memory is asked first, and complains about bad arguments as any would.
@@ -105,12 +80,12 @@ def _views(func, cache: CompressedKV, planes: list, args: tuple, kwargs: dict):
 
 def _along(func, cache, dim=0, *args, **kwargs):
     """Operators whose second argument is the one dimension they work along."""
-    dim = _leading(cache, dim)
+    dim = leading(cache, dim)
     return NotImplemented if dim is None else [func(plane, dim, *args, **kwargs) for plane in cache.planes]
 
 
 def _pieces(func, cache, size, dim=0):
-    dim = _leading(cache, dim)
+    dim = leading(cache, dim)
     return NotImplemented if dim is None else [func(plane, size, dim) for plane in cache.planes]
 
 
@@ -130,7 +105,7 @@ def _permute(func, cache, dims):
 
 
 def _transpose(func, cache, first, second):
-    first, second = _leading(cache, first), _leading(cache, second)
+    first, second = leading(cache, first), leading(cache, second)
     return NotImplemented if None in (first, second) else [func(plane, first, second) for plane in cache.planes]
 
 
@@ -156,19 +131,21 @@ def _fresh(cache: CompressedKV, planes, dtype: torch.dtype | None = None) -> Com
 
 
 def _index_select(func, cache, dim, index):
-    dim = _leading(cache, dim)
+    dim = leading(cache, dim)
     return NotImplemented if dim is None else _fresh(cache, (func(plane, dim, index) for plane in cache.planes))
 
 
+def _gather(func, cache, dim, index, **kwargs):
+    dim = leading(cache, dim)
+    if dim is None or not names_tokens(cache, index):
+        return NotImplemented
+    return _fresh(cache, (func(plane, dim, along_plane(index, plane)) for plane in cache.planes))
+
+
 def _index(func, cache, indices):
-    if len(indices) >= cache.dim() or not _whole_tokens(cache, indices):
+    if len(indices) >= cache.dim() or not whole_tokens(cache, indices):
         return NotImplemented
     return _fresh(cache, (func(plane, indices) for plane in cache.planes))
-
-
-def _whole_tokens(cache: CompressedKV, indices) -> bool:
-    masks = (torch.bool, torch.uint8)
-    return sum(1 if index is None or index.dtype not in masks else index.dim() for index in indices) < cache.dim()
 
 
 def _repeat(func, cache, repeats):
@@ -177,12 +154,12 @@ def _repeat(func, cache, repeats):
 
 
 def _flip(func, cache, dims):
-    axes = [_leading(cache, dim) for dim in dims]
+    axes = [leading(cache, dim) for dim in dims]
     return NotImplemented if None in axes else _fresh(cache, (func(plane, axes) for plane in cache.planes))
 
 
 def _roll(func, cache, shifts, dims=()):
-    axes = [_leading(cache, dim) for dim in dims]
+    axes = [leading(cache, dim) for dim in dims]
     if not axes or None in axes:
         return NotImplemented
     return _fresh(cache, (func(plane, shifts, axes) for plane in cache.planes))
@@ -203,13 +180,13 @@ def _to_copy(func, cache, *, dtype=None, device=None, layout=None, pin_memory=No
 
 def _cat(func, tensors, dim=0):
     first = tensors[0]
-    axis = _leading(first, dim) if isinstance(first, CompressedKV) else None
+    axis = leading(first, dim) if isinstance(first, CompressedKV) else None
     if axis is None or not all(_joins(first, part, axis) for part in tensors):
         return NotImplemented
     if all(isinstance(part, CompressedKV) and part.codec is first.codec for part in tensors):
         return _fresh(first, (func(list(planes), axis) for planes in zip(*(part.planes for part in tensors))))
     for part in tensors[1:]:
-        codes = _planes_alike(first, part)
+        codes = planes_alike(first, part)
         grown = first.counting(first.room(part.shape[axis], axis))
         for target, code in zip(grown.planes, codes):
             target.narrow(axis, first.shape[axis], part.shape[axis]).copy_(code)
@@ -228,45 +205,6 @@ def _stack(func, tensors, dim=0):
         return NotImplemented
     return _cat(aten.cat.default, [part.unsqueeze(dim) for part in tensors], dim)
 
-
-def _write_copy(cache, source, non_blocking=False):
-    for plane, code in zip(cache.planes, _planes_alike(cache, source)):
-        plane.copy_(code)
-
-
-def _write_index_copy(cache, dim, index, source):
-    axis = _leading(cache, dim)
-    if axis is None:
-        raise RuntimeError("index_copy_ along head_dim would re-encode every token of a compressed cache; decode() it")
-    if source.dtype != cache.dtype:
-        raise RuntimeError(f"index_copy_: the cache is {cache.dtype} and the source is {source.dtype}; cast the source")
-    for plane, code in zip(cache.planes, _planes_alike(cache, source)):
-        plane.index_copy_(axis, index, code)
-
-
-def _write_index_put(cache, indices, values, accumulate=False):
-    if accumulate or not _whole_tokens(cache, indices):
-        raise RuntimeError("only whole tokens can be assigned to a compressed cache, and not accumulated; decode() it")
-    for plane, code in zip(cache.planes, _planes_alike(cache, values)):
-        aten.index_put_.default(plane, indices, code)
-
-
-def _write_zero(cache):
-    torch._foreach_zero_(cache.planes)
-
-
-def _write_fill(cache, value):
-    _write_copy(cache, torch.full(cache.shape[-1:], float(value), dtype=cache.dtype, device=cache.device))
-
-
-_WRITES: dict[object, Callable] = {
-    aten.copy_.default: _write_copy,
-    aten.index_copy_.default: _write_index_copy,
-    aten.index_put_.default: _write_index_put,
-    aten.zero_.default: _write_zero,
-    aten.fill_.Scalar: _write_fill,
-    aten.fill_.Tensor: _write_fill,
-}
 
 # Each gives what the operator makes of every plane.
 _VIEWS: dict[object, Callable] = {
@@ -289,6 +227,7 @@ _VIEWS: dict[object, Callable] = {
 
 _COPIES: dict[object, Callable] = {
     aten.index_select.default: _index_select,
+    aten.gather.default: _gather,
     aten.index.Tensor: _index,
     aten.repeat.default: _repeat,
     aten.flip.default: _flip,

@@ -14,6 +14,7 @@ _WRITES = (
     aten.copy_.default,
     aten.index_copy_.default,
     aten.index_put_.default,
+    aten.scatter_.src,
     aten.zero_.default,
     aten.fill_.Scalar,
     aten.fill_.Tensor,

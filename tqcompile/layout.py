@@ -173,3 +173,8 @@ def _plane_layout(factor: Lookup, coordinates: int, dtype: torch.dtype, start: i
             sections.append(Section(bits, shift, offset, run))
             offset, shift = offset + run, shift + bits
     return PlaneLayout(plane, torch.uint8, start, offset - start, count, tuple(sections))
+
+
+def along_plane(index: torch.Tensor, plane: torch.Tensor) -> torch.Tensor:
+    """An index [..., n] of `gather` or `scatter_`, alike for all n channels of a token, as one of a plane of tokens."""
+    return index[..., :1].expand(*index.shape[:-1], plane.shape[-1])

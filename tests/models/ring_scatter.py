@@ -4,8 +4,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-EXPECT = "dense"
-REFUSED = ("scatter_ writes it in a way that no rule follows",)
+EXPECT = "compressed"
 DIM, HEADS, KV_HEADS, HEAD_DIM, WINDOW, SLOTS = 64, 4, 2, 32, 6, 16
 
 

@@ -67,6 +67,30 @@ def test_every_concatenation_is_cat_with_a_dimension(cat):
     assert node.target is torch.cat and node.args[1] == -2 and not node.kwargs
 
 
+PLACES = torch.randint(5, (2, 4, 3))
+CHOICES = {
+    "gather": lambda x, i: torch.gather(x, 2, i[..., None].expand(-1, -1, -1, 8)),
+    "gather by keywords": lambda x, i: x.gather(dim=2, index=i[..., None].expand(2, 4, 3, 8), sparse_grad=False),
+    "take_along_dim": lambda x, i: x.take_along_dim(i[..., None], -2),
+    "take_along_dim for all heads": lambda x, i: torch.take_along_dim(x, i[:1, :1, :, None], dim=2),
+}
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_every_spelling_of_tokens_that_an_index_names_becomes_gather(name):
+    gm = capture(CHOICES[name], K, PLACES)
+    canonicalize(gm, None)
+    assert operators(gm)["gather"] == 1 and "take_along_dim" not in operators(gm)
+    gm.recompile()
+    names = [node.name for node in gm.graph.nodes if node.op == "placeholder"]
+    assert gm(*(K if name == "l_x_" else PLACES for name in names))[0].equal(CHOICES[name](K, PLACES))
+
+
+def test_take_along_dim_of_channels_is_left_alone():
+    gm = capture(lambda x, i: x.take_along_dim(i, 3), K, torch.zeros(2, 4, 5, 1, dtype=torch.int64))
+    assert canonicalize(gm, None) == 0 and operators(gm) == {"take_along_dim": 1}
+
+
 def test_what_is_canonical_already_is_not_counted():
     gm = capture(lambda q, k: torch.matmul(q, torch.permute(k, (0, 1, 3, 2))), Q, K)
     canonicalize(gm, None)

@@ -4,10 +4,11 @@ import warnings
 
 import pytest
 import torch
+from graphs import capture
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tqcompile.passes.indices import index_items
+from tqcompile.passes.indices import index_items, names_tokens
 
 SHAPE = (2, 3, 4, 5)
 NUMBERS = torch.arange(2 * 3 * 4 * 5).view(SHAPE)
@@ -46,3 +47,28 @@ def test_items_take_what_the_index_takes(index):
 @pytest.mark.parametrize("index", [[1, 0], [0], [], [True, False], ([1, 0], slice(None)), True], ids=str)
 def test_a_list_of_numbers_takes_several_of_one_dimension(index):
     assert index_items(index, 4) is None
+
+
+TENSOR = torch.randn(2, 3, 6, 5)
+INDICES = {
+    "expanded": (lambda x, i: i[..., None].expand(-1, -1, -1, x.shape[-1]), True),
+    "expanded as another": (lambda x, i: i.unsqueeze(-1).expand_as(x[:, :, :2]), True),
+    "expanded, then cut": (lambda x, i: i[..., None].expand(2, 3, 2, 5)[:, :1], True),
+    "broadcast": (lambda x, i: torch.broadcast_to(i[..., None], (2, 3, 2, 5)), True),
+    "repeated": (lambda x, i: i[..., None].repeat(1, 1, 1, 5), True),
+    "repeated along a new dimension": (lambda x, i: i[0, 0, :, None].repeat(2, 3, 1, 5), True),
+    "narrower": (lambda x, i: i[..., None].expand(-1, -1, -1, 4), False),
+    "another in each channel": (lambda x, i: i[..., None] + torch.arange(5) % 2, False),
+    "repeated along tokens": (lambda x, i: (i[..., None] + torch.arange(5) % 2).repeat(1, 1, 2, 1), False),
+}
+
+
+@pytest.mark.parametrize("name", INDICES)
+def test_an_index_names_tokens_where_it_was_made_one_number_for_all_channels(name):
+    make, expected = INDICES[name]
+    places = torch.randint(4, (2, 3, 2))
+    gm = capture(lambda x, i: x.gather(2, make(x, i)), TENSOR, places)
+    gather = next(node for node in gm.graph.nodes if node.target == "gather")
+    assert names_tokens(gather.args[2], TENSOR) == expected
+    index = make(TENSOR, places)
+    assert not expected or index.equal(index[..., :1].expand(*index.shape[:-1], 5))

@@ -1,0 +1,36 @@
+"""Which writes by an index along a dimension put whole tokens into a cache."""
+
+import pytest
+import torch
+from test_sites import AT, Cache, K, Q, V, attend, found, write
+
+PLACES = torch.randint(9, (2, 4, 3)).unsqueeze(-1).expand(2, 4, 3, 8)
+SCATTERS = {
+    "by arguments": lambda cache, k: cache.scatter_(2, PLACES, k),
+    "by keywords": lambda cache, k: cache.scatter_(
+        dim=-2, index=PLACES.contiguous()[..., :1].repeat(1, 1, 1, 8), src=k
+    ),
+    "of some sequences": lambda cache, k: cache.scatter_(2, PLACES[:1], k[:1]),
+}
+OTHER_SCATTERS = {
+    "of a number": lambda cache, k: cache.scatter_(2, PLACES, 1.0),
+    "of sums": lambda cache, k: cache.scatter_(2, PLACES, k, reduce="add"),
+    "of fewer than are given": lambda cache, k: cache.scatter_(2, PLACES[:1], k),
+    "of its own tokens": lambda cache, k: cache.scatter_(2, PLACES, cache[:, :, :3].clone()),
+    "by channels": lambda cache, k: cache.scatter_(2, PLACES.contiguous(), k),
+    "along channels": lambda cache, k: cache.scatter_(3, torch.zeros(2, 4, 3, 8, dtype=torch.int64), k),
+}
+
+
+@pytest.mark.filterwarnings("ignore:The reduce argument")
+@pytest.mark.parametrize("name", [*SCATTERS, *OTHER_SCATTERS])
+def test_whole_tokens_can_be_scattered(name):
+    def step(kc, vc, q, k, v, at):
+        (SCATTERS | OTHER_SCATTERS)[name](kc, k), write(vc, v, at)
+        return attend(q, kc, vc)
+
+    context = found(Cache(step), Q, K, V, AT)
+    assert [site.role for site in context.sites] == ["keys", "values"][name in OTHER_SCATTERS :]
+    assert [refusal.reason for refusal in context.refusals] == [
+        "scatter_ writes it in a way that no rule follows" for _ in range(name in OTHER_SCATTERS)
+    ]
