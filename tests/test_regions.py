@@ -161,7 +161,7 @@ def test_two_continuations_of_one_prefix_do_not_see_each_other():
     assert after(ours, twin, lambda x: x) < 5e-6
 
 
-@pytest.mark.parametrize("change", ["zero", "copy", "view", "column", "fill"])
+@pytest.mark.parametrize("change", ["zero", "copy", "view", "column", "fill", "scatter"])
 def test_what_eager_code_writes_is_what_attention_reads(change):
     """No slot holds a token that was overwritten behind its back, in a static cache, also through a view of it."""
     shape = Shape(layers=1)
@@ -181,6 +181,8 @@ def test_what_eager_code_writes_is_what_attention_reads(change):
                     cache[:, 1:][:, :, 1].copy_(new[:, 1:, 1])
                 case "fill":
                     cache[1:].fill_(0.5)
+                case "scatter":
+                    cache.scatter_(2, torch.arange(24).view(-1, 1).expand(2, 2, 24, 32), new)
     twin.rows = {7}
     x = torch.randn(2, 1, EMBED)
     assert (ours.feed(x) - twin.feed(x)).abs().max().item() < 5e-6

@@ -65,6 +65,8 @@ def bias(mask):
     return torch.zeros(mask.shape).masked_fill(~mask, float("-inf")) + torch.arange(9) / 4
 
 
+PLACES = torch.randint(9, (2, 4, 5, 1), generator=torch.Generator().manual_seed(5))
+
 ATTENTIONS = {
     "no option": lambda q, k, v, mask: sdpa(q, k, v),
     "a mask for each head": lambda q, k, v, mask: sdpa(q, k, v, mask),
@@ -80,6 +82,9 @@ ATTENTIONS = {
     "one query": lambda q, k, v, mask: sdpa(q[:, :, -1:], k, v, mask[:, :, -1:]),
     "tokens from within": lambda q, k, v, mask: sdpa(q, k[:, :, 2:8], v[:, :, 2:8], mask[..., 2:8]),
     "narrowed tokens": lambda q, k, v, mask: sdpa(q, k.narrow(2, 3, 4), v.narrow(2, 3, 4), mask[..., 3:7]),
+    "tokens that an index names": lambda q, k, v, mask: sdpa(
+        q, *(x.gather(2, PLACES.expand(-1, -1, -1, x.shape[-1])) for x in (k, v))
+    ),
     "keys and values at different places": lambda q, k, v, mask: sdpa(q, k[:, :, 1:7], v[:, :, 3:]),
     "some of the heads": lambda q, k, v, mask: sdpa(q[:, :2], k[:, 2:], v[:, 2:]),
     "one row of the batch": lambda q, k, v, mask: sdpa(q[1:], k[1:], v[1:], mask[1:]),

@@ -4,6 +4,8 @@ import pytest
 import torch
 from test_sites import AT, Cache, K, Q, V, attend, found, write
 
+import tqcompile
+
 PLACES = torch.randint(9, (2, 4, 3)).unsqueeze(-1).expand(2, 4, 3, 8)
 SCATTERS = {
     "by arguments": lambda cache, k: cache.scatter_(2, PLACES, k),
@@ -34,3 +36,18 @@ def test_whole_tokens_can_be_scattered(name):
     assert [refusal.reason for refusal in context.refusals] == [
         "scatter_ writes it in a way that no rule follows" for _ in range(name in OTHER_SCATTERS)
     ]
+
+
+def test_tokens_that_an_index_names_are_a_copy():
+    def step(kc, vc, q, k, v, at):
+        before = kc.gather(2, PLACES), vc.gather(2, PLACES)
+        write(kc, k, at), write(vc, v, at)
+        return attend(q, kc, vc) + attend(q, *before)
+
+    model, twin = Cache(step), Cache(step)
+    compiled = torch.compile(model, backend=tqcompile.turboquant(preset="lossless", inner="eager", strict=True))
+    with torch.no_grad():
+        for start in (0, 2, 5):
+            given = Q, K + start, V, AT + start
+            torch.testing.assert_close(compiled(*given), twin(*given))
+    assert not tqcompile.report(model).fallbacks
