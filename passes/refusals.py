@@ -27,6 +27,7 @@ class Refusal:
     """A cache that stays dense: its name in the model, why, where, and what would change that.
 
     `last` is the tensor of the last call, where that may be no cache: the report says nothing of what nobody keeps.
+    `settled` gets a name of the cache where a later graph compresses the same tensor.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Refusal:
     where: str
     remedy: str
     last: list[weakref.ref] | None = field(default=None, compare=False)
+    settled: list[str] = field(default_factory=list, compare=False)
 
     @property
     def under_strict(self) -> str:
@@ -43,7 +45,7 @@ class Refusal:
     @property
     def stands(self) -> bool:
         held = [tensor for tensor in map(weakref.ref.__call__, self.last or ()) if tensor is not None]
-        return self.last is None or any(not isinstance(tensor, CompressedKV) for tensor in held)
+        return not self.settled and (self.last is None or any(not isinstance(tensor, CompressedKV) for tensor in held))
 
 
 _REMEDIES = {

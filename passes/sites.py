@@ -17,10 +17,19 @@ from tqcompile.cache import CompressedKV
 from tqcompile.codec import Codec
 from tqcompile.passes.indices import chosen_of
 from tqcompile.passes.nodes import memory_of, sizes_of, tensor_of, walk
-from tqcompile.passes.overlooked import overlooked, read_only, remade
+from tqcompile.passes.overlooked import Overlooked, overlooked, read_only, remade
 from tqcompile.passes.places import operands_of
 from tqcompile.passes.records import Append, Read
-from tqcompile.passes.refusals import FLOATS, Refusal, foreign_cache, refuse, remade_cache, unknown_cache, wrapped
+from tqcompile.passes.refusals import (
+    FLOATS,
+    Refusal,
+    foreign_cache,
+    name_of,
+    refuse,
+    remade_cache,
+    unknown_cache,
+    wrapped,
+)
 from tqcompile.passes.roles import (
     along_tokens,
     codec_of,
@@ -37,7 +46,8 @@ from tqcompile.passes.views import View, written_value
 
 REPEATED = "it is computed from a tensor of its size in a way that no rule follows, and codes of codes would drift"
 
-# Caches that a graph writes and does not read: the next one that reads them knows what they are.
+# Caches that a graph writes and does not read: the next one that reads them knows what they are. Each has the lists
+# `settled` of the refusals that said so.
 _written_elsewhere = WeakTensorKeyDictionary()
 
 
@@ -89,9 +99,17 @@ def sites(gm: fx.GraphModule, context) -> int:
     context.refusals = (*refusals, *(unknown_cache(cache) for cache in unknown if cache.reader))
     if context.options.strict and context.refusals:
         raise ValueError(context.refusals[0].under_strict)
-    context.refusals += (*states, *(unknown_cache(cache) for cache in unknown if cache.reader is None))
+    context.refusals += (*states, *map(_unread, (cache for cache in unknown if cache.reader is None)))
     context.refusals += tuple(foreign.values())
     return len(context.sites)
+
+
+def _unread(cache: Overlooked) -> Refusal:
+    """The refusal of a cache that is written and not read, until another graph takes it for one."""
+    refusal, held = unknown_cache(cache), real(cache.root)
+    if held is not None and held in _written_elsewhere:
+        _written_elsewhere[held].append(refusal.settled)
+    return refusal
 
 
 def _survey(
@@ -158,12 +176,14 @@ def _decide(survey: Survey, outputs: list[fx.Node], context) -> tuple[list[Site]
         if reason is None and not along_tokens(survey, root):
             reason = "it grows along a dimension that attention does not read as tokens"
         if reason is None:
+            for settled in _written_elsewhere.get(real(root), ()) if root in elsewhere else ():
+                settled.append(name_of(root))
             kind = "in_place" if in_place else "append" if root in appended else "read"
             accepted[root] = Site(root, kind, role, codec_of(root, role, context), appended.get(root))
         elif role is not None or root in compressed or reason == TURNED:
             refused[root] = reason
         if role is None and root in written and real(root) is not None and root not in survey.losses:
-            _written_elsewhere[real(root)] = None
+            _written_elsewhere.setdefault(real(root), [])
     for root in refused:
         if root in compressed:
             # It is compressed already: the graph reads a decoded copy, and must not write into that.

@@ -5,7 +5,6 @@ from torch import nn
 from torch.nn import functional as F
 
 EXPECT = "compressed"
-REFUSED = ("this graph writes it and never reads it",)
 DIM, HEADS, HEAD_DIM, MAX_LEN = 64, 2, 32, 32
 
 
