@@ -38,9 +38,10 @@ def full(item, size=None) -> bool:
     return item.stop is None or (size is not None and same_size(example(item.stop), size))
 
 
-def names_tokens(index: fx.Node, tensor: torch.Tensor) -> bool:
-    """Whether an index of `gather` or `scatter_` takes tokens of a tensor as a whole: each of its numbers was made one
-    for all channels."""
+def names_tokens(node: fx.Node, tensor: torch.Tensor) -> bool:
+    """Whether `gather(dim, index)` or `scatter_` takes tokens of a tensor as a whole: each number of its index was made
+    one for all channels."""
+    index = node.args[2] if len(node.args) > 2 else None
     value = tensor_of(index)
     if value is None or value.dim() != tensor.dim() or not same_size(value.shape[-1], tensor.shape[-1]):
         return False
@@ -70,14 +71,15 @@ def chosen_of(node: fx.Node) -> fx.Node | None:
     """The tensor of which a node keeps one run of tokens, those that an index names, or several of these behind each
     other; None for any other node."""
     if spelling(node) == "cat":
-        apart = node.args[1] % tensor_of(node).dim() != tensor_of(node).dim() - 1
-        sources = {chosen_of(part) for part in node.args[0]} if apart else set()
+        parts, dim = (*node.args, 0)[:2]
+        behind = isinstance(parts, (tuple, list)) and dim % tensor_of(node).dim() != tensor_of(node).dim() - 1
+        sources = set(map(chosen_of, parts)) if behind else set()
         return sources.pop() if len(sources) == 1 else None
     source = node.args[0] if spelling(node) in ("getitem", "index_select", "gather") and node.args else None
     if tensor_of(source) is None or tensor_of(node) is None or tensor_of(source).dim() != tensor_of(node).dim():
         return None
     if spelling(node) == "gather":
-        return source if names_tokens(node.args[2], tensor_of(source)) else None
+        return source if names_tokens(node, tensor_of(source)) else None
     if spelling(node) == "index_select" or kept_run(node) is not None:
         return source
     items = index_items(node.args[1], tensor_of(source).dim()) or [None]

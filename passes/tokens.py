@@ -45,7 +45,7 @@ def _scatters_tokens(node: fx.Node, view: View, views: dict[fx.Node, View]) -> b
     if len(node.args) != 4 or node.kwargs:
         return False
     cache, (_, dim, index, tokens) = tensor_of(view.node), node.args
-    if dim % cache.dim() == cache.dim() - 1 or not names_tokens(index, cache):
+    if dim % cache.dim() == cache.dim() - 1 or not names_tokens(node, cache):
         return False
     own = tokens in views and views[tokens].root is view.root
     return not own and all(map(same_size, tensor_of(tokens).shape, tensor_of(index).shape))

@@ -144,7 +144,7 @@ def _along(node: fx.Node, parent: View, value: torch.Tensor) -> View | None:
     rank = tensor_of(parent.node).dim()
     if not parent.plain or not isinstance(dim, int) or dim % rank == rank - 1:
         return None
-    if spelling(node) == "gather" and not names_tokens(node.args[2], tensor_of(parent.node)):
+    if spelling(node) == "gather" and not names_tokens(node, tensor_of(parent.node)):
         return None
     return _moved(node, parent, value, fresh=spelling(node) in ("index_select", "gather"))
 

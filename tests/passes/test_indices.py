@@ -8,7 +8,8 @@ from graphs import capture
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tqcompile.passes.indices import index_items, names_tokens
+from tqcompile.passes.canonicalize import canonicalize
+from tqcompile.passes.indices import chosen_of, index_items, names_tokens
 
 SHAPE = (2, 3, 4, 5)
 NUMBERS = torch.arange(2 * 3 * 4 * 5).view(SHAPE)
@@ -69,6 +70,35 @@ def test_an_index_names_tokens_where_it_was_made_one_number_for_all_channels(nam
     places = torch.randint(4, (2, 3, 2))
     gm = capture(lambda x, i: x.gather(2, make(x, i)), TENSOR, places)
     gather = next(node for node in gm.graph.nodes if node.target == "gather")
-    assert names_tokens(gather.args[2], TENSOR) == expected
+    assert names_tokens(gather, TENSOR) == expected
     index = make(TENSOR, places)
     assert not expected or index.equal(index[..., :1].expand(*index.shape[:-1], 5))
+
+
+CHOICES = {
+    "a run": (lambda x, i: x[:, :, 1:3], True),
+    "places": (lambda x, i: x[:, :, i[0, 0]], True),
+    "of each head": (lambda x, i: x.gather(2, i[..., None].expand(-1, -1, -1, 5)), True),
+    "two runs": (lambda x, i: torch.cat((x[:, :, :1], x[:, :, 2:]), 2), True),
+    "channels": (lambda x, i: x[..., 1:3], False),
+    "channels of two runs": (lambda x, i: torch.cat([x[:, :, :1], x[:, :, 1:2]], 3), False),
+    "two tensors": (lambda x, i: torch.cat([x[:, :, :1], (x + 1)[:, :, 2:]], 2), False),
+    "other numbers": (lambda x, i: x[:, :, 1:3] + 1, False),
+}
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_what_keeps_tokens_of_one_tensor_is_told_from_the_rest(name):
+    make, expected = CHOICES[name]
+    gm = capture(lambda x, i: make(x * 2, i), TENSOR, torch.randint(4, (2, 3, 2)))
+    canonicalize(gm, None)
+    output = next(iter(gm.graph.find_nodes(op="output"))).args[0][0]
+    source = chosen_of(output)
+    assert (source is not None) == expected and (source is None or source.target.__name__ == "mul")
+
+
+def test_what_a_node_makes_a_list_of_is_no_choice():
+    graph = torch.fx.Graph()
+    joined = graph.call_function(torch.cat, (graph.call_function(torch.split, (graph.placeholder("x"), 1)), 2))
+    joined.meta["example_value"] = TENSOR
+    assert chosen_of(joined) is None
