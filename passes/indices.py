@@ -3,7 +3,7 @@
 import torch
 from torch import fx
 
-from tqcompile.passes.nodes import example, spelling, tensor_of, times_of
+from tqcompile.passes.nodes import example, memory_of, spelling, tensor_of, written_memory
 
 
 def same_size(left, right) -> bool:
@@ -45,9 +45,11 @@ def names_tokens(node: fx.Node, tensor: torch.Tensor) -> bool:
     value = tensor_of(index)
     if value is None or value.dim() != tensor.dim() or not same_size(value.shape[-1], tensor.shape[-1]):
         return False
-    times = times_of(index) if spelling(index) == "repeat" else ()
-    repeated = len(times) == value.dim() and same_size(tensor_of(index.args[0]).shape[-1], 1)
-    return repeated or same_size(value.stride(-1), 0)
+    if same_size(value.stride(-1), 0):
+        return True
+    # What has memory of its own for each channel may be given other numbers there.
+    repeated = spelling(index) == "repeat" and same_size(tensor_of(index.args[0]).shape[-1], 1)
+    return repeated and memory_of(index) not in written_memory(index.graph.nodes)
 
 
 def kept_run(node: fx.Node) -> tuple[fx.Node, int, slice] | None:

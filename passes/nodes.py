@@ -88,3 +88,13 @@ def written_operands(node: fx.Node) -> list:
         operands += node.all_input_nodes
     flat = (item for operand in operands for item in (operand if isinstance(operand, (list, tuple)) else (operand,)))
     return [item for item in flat if isinstance(item, fx.Node)]
+
+
+def written_tensors(node: fx.Node) -> list[fx.Node]:
+    """The tensors that a node writes into."""
+    return [operand for operand in written_operands(node) if tensor_of(operand) is not None]
+
+
+def written_memory(nodes: Iterable[fx.Node]) -> set[int]:
+    """The memory that any of these nodes writes into."""
+    return {memory_of(operand) for node in nodes for operand in written_tensors(node)}

@@ -2,8 +2,7 @@
 
 from torch import fx
 
-from tqcompile.passes.nodes import memory_of, spelling, tensor_of
-from tqcompile.passes.tokens import written_memory
+from tqcompile.passes.nodes import memory_of, spelling, tensor_of, written_memory
 
 # What computes the same whenever it is called: nothing random, and nothing that asks for more than its arguments.
 _REPEATABLE = (

@@ -9,12 +9,12 @@ from torch import fx
 
 from tqcompile.passes.flex import TWIN, made_for
 from tqcompile.passes.indices import kept_run
-from tqcompile.passes.nodes import memory_of, spelling, tensor_of, walk, written_operands
+from tqcompile.passes.nodes import memory_of, spelling, tensor_of, walk, written_memory, written_operands
 from tqcompile.passes.places import alike, are_weights, becomes_weights, fits, places_of, roles_of
 from tqcompile.passes.records import Append, Join, Read, forget_unread
 from tqcompile.passes.sinks import sink_behind
 from tqcompile.passes.softmax import addends, chain_behind
-from tqcompile.passes.tokens import kept_by, source_of, whole_tokens, written_memory
+from tqcompile.passes.tokens import kept_by, source_of, whole_tokens
 from tqcompile.passes.views import View, derived, identity, root_view, shape_only
 
 TURNED = "its tokens lie along the last dimension, where codes have head_dim"

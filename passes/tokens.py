@@ -1,12 +1,10 @@
 """Which writes put whole tokens into a cache, and what is kept of a tensor."""
 
-from collections.abc import Iterable
-
 import torch
 from torch import fx
 
 from tqcompile.passes.indices import full, index_items, names_tokens, same_size
-from tqcompile.passes.nodes import memory_of, spelling, tensor_of, walk, written_operands
+from tqcompile.passes.nodes import memory_of, spelling, tensor_of, walk, written_tensors
 from tqcompile.passes.views import CARRIERS, View
 
 _WRITERS = {"setitem", "index_copy_", "copy_", "scatter_", "zero_"}
@@ -66,16 +64,6 @@ def source_of(write: fx.Node) -> fx.Node | None:
     if spelling(write) == "zero_":
         return None
     return write.args[1] if spelling(write) == "copy_" else write.args[-1]
-
-
-def written_tensors(node: fx.Node) -> list[fx.Node]:
-    """The tensors that a node writes into."""
-    return [operand for operand in written_operands(node) if tensor_of(operand) is not None]
-
-
-def written_memory(nodes: Iterable[fx.Node]) -> set[int]:
-    """The memory that any of these nodes writes into."""
-    return {memory_of(operand) for node in nodes for operand in written_tensors(node)}
 
 
 def positions_along(index, cache: torch.Tensor, value: torch.Tensor) -> int | None:

@@ -11,10 +11,10 @@ from tqcompile.passes.centred import Centrer
 from tqcompile.passes.context import Context
 from tqcompile.passes.indices import index_items
 from tqcompile.passes.keep import Keeper
-from tqcompile.passes.nodes import memory_of, of_given_sizes, spelling, tensor_of
+from tqcompile.passes.nodes import memory_of, of_given_sizes, spelling, tensor_of, written_memory
 from tqcompile.passes.records import Join
 from tqcompile.passes.sites import Site
-from tqcompile.passes.tokens import positions_along, source_of, written_memory
+from tqcompile.passes.tokens import positions_along, source_of
 from tqcompile.passes.views import View
 
 

@@ -51,6 +51,13 @@ def test_a_list_of_numbers_takes_several_of_one_dimension(index):
 
 
 TENSOR = torch.randn(2, 3, 6, 5)
+
+
+def at_one(index):
+    index[..., 1].zero_()
+    return index
+
+
 INDICES = {
     "expanded": (lambda x, i: i[..., None].expand(-1, -1, -1, x.shape[-1]), True),
     "expanded as another": (lambda x, i: i.unsqueeze(-1).expand_as(x[:, :, :2]), True),
@@ -58,6 +65,8 @@ INDICES = {
     "broadcast": (lambda x, i: torch.broadcast_to(i[..., None], (2, 3, 2, 5)), True),
     "repeated": (lambda x, i: i[..., None].repeat(1, 1, 1, 5), True),
     "repeated along a new dimension": (lambda x, i: i[0, 0, :, None].repeat(2, 3, 1, 5), True),
+    "repeated, then written": (lambda x, i: at_one(i[..., None].repeat(1, 1, 1, 5)), False),
+    "expanded, then written": (lambda x, i: at_one((i[..., None] + 1).expand(-1, -1, -1, 5)), True),
     "narrower": (lambda x, i: i[..., None].expand(-1, -1, -1, 4), False),
     "another in each channel": (lambda x, i: i[..., None] + torch.arange(5) % 2, False),
     "repeated along tokens": (lambda x, i: (i[..., None] + torch.arange(5) % 2).repeat(1, 1, 2, 1), False),

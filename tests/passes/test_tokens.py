@@ -6,13 +6,15 @@ from test_sites import AT, Cache, K, Q, V, attend, found, write
 
 import tqcompile
 
-PLACES = torch.randint(9, (2, 4, 3)).unsqueeze(-1).expand(2, 4, 3, 8)
+PLACES = torch.rand(2, 4, 9).argsort(-1)[..., :3, None].expand(2, 4, 3, 8)
 SCATTERS = {
     "by arguments": lambda cache, k: cache.scatter_(2, PLACES, k),
     "by keywords": lambda cache, k: cache.scatter_(
         dim=-2, index=PLACES.contiguous()[..., :1].repeat(1, 1, 1, 8), src=k
     ),
     "of some sequences": lambda cache, k: cache.scatter_(2, PLACES[:1], k[:1]),
+    "into a new tensor": lambda cache, k: cache.copy_(cache.scatter(2, PLACES, k)),
+    "into a new tensor, by keywords": lambda cache, k: cache.copy_(torch.scatter(cache, dim=2, index=PLACES, src=k)),
 }
 OTHER_SCATTERS = {
     "of a number": lambda cache, k: cache.scatter_(2, PLACES, 1.0),
@@ -38,16 +40,40 @@ def test_whole_tokens_can_be_scattered(name):
     ]
 
 
-def test_tokens_that_an_index_names_are_a_copy():
-    def step(kc, vc, q, k, v, at):
-        before = kc.gather(2, PLACES), vc.gather(2, PLACES)
-        write(kc, k, at), write(vc, v, at)
-        return attend(q, kc, vc) + attend(q, *before)
-
+def as_the_model(step):
+    """The report of a compiled model that says what the model says."""
     model, twin = Cache(step), Cache(step)
     compiled = torch.compile(model, backend=tqcompile.turboquant(preset="lossless", inner="eager", strict=True))
     with torch.no_grad():
         for start in (0, 2, 5):
             given = Q, K + start, V, AT + start
             torch.testing.assert_close(compiled(*given), twin(*given))
-    assert not tqcompile.report(model).fallbacks
+    return tqcompile.report(model)
+
+
+@pytest.mark.parametrize("name", SCATTERS)
+def test_scattered_tokens_are_read_at_their_places(name):
+    def step(kc, vc, q, k, v, at):
+        SCATTERS[name](kc, k), SCATTERS[name](vc, v)
+        return attend(q, kc, vc)
+
+    assert not as_the_model(step).fallbacks
+
+
+def test_an_index_that_is_written_into_is_read_channel_by_channel():
+    def step(kc, vc, q, k, v, at):
+        write(kc, k, at), write(vc, v, at)
+        places = PLACES[..., :1].repeat(1, 1, 1, 8)
+        places[..., 1] = 0
+        return attend(q, kc, vc) + attend(q, kc.gather(2, places), vc.gather(2, places))
+
+    assert {fallback.operator for fallback in as_the_model(step).fallbacks} == {"gather"}
+
+
+def test_tokens_that_an_index_names_are_a_copy():
+    def step(kc, vc, q, k, v, at):
+        before = kc.gather(2, PLACES), vc.gather(2, PLACES)
+        write(kc, k, at), write(vc, v, at)
+        return attend(q, kc, vc) + attend(q, *before)
+
+    assert not as_the_model(step).fallbacks
