@@ -57,10 +57,11 @@ def remade(outputs: list[fx.Node], survey: Survey) -> Iterator[Overlooked]:
     caches |= {root for root in roots if any(_continues(user, root) and roles_of([user]) for user in root.users)}
     caches -= {root for node in outputs if node in survey.views for root in survey.views[node].roots}
     caches -= {view.root for view in survey.writes.values()}
-    for node in outputs:
+    ends = {*survey.views, *survey.reads} if caches else ()
+    for node in outputs if caches else ():
         if node in survey.views or tensor_of(node) is None:
             continue
-        before = list(walk([node], lambda each: [] if each in survey.views | survey.reads else operands_of(each)))
+        before = dict.fromkeys(walk([node], lambda each: [] if each in ends else operands_of(each)))
         for source in before:
             root = survey.views[source].root if source in survey.views else None
             if root in caches and _is_as_wide(node, root):
@@ -68,7 +69,7 @@ def remade(outputs: list[fx.Node], survey: Survey) -> Iterator[Overlooked]:
                 yield Overlooked(root, node, _culprit(source, before))
 
 
-def _culprit(source: fx.Node, before: list[fx.Node]) -> fx.Node:
+def _culprit(source: fx.Node, before: dict[fx.Node, None]) -> fx.Node:
     """The first node on the way from `source` that does more than to move tokens, or the first of all."""
     first, *others = list(walk([source], lambda each: [user for user in each.users if user in before]))[1:]
     return next((each for each in (first, *others) if spelling(each) not in {*CARRIERS, "cat", "stack"}), first)

@@ -15,7 +15,7 @@ from tqcompile.passes.overlooked import Overlooked
 
 FOREIGN = "attention reads it, and no graph that was compiled keeps tokens in it"
 
-WHOLE_TOKENS = "Choose whole tokens: by slices, index_select, or gather with an index that is expanded over head_dim."
+WHOLE_TOKENS = "Keep whole tokens as they are: by slices, index_select, or gather with an index expanded over head_dim."
 
 _TORCH = str(Path(torch.__file__).parent) + os.sep
 

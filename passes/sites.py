@@ -81,9 +81,9 @@ def sites(gm: fx.GraphModule, context) -> int:
     made = [node for node in dict.fromkeys(made) if node not in held.views]
     created = Survey(gm.graph, dict.fromkeys(map(_whole, made)))
     context.survey = held
-    new, also_refused = _decide_created(created, made, context)
-    known = {node for node in made if role_of(created, _whole(node), context) is not None}
-    others = [node for node in map(written_value, outputs) if node not in known]
+    roles = {node: role_of(created, _whole(node), context) for node in made}
+    new, also_refused = _decide_created(created, roles, context)
+    others = [node for node in map(written_value, outputs) if roles.get(node) is None]
     changed = {cache.root: remade_cache(cache) for cache in remade(others, held)}
     refused = {**changed, **refused}
     decided = {site.root for site in found} | refused.keys()
@@ -107,7 +107,7 @@ def sites(gm: fx.GraphModule, context) -> int:
 def _unread(cache: Overlooked) -> Refusal:
     """The refusal of a cache that is written and not read, until another graph takes it for one."""
     refusal, held = unknown_cache(cache), real(cache.root)
-    if held is not None and held in _written_elsewhere:
+    if held in _written_elsewhere:
         _written_elsewhere[held].append(refusal.settled)
     return refusal
 
@@ -160,7 +160,7 @@ def _decide(survey: Survey, outputs: list[fx.Node], context) -> tuple[list[Site]
     written = {view.root for view in survey.writes.values() if view.owner is view.root}
     appended = {survey.views[node].root: append for node, append in survey.appends.items()}
     compressed = {root for root in _roots(survey) if isinstance(real(root), CompressedKV)}
-    elsewhere = {root for root in _roots(survey) if real(root) in _written_elsewhere}
+    elsewhere = {root: _written_elsewhere[real(root)] for root in _roots(survey) if real(root) in _written_elsewhere}
     kept = {*written, *appended, *compressed, *elsewhere, *_continued(survey, outputs)}
     candidates = [root for root in _roots(survey) if root in kept]
     candidates += [root for root in survey.losses if root not in candidates]
@@ -176,7 +176,7 @@ def _decide(survey: Survey, outputs: list[fx.Node], context) -> tuple[list[Site]
         if reason is None and not along_tokens(survey, root):
             reason = "it grows along a dimension that attention does not read as tokens"
         if reason is None:
-            for settled in _written_elsewhere.get(real(root), ()) if root in elsewhere else ():
+            for settled in elsewhere.get(root, ()):
                 settled.append(name_of(root))
             kind = "in_place" if in_place else "append" if root in appended else "read"
             accepted[root] = Site(root, kind, role, codec_of(root, role, context), appended.get(root))
@@ -213,10 +213,9 @@ def _whole(node: fx.Node) -> fx.Node:
     return node if source is None or source.op == "placeholder" else source
 
 
-def _decide_created(survey: Survey, made: list[fx.Node], context) -> tuple[list[Site], list[Refusal]]:
-    found, refused, parts = [], [], _parts(made)
-    for root in made:
-        role = role_of(survey, _whole(root), context)
+def _decide_created(survey: Survey, roles: dict[fx.Node, str | None], context) -> tuple[list[Site], list[Refusal]]:
+    found, refused, parts = [], [], _parts(list(roles))
+    for root, role in roles.items():
         # A map of features that attention pools is no cache: it is both at once, and its places are two dimensions.
         if role is None or (role == "both" and tensor_of(root).dim() == 4 and paged(survey, _whole(root))):
             continue

@@ -71,10 +71,10 @@ def pair(choose, codec):
 def test_what_is_left_is_what_was_encoded_first(name, codec, lengths):
     model, compiled, twin = pair(CHOICES[name], codec)
     for (out, caches), (expected, dense) in zip(steps(compiled, lengths), steps(twin, lengths)):
-        torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
         for cache, plain in zip(caches, dense):
             assert isinstance(cache, tqcompile.CompressedKV) and cache.shape == plain.shape
-            torch.testing.assert_close(cache.decode(), plain, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(cache.decode(), plain, rtol=1e-5, atol=1e-5)
     report = tqcompile.report(model)
     assert not report.refusals and not report.fallbacks, report
 

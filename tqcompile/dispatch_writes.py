@@ -74,8 +74,8 @@ def _write_scatter(cache, dim, index, source):
     axis = leading(cache, dim)
     if axis is None or not names_tokens(cache, index) or source.dtype != cache.dtype or source.shape != index.shape:
         raise RuntimeError(
-            "scatter_ can write whole tokens into a compressed cache: of its dtype, by an index of their size that was "
-            "expanded over head_dim; write whole tokens, or work on cache.decode()"
+            "scatter_ can write tokens into a compressed cache that are of its dtype, by an index of their size that "
+            f"was expanded over head_dim; {ADVICE}"
         )
     for plane, code in zip(cache.planes, planes_alike(cache, source)):
         plane.scatter_(axis, along_plane(index, plane), code)
