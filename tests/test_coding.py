@@ -466,3 +466,13 @@ def test_pieces_are_decoded_coordinates_once_and_in_order(codec):
         assert at == codec.coordinates(head_dim)
         whole = coding.decode(codec, planes, head_dim)
         assert torch.equal(whole, torch.cat([numbers for _, numbers in found], -1))
+
+
+@LOSSY
+@pytest.mark.parametrize("size", [1e-3, 1e4, 1e5, 1e6, 1e8])
+def test_tokens_are_as_close_as_ever_or_no_numbers_where_scalars_overflow(codec, size):
+    x = normal(20, 64)
+    usual = relative_errors(rebuilt(codec, x), x.double())
+    found = relative_errors(rebuilt(codec, x * size).double() / size, x.double())
+    lost = ~found.isfinite() if size > 1e4 else torch.zeros(20, dtype=torch.bool)
+    assert (found[~lost] < 1.1 * usual[~lost]).all()
