@@ -54,6 +54,7 @@ class BlockSide:
     bits: int
     head_dim: int
     pieces = ()
+    scalars = 0
     crowded = False
     in_line = False
     order = None
@@ -80,7 +81,7 @@ class BlockSide:
     def constants(self, name: str) -> str:
         """The numbers of `fragment` and of this module for this side."""
         blocks, count = self.blocks, self.row_bytes // 4
-        values = {"BLOCKS": blocks, "PIECES": 0, "BREADTH": self.breadth, "RUN": self.row_bytes}
+        values = {"BLOCKS": blocks, "PIECES": 0, "SCALARS": 0, "BREADTH": self.breadth, "RUN": self.row_bytes}
         values |= {"ROW": power_of_two(count), "COUNT": count, "STEP": 2 ** (8 - self.bits)}
         if name == "VALUE":
             values |= {"PARTS": blocks, "WIDTH": self.width, "DIMS": (BLOCK,) * blocks, "UNIT": (1.0,) * blocks}

@@ -227,7 +227,7 @@ def path_usage(bits: int, width: int, capability: int) -> Usage:
 
 def ways_of(sides: Sides) -> list[tuple[bool, bool]]:
     """Whether tiles of such sides come through shared memory, and heads there begin anywhere: what is launched."""
-    whole = all(len(side.pieces) == 1 for side in sides)
+    whole = all(side.scalars == 1 for side in sides)
     return [(False, False)] + in_sectors(sides) * [(True, False)] + (in_sectors(sides) and whole) * [(True, True)]
 
 

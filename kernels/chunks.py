@@ -13,7 +13,7 @@ from tqcompile.kernels.combine import Sizes
 from tqcompile.kernels.emit import Reader
 from tqcompile.kernels.launches import Prepared
 from tqcompile.kernels.placement import Laid
-from tqcompile.kernels.sides import Piece, Side, side_of, whole_numbers
+from tqcompile.kernels.sides import Packed, Side, side_of, whole_numbers
 
 HEADER = '''"""{title}
 
@@ -42,27 +42,27 @@ KERNELS = (
 
 
 @cache
-def piece_of(codec: Codec, head_dim: int) -> Piece | None:
-    """How the codes of a token lie, in one piece, or None where their numbers are not looked up as bfloat16."""
-    if not isinstance(side := side_of(codec, head_dim, 4), Side) or len(side.pieces) > 1:
+def piece_of(codec: Codec, head_dim: int) -> Packed | None:
+    """How the codes of a token lie, of one term, or None where their numbers are not looked up as bfloat16."""
+    if not isinstance(side := side_of(codec, head_dim, 4), Side) or len(side.terms) > 1:
         return None
-    piece, numbers = side.pieces[0], numbers_of(codec, head_dim)
+    piece, numbers = side.terms[0], numbers_of(codec, head_dim)
     is_odd = all(low == -high for low, high in zip(numbers, reversed(numbers)))
     return piece if is_odd and width_of(piece) >= tune.CHUNK_LEAST_DIMS else None
 
 
 def numbers_of(codec: Codec, head_dim: int) -> tuple[int, ...]:
-    """The integers that the codes of a codec of one piece stand for."""
+    """The integers that the codes of a codec of one term stand for."""
     return whole_numbers(codec.terms[0].codes, codec.coordinates(head_dim))
 
 
-def width_of(piece: Piece) -> int:
+def width_of(piece: Packed) -> int:
     """Numbers of a token in a tile: runs are padded to a power of two of words."""
     return 8 * power_of_two(piece.run // 4) * piece.fields
 
 
 @cache
-def pieces_of(codecs: tuple[Codec, Codec], head_dims: tuple[int, int]) -> tuple[Piece, Piece] | None:
+def pieces_of(codecs: tuple[Codec, Codec], head_dims: tuple[int, int]) -> tuple[Packed, Packed] | None:
     """The pieces of keys and of values, or None where either has none, or both together too many registers."""
     pieces = tuple(map(piece_of, codecs, head_dims))
     if None in pieces or (max(map(width_of, pieces)) > 128 and max(piece.bits for piece in pieces) > 4):
@@ -70,7 +70,7 @@ def pieces_of(codecs: tuple[Codec, Codec], head_dims: tuple[int, int]) -> tuple[
     return pieces
 
 
-def constants(name: str, piece: Piece, unit: float = 1.0) -> str:
+def constants(name: str, piece: Packed, unit: float = 1.0) -> str:
     """The numbers of `chunk` for a side whose scalars are multiplied by `unit`."""
     values = {"RUN": piece.run, "HIGH_RUN": piece.high_run, "WORDS": power_of_two(piece.run // 4)}
     values |= {"FIELDS": piece.fields, "DIMS": width_of(piece), "NUMBERS": piece.numbers, "UNIT": piece.unit * unit}
@@ -78,7 +78,7 @@ def constants(name: str, piece: Piece, unit: float = 1.0) -> str:
     return "\n".join(f"{name}_{key} = gl.constexpr({value})" for key, value in values.items())
 
 
-def look_up(name: str, piece: Piece) -> str:
+def look_up(name: str, piece: Packed) -> str:
     """`key_look_up` or `value_look_up`, whose instructions `bfloats` prints."""
     block = bfloats.look_up(piece.bits, piece.fields)
     inputs = "codes, high" if ptx.has_high(piece.bits) else "codes"
@@ -87,7 +87,7 @@ def look_up(name: str, piece: Piece) -> str:
 
 
 @cache
-def source(keys: Piece, values: Piece, reader: Reader) -> str:
+def source(keys: Packed, values: Packed, reader: Reader) -> str:
     """The text of the module that `launch` runs."""
     title = f"Attention of a chunk over keys of {keys.bits} bits, {keys.numbers} dims, values of {values.bits}, "
     # What only hides scores does not see that they are to base two; what adds to them, or computes with them, does.
@@ -105,7 +105,7 @@ def source(keys: Piece, values: Piece, reader: Reader) -> str:
 
 
 @cache
-def module(keys: Piece, values: Piece, reader: Reader, folder: str | None) -> ModuleType:
+def module(keys: Packed, values: Packed, reader: Reader, folder: str | None) -> ModuleType:
     """The imported module of `source`."""
     return emit.build(source(keys, values, reader), folder, False)
 
@@ -140,7 +140,7 @@ def takes(q, codes: Sequence, codecs: tuple[Codec, Codec], head_dims: tuple[int,
 
 
 def plan_of(
-    pieces: tuple[Piece, Piece], reader: Reader, rows: int, heads: int, length: int, device: torch.device
+    pieces: tuple[Packed, Packed], reader: Reader, rows: int, heads: int, length: int, device: torch.device
 ) -> tune.AttendPlan:
     """The plan for `rows` query rows on each of `heads` KV heads over `length` tokens."""
     plain = reader.mask == "none" and not reader.score_mod

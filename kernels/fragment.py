@@ -1,7 +1,7 @@
 """Attention of a few query rows over codes of one to five bits, on int8 matrix units: the kernel.
 
 One warp is a program: it takes one KV head, up to eight rows (query head of the group, query), and a span of tokens.
-Keys and values go from packed codes to matrix operands in registers (`operands`). Sums of products are exact integers;
+Keys and values go from packed codes to matrix operands in registers (`products`). Sums of products are exact integers;
 what rounds is q, and the probabilities of a tile times their values' scalars, each to 15 bits of its largest.
 
 `emit` prints `key_look_up`, `value_look_up` and `read_scores` above this, and the numbers of `Side`.
@@ -9,74 +9,27 @@ what rounds is q, and the probabilities of a tile times their values' scalars, e
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from tqcompile.kernels.blocks import block_scores, mix_blocks
-from tqcompile.kernels.operands import (
-    WEIGHT_LIMIT,
-    eight_nibbles,
-    fields_of,
-    four_tokens,
-    key_operand,
-    larger,
-    table_like,
-    value_operand,
-    weight_operand,
-    word_layout,
-)  # fmt: skip
+from tqcompile.kernels.operands import WEIGHT_LIMIT, larger, weight_operand
+from tqcompile.kernels.products import key_product, key_tables, value_product, value_tables
 from tqcompile.kernels.query import load_query, rows_of
 from tqcompile.kernels.spans import advanced, masked_by, reached
 from tqcompile.kernels.sums import store_sums
 from tqcompile.kernels.tiles import load_key_tile, load_value_tile
 
 # Printed by `emit`; the names stand here so that the skeleton can be read, and checked, as ordinary Python.
-key_look_up = value_look_up = read_scores = None
+read_scores = None
 KEY_BREADTH = VALUE_BREADTH = gl.constexpr(0)
 # Blocks of a side of `blocks`, or pieces where its codes are looked up; the other is zero.
-KEY_BLOCKS = KEY_PIECES = VALUE_BLOCKS = VALUE_PIECES = VALUE_PARTS = gl.constexpr(0)
+KEY_BLOCKS = KEY_PIECES = VALUE_BLOCKS = VALUE_PIECES = VALUE_SCALARS = VALUE_PARTS = gl.constexpr(0)
 # One number for each piece.
-KEY_WORDS = KEY_FIELDS = KEY_TERMS = KEY_DIMS = VALUE_WORDS = VALUE_FIELDS = VALUE_TERMS = gl.constexpr(())
+KEY_SCALAR = VALUE_SCALAR = gl.constexpr(())
 # One for each piece or block.
 VALUE_DIMS = gl.constexpr(())
 
 LOG2_E = gl.constexpr(1.4426950408889634)
-
-
-@gluon.jit
-def key_product(codes, high, table, asked, PIECE: gl.constexpr, T: gl.constexpr, MMA: gl.constexpr, R: gl.constexpr):
-    """The integers [T, R, 2] of a piece of keys times the two parts of each row of q."""
-    LEFT: gl.constexpr = gl.DotOperandLayout(0, MMA, 4)
-    FIELDS: gl.constexpr = KEY_FIELDS[PIECE]
-    TERMS: gl.constexpr = KEY_TERMS[PIECE]
-    x = key_look_up(codes, high, table, PIECE)
-    product = gl.full([T, 2 * R], 0, gl.int32, MMA)
-    operand = key_operand(fields_of(x, 0, 2, FIELDS), fields_of(x, 1, 2, FIELDS), T, KEY_DIMS[PIECE])
-    for term in gl.static_range(1, TERMS):
-        product = mma_v2(gl.convert_layout(operand, LEFT), asked, product)
-        operand = key_operand(x[2 * term], x[2 * term + 1], T, KEY_DIMS[PIECE])
-    return gl.reshape(mma_v2(gl.convert_layout(operand, LEFT), asked, product), [T, R, 2])
-
-
-@gluon.jit
-def value_product(
-    codes, high, table, weights, PIECE: gl.constexpr, T: gl.constexpr, MMA: gl.constexpr, R: gl.constexpr
-):
-    """The integers [VALUE_DIMS, R, 2] of a piece of values times the two parts of each row's weights."""
-    LEFT: gl.constexpr = gl.DotOperandLayout(0, MMA, 4)
-    WORDS: gl.constexpr = VALUE_WORDS[PIECE]
-    DIMS: gl.constexpr = VALUE_DIMS[PIECE]
-    FIELDS: gl.constexpr = VALUE_FIELDS[PIECE]
-    TERMS: gl.constexpr = VALUE_TERMS[PIECE]
-    x = value_look_up(four_tokens(codes, T, WORDS), four_tokens(high, T, WORDS), table, PIECE)
-    product = gl.full([DIMS, 2 * R], 0, gl.int32, MMA)
-    eights = ()
-    for eight in gl.static_range(FIELDS * TERMS):
-        eights = eights + (eight_nibbles(x, 8 * eight),)
-    for term in gl.static_range(TERMS - 1):
-        product = mma_v2(gl.convert_layout(value_operand(eights[term], T, DIMS), LEFT), weights, product)
-    operand = value_operand(fields_of(eights, TERMS - 1, 1, FIELDS), T, DIMS)
-    return gl.reshape(mma_v2(gl.convert_layout(operand, LEFT), weights, product), [DIMS, R, 2])
 
 
 # fmt: off
@@ -96,36 +49,38 @@ def scores_of(keys, asked, unit, key_table, T: gl.constexpr, R: gl.constexpr, MM
     if KEY_BLOCKS:
         return block_scores(keys[0], keys[1], asked, unit, T, R, MMA)
     else:
-        scores = 0.0
+        scores, product = 0.0, gl.full([T, 2 * R], 0, gl.int32, MMA)
         for piece in gl.static_range(KEY_PIECES):
-            product = key_product(keys[0][piece], keys[1][piece], key_table[piece], asked[piece], piece, T, MMA, R)
-            coarse, fine = gl.split(product)
-            # The product with zero makes a key whose scalar is infinite no number, as its decoded dims would.
-            scalars = keys[2][piece].to(gl.float32)
-            part = (coarse * 256 + fine).to(gl.float32) * ((scalars + scalars * 0.0)[:, None] * unit[piece][None, :])
-            if piece == 0:
-                scores = part
-            else:
-                scores += part
+            words, high = keys[0][piece], keys[1][piece]
+            product = key_product(words, high, key_table[piece], asked[piece], product, piece, T, MMA)
+            if piece + 1 == KEY_PIECES or KEY_SCALAR[piece] != KEY_SCALAR[piece + 1]:
+                coarse, fine = gl.split(gl.reshape(product, [T, R, 2]))
+                # The product with zero makes a key whose scalar is infinite no number, as its decoded dims would.
+                scalars = keys[2][KEY_SCALAR[piece]].to(gl.float32)
+                scalars = (scalars + scalars * 0.0)[:, None] * unit[KEY_SCALAR[piece]][None, :]
+                part = (coarse * 256 + fine).to(gl.float32) * scalars
+                scores = part if KEY_SCALAR[piece] == 0 else scores + part
+                product = gl.full([T, 2 * R], 0, gl.int32, MMA)
         return scores
 
 
 @gluon.jit
 def mix(values, weights, rescale, mixed, value_table, T: gl.constexpr, R: gl.constexpr, MMA: gl.constexpr):
     """The weights, and the sums `mixed` of each piece after the values of a tile. Where a row met a value which is no
-    number, its weights are none, or, of several pieces, the sums of that piece."""
+    number, its weights are none, or, of several scalars, the sums of that one's pieces."""
     marked, after = weights, ()
     for piece in gl.static_range(VALUE_PIECES):
-        # A token whose weight is none repeats the last one, and adds nothing that this one does not.
-        scaled = weights * values[2][piece].to(gl.float32)[:, None]
-        if VALUE_PIECES == 1:
-            size = gl.maximum(gl.max(gl.abs(scaled), 0), 1e-30)
-            # The product with zero marks such a row; integers would hide it.
-            marked = weights + scaled * 0.0
-        else:
-            size = larger(gl.reduce(gl.abs(scaled), 0, larger), 1e-30)
-        operand = weight_operand(scaled * (WEIGHT_LIMIT / size)[None, :], T, R)
-        operand = gl.convert_layout(operand, gl.DotOperandLayout(1, MMA, 4))
+        if piece == 0 or VALUE_SCALAR[piece] != VALUE_SCALAR[piece - 1]:
+            # A token whose weight is none repeats the last one, and adds nothing that this one does not.
+            scaled = weights * values[2][VALUE_SCALAR[piece]].to(gl.float32)[:, None]
+            if VALUE_SCALARS == 1:
+                size = gl.maximum(gl.max(gl.abs(scaled), 0), 1e-30)
+                # The product with zero marks such a row; integers would hide it.
+                marked = weights + scaled * 0.0
+            else:
+                size = larger(gl.reduce(gl.abs(scaled), 0, larger), 1e-30)
+            operand = weight_operand(scaled * (WEIGHT_LIMIT / size)[None, :], T, R)
+            operand = gl.convert_layout(operand, gl.DotOperandLayout(1, MMA, 4))
         product = value_product(values[0][piece], values[1][piece], value_table[piece], operand, piece, T, MMA, R)
         after = after + (added(mixed[piece], rescale, product, size),)
     return marked, after
@@ -173,26 +128,6 @@ def nothing_absorbed(T: gl.constexpr, R: gl.constexpr, MMA: gl.constexpr):
     return peak, gl.sum(gl.reshape(zeros, [T // 8, 8, R]), 0), mixed
 
 
-@gluon.jit
-def tables_like(key_words, value_words, T: gl.constexpr):
-    """The look-up operands of each piece beside the words of a tile of keys, and beside those of four tokens of
-    values."""
-    keys, values = (), ()
-    for piece in gl.static_range(KEY_PIECES):
-        keys = keys + (table_like(key_words + 192 * piece, word_layout(T // 8, KEY_WORDS[piece])),)
-    for piece in gl.static_range(VALUE_PIECES):
-        values = values + (value_table_like(value_words + 192 * piece, T, VALUE_WORDS[piece]),)
-    return keys, values
-
-
-@gluon.jit
-def value_table_like(table, T: gl.constexpr, WORDS: gl.constexpr):
-    """The look-up operands beside the words of four tokens of values."""
-    words = gl.full([T // 4, 32, WORDS], 0, gl.int32, word_layout(T // 4, WORDS))
-    FIRST: gl.constexpr = four_tokens(words, T, WORDS)[0].type.layout
-    return table_like(table, FIRST)
-
-
 @gluon.jit(do_not_specialize=[
     "scale", "groups", "length", "span", "splits", "mask_b", "mask_h", "mask_t",
     "reach_b",
@@ -237,7 +172,7 @@ def attend_fragments(
     mask_row, query, token = masked_by(batch, head, groups, queries, mask_b, mask_h, mask_t, T, R, SCORES)
     query -= first
     address = mask_row[None, :] + start * mask_s + token[:, None] * mask_s
-    key_table, value_table = tables_like(key_words, value_words, T)
+    key_table, value_table = key_tables(key_words, T), value_tables(value_words, T)
 
     full = count // T
     # Where a tile's codes and the rows take most registers, none are left to ask for the next one meanwhile.
@@ -269,6 +204,4 @@ def attend_fragments(
 # fmt: on
 
 
-KERNELS = (
-    *(key_product, value_product, scores_of, mix, added, absorb, nothing_absorbed, tables_like, value_table_like),
-)
+KERNELS = (scores_of, mix, added, absorb, nothing_absorbed)

@@ -18,6 +18,7 @@ from tqcompile.kernels import (
     launches,
     operands,
     placement,
+    products,
     ptx,
     query,
     ring,
@@ -58,8 +59,9 @@ def key_look_up(side: Side) -> str:
     """`key_look_up` for each piece, whose instructions `ptx` prints."""
     lines = [_signature("key_look_up(codes, high, table, PIECE: gl.constexpr)")]
     for place, piece in enumerate(side.pieces):
-        inputs = "codes, high" if ptx.has_high(piece.bits) else "codes"
-        lines += [f"    if PIECE == {place}:", *asm_lines(ptx.key_look_up(piece.bits, piece.fields), inputs, " " * 8)]
+        bits = piece.packed.bits
+        inputs = "codes, high" if ptx.has_high(bits) else "codes"
+        lines += [f"    if PIECE == {place}:", *asm_lines(ptx.key_look_up(bits, piece.fields), inputs, " " * 8)]
     return "\n".join(lines)
 
 
@@ -67,9 +69,9 @@ def value_look_up(side: Side) -> str:
     """`value_look_up` for each piece, whose instructions `ptx` prints."""
     lines = [_signature("value_look_up(words, high, table, PIECE: gl.constexpr)")]
     for place, piece in enumerate(side.pieces):
-        inputs = [f"words[{token}]" for token in range(4)]
-        inputs += [f"high[{token}]" for token in range(4)] if ptx.has_high(piece.bits) else []
-        block = ptx.value_look_up(piece.bits, piece.fields)
+        bits, inputs = piece.packed.bits, [f"words[{token}]" for token in range(4)]
+        inputs += [f"high[{token}]" for token in range(4)] if ptx.has_high(bits) else []
+        block = ptx.value_look_up(bits, piece.fields, piece.nibbles)
         lines += [f"    if PIECE == {place}:", *asm_lines(block, ", ".join(inputs), " " * 8)]
     return "\n".join(lines)
 
@@ -143,9 +145,17 @@ CONSTANTS = (
 )
 KERNELS = (
     *(operands.doublings, operands.word_layout, operands.weight_layout, operands.bytes_of),
-    *(operands.larger, operands.places, operands.shifted),
-    *(operands.key_operand, operands.four_tokens, operands.eight_nibbles, operands.fields_of, operands.value_operand),
-    *(operands.weight_operand, operands.table_like, *query.KERNELS, *fragment.KERNELS, *sums.KERNELS),
+    *(operands.larger, operands.places, operands.shifted, operands.word_of),
+    *(operands.key_operand, operands.four_tokens, operands.eight_nibbles, operands.four_nibbles),
+    *(operands.fields_of, operands.value_operand),
+    *(
+        operands.weight_operand,
+        operands.table_like,
+        *query.KERNELS,
+        *products.KERNELS,
+        *fragment.KERNELS,
+        *sums.KERNELS,
+    ),
     *spans.KERNELS,
 )
 LOADED = (
@@ -215,9 +225,8 @@ def choice_of(
     head_dim, breadth = (max(getattr(side, name) for side in sides) for name in ("head_dim", "breadth"))
     tokens = placement.ring_tokens(sides, device) if through else 0
     bits, row_bytes = max(side.bits for side in sides), sum(side.row_bytes for side in sides)
-    setting = tune.integer_setting(
-        rows, head_dim, breadth, sides[1].crowded, tokens, bits, placement.most_pieces(sides)
-    )
+    scalars = placement.most_scalars(sides)
+    setting = tune.integer_setting(rows, head_dim, breadth, sides[1].crowded, tokens, bits, scalars)
     if through:
         setting = tune.with_small_tiles(setting, row_bytes, rows, heads, length, device)
     return tuned.key_of(source(*sides, Reader()) + KERNEL[through], rows, heads, length, device), setting

@@ -15,18 +15,26 @@ from triton.experimental.gluon import language as gl
 
 from tqcompile.codec import Codec
 from tqcompile.coding import Planes, split
-from tqcompile.kernels import blocks, emit, fragment, integer, launcher, operands, query, sides, tiles, tune, tuned
+from tqcompile.kernels import (
+    blocks,
+    emit,
+    fragment,
+    integer,
+    launcher,
+    operands,
+    products,
+    query,
+    sides,
+    tiles,
+    tune,
+    tuned,
+)
 from tqcompile.kernels.blocks import BlockSide
 from tqcompile.kernels.fragment import scores_of
-from tqcompile.kernels.operands import table_like, word_layout
+from tqcompile.kernels.products import key_tables
 from tqcompile.kernels.query import load_query, rows_of
 from tqcompile.kernels.sides import Side
 from tqcompile.kernels.tiles import load_key_tile
-
-# Printed by `integer`; the names stand here so that the skeleton can be read, and checked, as ordinary Python.
-KEY_PIECES = gl.constexpr(0)
-# One number for each piece.
-KEY_WORDS = gl.constexpr(())
 
 
 # fmt: off
@@ -52,9 +60,7 @@ def logits_fragments(
     tile = load_key_tile(at[0], at[1], count - 1, T, SCORES, KEY_S, KEY_SCALE_S)
 
     asked, unit = rows_of(x, q, q_h, q_t, q_d, queries, groups, 1.0, MMA, SCORES, R)
-    table = ()
-    for piece in gl.static_range(KEY_PIECES):
-        table = table + (table_like(words + 192 * piece, word_layout(T // 8, KEY_WORDS[piece])),)
+    table = key_tables(words, T)
     row = gl.program_id(1) * R + gl.arange(0, R, gl.SliceLayout(0, SCORES))
     real = (row < groups * queries)[None, :]
     token = gl.arange(0, T, gl.SliceLayout(1, SCORES))[:, None]
@@ -82,9 +88,10 @@ def logits_fragments(
 
 KERNELS = (
     *(operands.doublings, operands.word_layout, operands.bytes_of, operands.places),
-    *(operands.shifted, operands.load_words, operands.row_of, operands.load_keys),
-    *(operands.fields_of, operands.key_operand, operands.table_like, *query.KERNELS, fragment.key_product),
-    *(fragment.scores_of, tiles.load_key_tile, tiles.tokens_to, logits_fragments),
+    *(operands.shifted, operands.word_of, operands.load_words, operands.row_of, operands.load_keys),
+    *(operands.fields_of, operands.key_operand, operands.table_like, *query.KERNELS, products.key_product),
+    *(products.key_tables, products.with_table, fragment.scores_of, tiles.load_key_tile, tiles.tokens_to),
+    logits_fragments,
 )
 BLOCK_KERNELS = (
     *(blocks.load_key_blocks, blocks.scale_width, blocks.scale_layout, blocks.load_scales, blocks.each_scale),

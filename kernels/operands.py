@@ -91,16 +91,27 @@ def places(LAYOUT: gl.constexpr, COUNT: gl.constexpr, WORDS: gl.constexpr):
 
 
 @gluon.jit
-def load_words(row, word, field, RUN: gl.constexpr, HIGH_RUN: gl.constexpr, PADDED: gl.constexpr, SHARED: gl.constexpr):
-    """Words of nibbles, and of top bits where codes have three. A lane's top bits, and its `field` of a word that two
-    lanes share, are shifted to where those of the first lane lie."""
+def word_of(part, word, LANES: gl.constexpr, WORDS: gl.constexpr, ROOM: gl.constexpr, APART: gl.constexpr):
+    """Which of a piece's ROOM words a lane's `word` is, of `part` of a token's LANES, and the bits that its codes there
+    are shifted by: APART lanes have other fields of a word that is shared, others its other half."""
+    if LANES * WORDS == ROOM:
+        return part * WORDS + word, word * 0
+    else:
+        turn = part // ROOM
+        return part % ROOM + word, turn % APART * (4 // APART) + turn // APART * 16
+
+
+@gluon.jit
+def load_words(row, word, shift, RUN: gl.constexpr, HIGH_RUN: gl.constexpr, PADDED: gl.constexpr, SHARED: gl.constexpr):
+    """Words of nibbles, and of top bits where codes have three. A lane's top bits, and its part of a word that lanes
+    share, are shifted to where those of the first lane lie."""
     codes = gl.load(row + word, mask=word < RUN // 4, other=0) if PADDED else gl.load(row + word)
     high = codes
     if HIGH_RUN:
         at = RUN // 4 + word % (HIGH_RUN // 4)
         high = gl.load(row + at, mask=word < RUN // 4, other=0) if PADDED else gl.load(row + at)
-        high = shifted(high, word // (HIGH_RUN // 4) + 2 * field)
-    return shifted(codes, 2 * field) if SHARED else codes, high
+        high = shifted(high, word // (HIGH_RUN // 4) + shift)
+    return shifted(codes, shift) if SHARED else codes, high
 
 
 @gluon.jit
@@ -120,28 +131,26 @@ def row_of(codes, near, own, last, STRIDE: gl.constexpr):
 
 @gluon.jit
 def load_keys(
-    codes, last, T: gl.constexpr, STRIDE: gl.constexpr, RUN: gl.constexpr, HIGH_RUN: gl.constexpr, WORDS: gl.constexpr
-):
+    codes, last, T: gl.constexpr, STRIDE: gl.constexpr, RUN: gl.constexpr, HIGH_RUN: gl.constexpr, FIRST: gl.constexpr,
+    ROOM: gl.constexpr, WORDS: gl.constexpr, APART: gl.constexpr,
+):  # fmt: skip
     """Words [T / 8, 32, WORDS] of a tile of keys; tokens after `last` repeat it (None: there are none)."""
     i, lane, word = places(word_layout(T // 8, WORDS), T // 8, WORDS)
     row = row_of(codes, 8 * i, lane // 4, last, STRIDE)
-    word = lane % 4 * WORDS + word
-    return load_words(row, word, word * 0, RUN, HIGH_RUN, 16 * WORDS > RUN, False)
+    word, shift = word_of(lane % 4, word, 4, WORDS, ROOM, APART)
+    return load_words(row, FIRST + word, shift, RUN, HIGH_RUN, 4 * (FIRST + ROOM) > RUN, 4 * WORDS > ROOM)
 
 
 @gluon.jit
 def load_values(
-    codes, last, T: gl.constexpr, STRIDE: gl.constexpr, RUN: gl.constexpr, HIGH_RUN: gl.constexpr, WORDS: gl.constexpr,
-    SHARED: gl.constexpr,
+    codes, last, T: gl.constexpr, STRIDE: gl.constexpr, RUN: gl.constexpr, HIGH_RUN: gl.constexpr, FIRST: gl.constexpr,
+    ROOM: gl.constexpr, WORDS: gl.constexpr, APART: gl.constexpr,
 ):  # fmt: skip
     """Words [T / 4 (b, h, j), 32, WORDS] of a tile of values."""
     i, lane, word = places(word_layout(T // 4, WORDS), T // 4, WORDS)
     row = row_of(codes, 32 * (i // 8) + 8 * (i % 4) + 4 * (i // 4 % 2), lane % 4, last, STRIDE)
-    if SHARED:
-        return load_words(row, lane // 4 % 4, lane // 16, RUN, HIGH_RUN, RUN < 16, True)
-    else:
-        word = lane // 4 * WORDS + word
-        return load_words(row, word, word * 0, RUN, HIGH_RUN, 32 * WORDS > RUN, False)
+    word, shift = word_of(lane // 4, word, 8, WORDS, ROOM, APART)
+    return load_words(row, FIRST + word, shift, RUN, HIGH_RUN, 4 * (FIRST + ROOM) > RUN, 8 * WORDS > ROOM)
 
 
 @gluon.jit
@@ -167,6 +176,12 @@ def eight_nibbles(x, START: gl.constexpr):
     even = gl.join(gl.join(x[START], x[START + 4]), gl.join(x[START + 2], x[START + 6]))
     odd = gl.join(gl.join(x[START + 1], x[START + 5]), gl.join(x[START + 3], x[START + 7]))
     return gl.join(even, odd)
+
+
+@gluon.jit
+def four_nibbles(x, START: gl.constexpr):
+    """Elements START .. START + 4 of a tuple, joined: [..., 2, 2]."""
+    return gl.join(gl.join(x[START], x[START + 2]), gl.join(x[START + 1], x[START + 3]))
 
 
 @gluon.jit

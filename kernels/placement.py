@@ -83,12 +83,12 @@ def with_hidden_tokens(plan: tune.AttendPlan, length: int, programs: int, device
 
 def ring_tokens(sides: Sides, device: torch.device) -> int:
     """Tokens of a tile of such rows that comes through shared memory; 0 where it has no room."""
-    return tune.ring_tokens(*(side.row_bytes for side in sides), most_pieces(sides), device)
+    return tune.ring_tokens(*(side.row_bytes for side in sides), most_scalars(sides), device)
 
 
-def most_pieces(sides: Sides) -> int:
-    """Pieces of the side that has more of them, of one at least."""
-    return max(1, *(len(side.pieces) for side in sides))
+def most_scalars(sides: Sides) -> int:
+    """Scalars of a token of the side that has more of them, of one at least."""
+    return max(1, *(side.scalars for side in sides))
 
 
 def _in_line(plane: torch.Tensor, width: int) -> bool:

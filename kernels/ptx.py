@@ -118,8 +118,9 @@ def nibbles(block: Block, bits: int, field: int, word: str, high: str | None) ->
     return block.new("lop3", low, "0x33333333", top, AND_OR)
 
 
-def transposed(block: Block, words: Sequence[str]) -> dict[tuple[int, int], str]:
-    """Four tokens' words of eight nibbles -> {(nibble, nibble): word with both nibbles of all four tokens}."""
+def transposed(block: Block, words: Sequence[str], count: int) -> dict[tuple[int, int], str]:
+    """Four tokens' words of eight nibbles, of which the lowest `count` are wanted -> {(nibble, nibble): word with both
+    nibbles of all four tokens}."""
     pairs = []
     for first, second in (words[:2], words[2:]):
         even = block.new("lop3", block.new("shl", second, 4), first, "0xf0f0f0f0", SELECT)
@@ -129,7 +130,7 @@ def transposed(block: Block, words: Sequence[str]) -> dict[tuple[int, int], str]
         (nibble, nibble + 2): block.new(
             "prmt", *(pair[nibble % 2] for pair in pairs), "0x7362" if nibble > 1 else "0x5140"
         )
-        for nibble in (0, 1, 4, 5)
+        for nibble in (0, 1, 4, 5)[: count // 2]
     }
 
 
@@ -147,20 +148,20 @@ def key_look_up(bits: int, fields: int) -> Block:
     return block
 
 
-def value_look_up(bits: int, fields: int) -> Block:
-    """Four tokens' words [, and words of top bits] -> for each of eight nibbles, four tokens as bytes.
+def value_look_up(bits: int, fields: int, count: int = 8) -> Block:
+    """Four tokens' words [, and words of top bits] -> for each of the lowest `count` nibbles, four tokens as bytes.
 
-    Outputs: eight of each field or term.
+    Outputs: `count` of each field or term.
     """
     terms, odd = terms_of(bits), has_high(bits)
-    block = Block(8 * terms * fields, 4 + 4 * odd)
+    block = Block(count * terms * fields, 4 + 4 * odd)
     words, high = ([block.input(start + token) for token in range(4)] for start in (0, 4))
-    shared = None if bits == 3 else transposed(block, words)
-    fifth = transposed(block, high) if bits == 5 else None
+    shared = None if bits == 3 else transposed(block, words, count)
+    fifth = transposed(block, high, count) if bits == 5 else None
     for field in range(fields):
-        own = shared or transposed(block, [nibbles(block, 3, field, *pair) for pair in zip(words, high)])
+        own = shared or transposed(block, [nibbles(block, 3, field, *pair) for pair in zip(words, high)], count)
         for pair, word in own.items():
             word = word if bits == 3 else nibbles(block, bits, field, word, None)
-            outputs = [[8 * (field + term) + nibble for term in range(terms)] for nibble in pair]
+            outputs = [[count * (field + term) + nibble for term in range(terms)] for nibble in pair]
             look_up(block, bits, word, fifth and fifth[pair], outputs)
     return block

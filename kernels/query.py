@@ -12,7 +12,8 @@ from tqcompile.kernels.operands import PICK_BYTES, QUERY_LIMIT, ROUND, bytes_of,
 # Printed by `emit`; the names stand here so that the skeleton can be read, and checked, as ordinary Python.
 KEY_BLOCKS = KEY_PIECES = gl.constexpr(0)
 # One number for each piece.
-KEY_START = KEY_NUMBERS = KEY_UNIT = KEY_RUN = KEY_WORDS = KEY_FIELDS = KEY_DIMS = gl.constexpr(())
+KEY_START = KEY_NUMBERS = KEY_PADDED = KEY_UNIT = KEY_RUN = KEY_DIMS = gl.constexpr(())
+KEY_SCALAR = KEY_FIRST = KEY_ROOM = KEY_WORDS = KEY_FIELDS = KEY_APART = gl.constexpr(())
 
 
 @gluon.constexpr_function
@@ -56,8 +57,14 @@ def load_piece(q, q_h, q_t, q_d, queries, groups, PIECE: gl.constexpr, R: gl.con
     place = gl.arange(0, 16 * KEY_WORDS[PIECE], gl.SliceLayout(0, gl.SliceLayout(2, LAYOUT)))[None, :, None]
     column = gl.arange(0, 2 * R, gl.SliceLayout(0, gl.SliceLayout(1, LAYOUT)))[None, None, :]
     row = gl.minimum(gl.program_id(1) * R + column // 2, groups * queries - 1).to(gl.int64)
+    if KEY_APART[PIECE] > 1:
+        # Lanes that share a word have other fields of it.
+        fold = fold // KEY_FIELDS[PIECE] * KEY_APART[PIECE] * KEY_FIELDS[PIECE] + fold % KEY_FIELDS[PIECE]
+        fold += place // (4 * KEY_ROOM[PIECE]) * KEY_FIELDS[PIECE]
+        place = place % (4 * KEY_ROOM[PIECE])
+    place += 4 * KEY_FIRST[PIECE]
     address = q + (row // queries * q_h + row % queries * q_t) + (KEY_START[PIECE] + fold * RUN + place) * q_d
-    if KEY_NUMBERS[PIECE] == KEY_DIMS[PIECE]:
+    if not KEY_PADDED[PIECE]:
         return gl.load(address)
     else:
         inside = (place < RUN) & (fold * RUN + place < KEY_NUMBERS[PIECE])
@@ -75,11 +82,21 @@ def four_dims(x, PIECE: gl.constexpr, R: gl.constexpr):
 
 
 @gluon.jit
-def query_operand(x, PIECE: gl.constexpr, LAYOUT: gl.constexpr, R: gl.constexpr):
-    """What `load_piece` read as the right operand [KEY_DIMS, 2 R] in the keys' order of dims, and the size of one unit
-    of a row."""
+def sizes_of(x, PIECE: gl.constexpr):
+    """The size [2 R] of rows of a piece, and of those after it that have its scalar: what `load_piece` read of each."""
+    most = gl.max(gl.max(gl.abs(x[PIECE]).to(gl.float32).to(gl.int32, bitcast=True), 1), 0)
+    for other in gl.static_range(PIECE + 1, KEY_PIECES):
+        if KEY_SCALAR[other] == KEY_SCALAR[PIECE]:
+            more = gl.max(gl.max(gl.abs(x[other]).to(gl.float32).to(gl.int32, bitcast=True), 1), 0)
+            most = gl.maximum(most, gl.convert_layout(more, most.type.layout))
+    return size_of(most)
+
+
+@gluon.jit
+def query_operand(x, size, PIECE: gl.constexpr, LAYOUT: gl.constexpr, R: gl.constexpr):
+    """What `load_piece` read as the right operand [KEY_DIMS, 2 R] in the keys' order of dims, of rows of some size."""
     x = x.to(gl.float32)
-    size = size_of(gl.max(gl.max(gl.abs(x).to(gl.int32, bitcast=True), 1), 0))
+    size = gl.convert_layout(size, gl.SliceLayout(0, gl.SliceLayout(1, x.type.layout)))
     first, second, third, fourth = four_dims(x * (QUERY_LIMIT / size)[None, None, :] + (ROUND + 128.0), PIECE, R)
     COLUMNS: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, first.type.layout)))
     column = gl.arange(0, 2 * R, gl.SliceLayout(0, COLUMNS))[None, None, None, None, :]
@@ -88,8 +105,7 @@ def query_operand(x, PIECE: gl.constexpr, LAYOUT: gl.constexpr, R: gl.constexpr)
     x = gl.inline_asm_elementwise(PICK_BYTES, "=r,r,r,r,r,r,r", numbers, dtype=gl.int32, is_pure=True, pack=1)
     x = bytes_of(gl.convert_layout(x, picked_layout(KEY_WORDS[PIECE], KEY_FIELDS[PIECE], 2 * R)))
     x = gl.permute(x, [0, 1, 2, 3, 5, 6, 4])
-    operand = gl.convert_layout(gl.reshape(x, [KEY_DIMS[PIECE], 2 * R]), LAYOUT)
-    return operand, gl.max(gl.reshape(size, [R, 2]), 1) / QUERY_LIMIT
+    return gl.convert_layout(gl.reshape(x, [KEY_DIMS[PIECE], 2 * R]), LAYOUT)
 
 
 # fmt: off
@@ -98,18 +114,22 @@ def rows_of(
     x, q, q_h, q_t, q_d, queries, groups, scale, MMA: gl.constexpr, SCORES: gl.constexpr, R: gl.constexpr,
 ):
     """The rows of this program, x of `load_query`, as operands for each piece or block of the keys, and what a unit of
-    their scores is."""
+    their scores is for each scalar."""
     RIGHT: gl.constexpr = gl.DotOperandLayout(1, MMA, 4)
     if KEY_BLOCKS:
         return query_blocks(q, gl.program_id(1) * R, q_h, q_t, q_d, queries, groups, scale, RIGHT, SCORES, R)
     else:
         operands, units = (), ()
         for piece in gl.static_range(KEY_PIECES):
-            operand, unit = query_operand(x[piece], piece, RIGHT, R)
-            operands = operands + (operand,)
-            units = units + (gl.convert_layout(unit, gl.SliceLayout(0, SCORES)) * (scale * KEY_UNIT[piece]),)
+            if piece == 0 or KEY_SCALAR[piece] != KEY_SCALAR[piece - 1]:
+                size = sizes_of(x, piece)
+                unit = gl.max(gl.reshape(size, [R, 2]), 1) / QUERY_LIMIT
+                units = units + (gl.convert_layout(unit, gl.SliceLayout(0, SCORES)) * (scale * KEY_UNIT[piece]),)
+            operands = operands + (query_operand(x[piece], size, piece, RIGHT, R),)
         return operands, units
 # fmt: on
 
 
-KERNELS = (size_of, query_layout, picked_layout, load_query, load_piece, four_dims, query_operand, rows_of)
+KERNELS = (
+    *(size_of, query_layout, picked_layout, load_query, load_piece, four_dims, sizes_of, query_operand, rows_of),
+)

@@ -10,7 +10,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
-from tqcompile.kernels.operands import doublings, places, shifted, word_layout
+from tqcompile.kernels.operands import doublings, places, shifted, word_layout, word_of
 
 # Its name since Triton 3.9, and the one before.
 copy_async = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
@@ -193,12 +193,22 @@ def each_block(words, COUNT: gl.constexpr, WORDS: gl.constexpr, BLOCKS: gl.const
 
 
 @gluon.jit
-def value_words_of(slot, T: gl.constexpr, WORDS: gl.constexpr, SHARED: gl.constexpr):
-    """Words [T / 4 (b, h, j), 32, WORDS] of a slot of values; a lane's field of a word that two share is shifted."""
-    words = read_values(slot.slice(0, 4 if SHARED else 8 * WORDS, 2), T, WORDS, 1)[0]
-    if SHARED:
-        _, lane, _ = places(word_layout(T // 4, WORDS), T // 4, WORDS)
-        words = shifted(words, lane // 16 * 2)
+def key_words_of(slot, T: gl.constexpr, WORDS: gl.constexpr, ROOM: gl.constexpr, APART: gl.constexpr):
+    """Words [T / 8, 32, WORDS] of a slot of keys; a lane's part of a word that several share is shifted."""
+    words = read_keys(slot, T, WORDS, 1)[0]
+    if 4 * WORDS > ROOM:
+        _, lane, word = places(word_layout(T // 8, WORDS), T // 8, WORDS)
+        words = shifted(words, word_of(lane % 4, word, 4, WORDS, ROOM, APART)[1])
+    return words
+
+
+@gluon.jit
+def value_words_of(slot, T: gl.constexpr, WORDS: gl.constexpr, ROOM: gl.constexpr, APART: gl.constexpr):
+    """The same [T / 4 (b, h, j), 32, WORDS] of values."""
+    words = read_values(slot, T, WORDS, 1)[0]
+    if 8 * WORDS > ROOM:
+        _, lane, word = places(word_layout(T // 4, WORDS), T // 4, WORDS)
+        words = shifted(words, word_of(lane // 4, word, 8, WORDS, ROOM, APART)[1])
     return words
 # fmt: on
 
@@ -206,5 +216,5 @@ def value_words_of(slot, T: gl.constexpr, WORDS: gl.constexpr, SHARED: gl.conste
 KERNELS = (
     *(copied, rows_at_once, copy_layout, slot_layout, row_layout, key_layout, value_layout, slots, fetch_rows),
     *(pair_layout, scale_slots, fetch_scales, read_scales, read_rows, read_keys, read_values, each_block),
-    value_words_of,
+    *(key_words_of, value_words_of),
 )

@@ -12,11 +12,13 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from tqcompile.kernels.fragment import absorb, nothing_absorbed, scores_of, tables_like
+from tqcompile.kernels.fragment import absorb, nothing_absorbed, scores_of
+from tqcompile.kernels.products import key_tables, value_tables
 from tqcompile.kernels.query import load_query, rows_of
 from tqcompile.kernels.ring import (
     fetch_rows,
     fetch_scales,
+    key_words_of,
     read_keys,
     read_scales,
     read_values,
@@ -25,16 +27,16 @@ from tqcompile.kernels.ring import (
     value_words_of,
 )
 from tqcompile.kernels.spans import advanced, clear_tiles, masked_by, reached, reached_in_words, shared_out
-from tqcompile.kernels.stretch import fetch_stretch, key_words_along, stretches, value_words_along
+from tqcompile.kernels.stretch import fetch_stretch, stretches, words_in_line
 from tqcompile.kernels.sums import store_sums
 from tqcompile.kernels.tiles import scalars_of, side_scalars
 
 # Printed by `emit`; the names stand here so that the skeleton can be read, and checked, as ordinary Python.
 mask_part = masked = read_scores = None
-KEY_BLOCKS = KEY_PIECES = VALUE_BLOCKS = VALUE_PIECES = gl.constexpr(0)
-# One number for each piece.
-KEY_OFFSET = KEY_RUN = KEY_HIGH_RUN = KEY_WORDS = gl.constexpr(())
-VALUE_OFFSET = VALUE_RUN = VALUE_HIGH_RUN = VALUE_WORDS = VALUE_SHARED = gl.constexpr(())
+KEY_BLOCKS = KEY_PIECES = KEY_SCALARS = VALUE_BLOCKS = VALUE_PIECES = VALUE_SCALARS = gl.constexpr(0)
+# One number for each piece, and where its words are read.
+KEY_HIGH_RUN = KEY_FIRST = KEY_ROOM = KEY_WORDS = KEY_APART = KEY_READS = gl.constexpr(())
+VALUE_HIGH_RUN = VALUE_FIRST = VALUE_ROOM = VALUE_WORDS = VALUE_APART = VALUE_READS = gl.constexpr(())
 # Words of a row in the ring, or zero where rows lie there as they do in memory, and in memory.
 KEY_ROW = KEY_COUNT = VALUE_ROW = VALUE_COUNT = gl.constexpr(0)
 
@@ -51,7 +53,7 @@ def make_ring(STAGES: gl.constexpr, T: gl.constexpr, KEY_S: gl.constexpr, VALUE_
     """Shared memory for `STAGES` tiles: codes and scalars of keys, and of values."""
     keys = codes_ring(STAGES, T, KEY_ROW, KEY_COUNT, KEY_S)
     values = codes_ring(STAGES, T, VALUE_ROW, VALUE_COUNT, VALUE_S)
-    return keys, scale_slots(STAGES, T, KEY_PIECES), values, scale_slots(STAGES, T, VALUE_PIECES)
+    return keys, scale_slots(STAGES, T, KEY_SCALARS), values, scale_slots(STAGES, T, VALUE_SCALARS)
 
 
 @gluon.jit
@@ -72,11 +74,11 @@ def fetch_tile(
     """Ask for a tile at four pointers, first its keys; tokens after `last` repeat it (None: there are none)."""
     fetch_codes(ring[0], stage, at[0], last, T, KEY_ROW, KEY_COUNT, KEY_S)
     if SCALES:
-        fetch_scales(ring[1].index(stage), at[1], last, T, KEY_PIECES)
+        fetch_scales(ring[1].index(stage), at[1], last, T, KEY_SCALARS)
     async_copy.commit_group()
     fetch_codes(ring[2], stage, at[2], last, T, VALUE_ROW, VALUE_COUNT, VALUE_S)
     if SCALES:
-        fetch_scales(ring[3].index(stage), at[3], last, T, VALUE_PIECES)
+        fetch_scales(ring[3].index(stage), at[3], last, T, VALUE_SCALARS)
     async_copy.commit_group()
 
 
@@ -90,15 +92,16 @@ def keys_in(ring, stage, scales, T: gl.constexpr, SCORES: gl.constexpr, SCALES: 
         words, high = (), ()
         for piece in gl.static_range(KEY_PIECES):
             if KEY_ROW:
-                low = read_keys(rows.slice(0, 4 * KEY_WORDS[piece], 2), T, KEY_WORDS[piece], 1)[0]
+                low = key_words_of(rows, T, KEY_WORDS[piece], KEY_ROOM[piece], KEY_APART[piece])
                 top = low
             else:
-                low, top = key_words_along(
-                    rows, T, KEY_OFFSET[piece] // 4, KEY_COUNT, KEY_RUN[piece], KEY_HIGH_RUN[piece], KEY_WORDS[piece],
+                low, top = words_in_line(
+                    rows, T, 4, KEY_READS, piece, KEY_COUNT, KEY_HIGH_RUN[piece] // 4, KEY_FIRST[piece],
+                    KEY_ROOM[piece], KEY_WORDS[piece], KEY_APART[piece],
                 )
             words, high = words + (low,), high + (top,)
         if SCALES:
-            scales = read_scales(ring[1].index(stage), T, KEY_PIECES, SCORES)
+            scales = read_scales(ring[1].index(stage), T, KEY_SCALARS, SCORES)
         return words, high, scales
 
 
@@ -112,16 +115,16 @@ def values_in(ring, stage, scales, T: gl.constexpr, SCORES: gl.constexpr, SCALES
         words, high = (), ()
         for piece in gl.static_range(VALUE_PIECES):
             if VALUE_ROW:
-                low = value_words_of(rows, T, VALUE_WORDS[piece], VALUE_SHARED[piece])
+                low = value_words_of(rows, T, VALUE_WORDS[piece], VALUE_ROOM[piece], VALUE_APART[piece])
                 top = low
             else:
-                low, top = value_words_along(
-                    rows, T, VALUE_OFFSET[piece] // 4, VALUE_COUNT, VALUE_RUN[piece], VALUE_HIGH_RUN[piece],
-                    VALUE_WORDS[piece], VALUE_SHARED[piece],
+                low, top = words_in_line(
+                    rows, T, 8, VALUE_READS, piece, VALUE_COUNT, VALUE_HIGH_RUN[piece] // 4, VALUE_FIRST[piece],
+                    VALUE_ROOM[piece], VALUE_WORDS[piece], VALUE_APART[piece],
                 )
             words, high = words + (low,), high + (top,)
         if SCALES:
-            scales = read_scales(ring[3].index(stage), T, VALUE_PIECES, SCORES)
+            scales = read_scales(ring[3].index(stage), T, VALUE_SCALARS, SCORES)
         return words, high, scales
 
 
@@ -135,8 +138,8 @@ def those_there(scores, values, skip, left, T: gl.constexpr):
         scores = gl.where(inside[:, None], scores, float("-inf"))
         if not VALUE_BLOCKS:
             there = ()
-            for piece in gl.static_range(VALUE_PIECES):
-                there = there + (gl.where(inside, scalars[piece], 0.0),)
+            for place in gl.static_range(VALUE_SCALARS):
+                there = there + (gl.where(inside, scalars[place], 0.0),)
             scalars = there
     if VALUE_BLOCKS:
         return scores, values
@@ -203,7 +206,7 @@ def attend_ringed(
     ahead, skip = first * 0, first * 0
     if SHIFTED:
         ahead, count, skip = shared_out(batch * key_scale_b + head * key_scale_h, first, length, span, splits)
-    key_table, value_table = tables_like(key_words, value_words, T)
+    key_table, value_table = key_tables(key_words, T), value_tables(value_words, T)
     if EARLY:
         # Launched while what wrote the codes may still run: until here nothing of it is read.
         gdc_wait()

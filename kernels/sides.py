@@ -16,18 +16,21 @@ from tqcompile.layout import Layout, layout_of
 MOST_DIMS = 256
 # A dim beyond all.
 PADDING = 1 << 20
+# Reads of a row that lies in a stretch, up to which that is done.
+MOST_READS = 3
+# What kernels know of each piece.
+OF_TERMS = ("unit", "offset", "run", "high_run", "terms")
+OF_PIECES = ("scalar", "first", "room", "words", "apart", "fields", "reads")
 
 
 @dataclass(frozen=True)
-class Piece:
-    """How lanes share the words of a token's codes of one term: `lanes` of them hold a token together.
+class Packed:
+    """Where a token's codes of one term lie in its row: bytes `run` of nibbles from `offset` on, of which each holds
+    `fields` codes, then `high_run` of top bits.
 
-    `start` is its first coordinate, of `numbers`; `offset` its first byte in a row of codes. Bytes `run` of nibbles,
-    then `high_run` of top bits; `words` and `fields` of nibbles a lane holds of a token; `shared` where two lanes hold
-    the fields of one word; `unit` is what codes are looked up in.
+    `start` is the first coordinate, of `numbers`; `unit` is what codes are looked up in.
     """
 
-    lanes: int
     bits: int
     start: int
     numbers: int
@@ -35,9 +38,7 @@ class Piece:
     offset: int
     run: int
     high_run: int
-    words: int
     fields: int
-    shared: bool
 
     @property
     def terms(self) -> int:
@@ -45,9 +46,70 @@ class Piece:
         return ptx.terms_of(self.bits)
 
     @property
+    def rooms(self) -> tuple[int, ...]:
+        """Words of the nibbles in powers of two, each 32 numbers at least: two of them where that leaves less padding
+        than one."""
+        least = max(1, 4 // self.fields)
+        words = -(-self.run // (4 * least)) * least
+        room = power_of_two(words)
+        rest = words - room // 2
+        return (room,) if power_of_two(rest) == room // 2 or room == least else (room // 2, power_of_two(rest))
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Words of codes that `lanes` hold of a token: `room` of the term's, a power of two, from word `first` on.
+
+    `scalar` is which of the token's scalars is theirs. Where there are more lanes than words some share a word: each
+    takes `fields` of it, and `nibbles` of its eight.
+    """
+
+    packed: Packed
+    scalar: int
+    lanes: int
+    first: int
+    room: int
+
+    @property
+    def words(self) -> int:
+        return max(1, self.room // self.lanes)
+
+    @property
+    def apart(self) -> int:
+        """Lanes that have other fields of one word."""
+        return min(max(1, self.lanes // self.room), self.packed.fields)
+
+    @property
+    def fields(self) -> int:
+        return self.packed.fields // self.apart
+
+    @property
+    def nibbles(self) -> int:
+        return 8 * self.apart // max(1, self.lanes // self.room)
+
+    @property
     def width(self) -> int:
         """Numbers that lanes hold of a token, padding among them."""
-        return 8 * self.lanes * self.words * self.fields
+        return 8 * self.room * self.packed.fields
+
+    @property
+    def is_padded(self) -> bool:
+        run = self.packed.run
+        return 4 * (self.first + self.room) > run or 2 * self.packed.fields * run > self.packed.numbers
+
+    @property
+    def reads(self) -> tuple[tuple[int, int], ...]:
+        """Where words of a row are read that lies in a stretch, and how many of them: nibbles, then top bits. Of these
+        there is a read for each time that they are gone through, if they are no power of two."""
+        packed, first, room = self.packed, self.first, self.room
+        start, words, high = packed.offset // 4, packed.run // 4, packed.high_run // 4
+        after, top = start + words, ()
+        if high and power_of_two(high) == high:
+            top = ((after + first % high, min(high, room)),)
+        elif high:
+            turns = range(first // high, (min(first + room, words) - 1) // high + 1)
+            top = tuple((after + first - turn * high, room) for turn in turns)
+        return ((start + first, room), *top)
 
     @property
     def order(self) -> tuple[int, ...]:
@@ -56,46 +118,57 @@ class Piece:
 
     def _coordinate_of(self, place: int) -> int:
         # Lane 4 g + c has, of row c, four neighbours of every 32 numbers: rows 8 n + g of the matrix unit's sums.
-        lane, at, fields = place // 4 % 8, place // 32 * 4 + place % 4, self.fields
-        word, nibble, field = at // (8 * fields), at // fields % 8, at % fields
-        if self.shared:
-            word, field, fields = lane % 4, lane // 4 * fields + field, 2 * fields
-        else:
-            word += lane * self.words
-        number = 4 * word + nibble // 2 + self.run * (fields * (nibble % 2) + field)
-        return self.start + number if 4 * word < self.run and number < self.numbers else PADDING
+        lane, at, packed = place // 4 % 8, place // 32 * 4 + place % 4, self.packed
+        word, nibble, field = at // self.fields // self.nibbles, at // self.fields % self.nibbles, at % self.fields
+        word, turn = (lane * self.words + word) % self.room, lane * self.words // self.room
+        word, field = self.first + word, field + self.fields * (turn % self.apart)
+        nibble += self.nibbles * (turn // self.apart)
+        number = 4 * word + nibble // 2 + packed.run * (packed.fields * (nibble % 2) + field)
+        return packed.start + number if 4 * word < packed.run and number < packed.numbers else PADDING
 
 
 @dataclass(frozen=True)
 class Side:
-    """The codes of a token in pieces, one for each term: what a side of the kernel is printed for."""
+    """The codes of a token in pieces, one or two for each term: what a side of the kernel is printed for."""
 
     pieces: tuple[Piece, ...]
 
     @property
+    def scalars(self) -> int:
+        """Scalars of a token, one for each term."""
+        return self.pieces[-1].scalar + 1
+
+    @property
+    def terms(self) -> tuple[Packed, ...]:
+        return tuple(dict.fromkeys(piece.packed for piece in self.pieces))
+
+    @property
     def bits(self) -> int:
-        return max(piece.bits for piece in self.pieces)
+        return max(term.bits for term in self.terms)
 
     @property
     def head_dim(self) -> int:
         """Coordinates of all terms."""
-        return sum(piece.numbers for piece in self.pieces)
+        return sum(term.numbers for term in self.terms)
 
     @property
     def breadth(self) -> int:
-        """`head_dim`, with padding where there are several pieces; codes that are bytes in registers count twice
-        (`BlockSide`)."""
-        return self.head_dim if len(self.pieces) == 1 else self.width
+        """`head_dim`, or what the words in registers have room for where there are several terms; codes that are bytes
+        there count twice (`BlockSide`)."""
+        room = sum(8 * piece.lanes * piece.words * piece.fields for piece in self.pieces)
+        return self.head_dim if self.scalars == 1 else room
 
     @property
     def row_bytes(self) -> int:
         """Bytes of a token's codes."""
-        return sum(piece.run + piece.high_run for piece in self.pieces)
+        return sum(term.run + term.high_run for term in self.terms)
 
     @property
     def crowded(self) -> bool:
-        """Whether a side of values takes more registers than others: three look-ups a number, and words of padding."""
-        return any(piece.bits == 5 and piece.run % 32 != 0 for piece in self.pieces)
+        """Whether a side of values takes more registers than others: three look-ups a number, and words of padding, or
+        no power of two of them."""
+        wide = [piece for piece in self.pieces if piece.packed.bits == 5]
+        return any(piece.is_padded or len(piece.packed.rooms) > 1 for piece in wide)
 
     @property
     def width(self) -> int:
@@ -110,22 +183,25 @@ class Side:
     @property
     def in_line(self) -> bool:
         """Whether rows are copied as the stretch of memory that they are."""
-        return len(self.pieces) > 1 or self.pieces[0].high_run > 0
+        return len(self.pieces) > 1 or self.pieces[0].packed.high_run > 0
 
     def constants(self, name: str) -> str:
         """The numbers of `fragment` and `ringed` for this side."""
         pieces, count = self.pieces, self.row_bytes // 4
-        names = ["unit", "offset", "run", "high_run", "words", "fields", "terms"]
-        values = {key.upper(): tuple(getattr(piece, key) for piece in pieces) for key in names}
+        values = {key.upper(): tuple(getattr(piece.packed, key) for piece in pieces) for key in OF_TERMS}
+        values |= {key.upper(): tuple(getattr(piece, key) for piece in pieces) for key in OF_PIECES}
         values["DIMS"] = tuple(piece.width for piece in pieces)
         if name == "KEY":
-            values |= {key.upper(): tuple(getattr(piece, key) for piece in pieces) for key in ("start", "numbers")}
+            values |= {
+                key.upper(): tuple(getattr(piece.packed, key) for piece in pieces) for key in ("start", "numbers")
+            }
+            values["PADDED"] = tuple(piece.is_padded for piece in pieces)
         if name == "VALUE":
-            values["SHARED"] = tuple(piece.shared for piece in pieces)
             values |= {"PARTS": len(pieces), "WIDTH": self.width, "AT": tuple(accumulate(values["DIMS"], initial=0))}
-        read = 4 if pieces[0].shared else pieces[0].lanes * pieces[0].words
-        row = 0 if self.in_line else max(read, power_of_two(count))
-        values |= {"PIECES": len(pieces), "BLOCKS": 0, "BREADTH": self.breadth, "COUNT": count, "ROW": row}
+            values["NIBBLES"] = tuple(piece.nibbles for piece in pieces)
+        row = 0 if self.in_line else pieces[0].room
+        values |= {"PIECES": len(pieces), "SCALARS": self.scalars, "BLOCKS": 0, "BREADTH": self.breadth}
+        values |= {"COUNT": count, "ROW": row}
         return "\n".join(f"{name}_{key} = gl.constexpr({value})" for key, value in values.items())
 
 
@@ -140,13 +216,21 @@ def side_of(codec: Codec, head_dim: int, lanes: int) -> Side | BlockSide | None:
     if codec.is_plain and (side := block_side_of(codec, head_dim)):
         return side
     layout = layout_of(codec, head_dim, torch.float32, DEVICE_TYPE)
-    pieces = [_piece_of(term, band, layout, lanes) for term, band in zip(codec.terms, codec.bands(head_dim))]
-    return None if None in pieces else Side(tuple(pieces))
+    packed = [_packed(term, band, layout) for term, band in zip(codec.terms, codec.bands(head_dim))]
+    if None in packed:
+        return None
+    return Side(
+        tuple(
+            Piece(term, scalar, lanes, first, room)
+            for scalar, term in enumerate(packed)
+            for first, room in zip(accumulate(term.rooms, initial=0), term.rooms)
+        )
+    )
 
 
-def _piece_of(term: Term, band: slice, layout: Layout, lanes: int) -> Piece | None:
-    """The piece of a term whose coordinates are `band`, or None where its codes are no look-ups in whole words under a
-    half for all of them."""
+def _packed(term: Term, band: slice, layout: Layout) -> Packed | None:
+    """Where the codes of a term lie whose coordinates are `band`, or None where they are no look-ups in whole words
+    under a half for all of them."""
     numbers, scale = band.stop - band.start, term.scale
     if not term.is_plain or scale is None or scale.table != "half" or scale.plane.per is not None:
         return None
@@ -156,13 +240,10 @@ def _piece_of(term: Term, band: slice, layout: Layout, lanes: int) -> Piece | No
     runs = [section.run for section in plane.sections]
     if any(run % 4 for run in runs) or plane.offset % 4:
         return None
-    bits, words, fields = term.codes.plane.bits, runs[0] // 4, plane.sections[0].fields // 2
-    shared = lanes == 8 and fields > 1 and words <= 4
-    return Piece(
-        **{"lanes": lanes, "bits": bits, "start": band.start, "numbers": numbers, "offset": plane.offset},
-        **{"unit": tables.unit(term.codes, numbers), "run": runs[0], "high_run": sum(runs[1:]), "shared": shared},
-        words=1 if shared else power_of_two(-(-words // lanes)),
-        fields=fields // 2 if shared else fields,
+    return Packed(
+        **{"bits": term.codes.plane.bits, "start": band.start, "numbers": numbers, "offset": plane.offset},
+        **{"unit": tables.unit(term.codes, numbers), "run": runs[0], "high_run": sum(runs[1:])},
+        fields=plane.sections[0].fields // 2,
     )
 
 
@@ -198,23 +279,19 @@ def in_sectors(sides: Sides) -> bool:
 @cache
 def in_stretches(side: Side) -> bool:
     """Whether rows that are copied as a stretch are read where they lie in it, each run as a power of two of words."""
-    return len(side.pieces) <= 2 and all(_in_turns(piece, side.row_bytes // 4) for piece in side.pieces)
+    return side.scalars <= 2 and all(_in_turns(piece, side.row_bytes // 4) for piece in side.pieces)
 
 
 def _in_turns(piece: Piece, count: int) -> bool:
     """Whether the runs of a piece are read so in rows of `count` words."""
-    start, kept = piece.offset // 4, power_of_two(piece.run // 4)
-    after = start + piece.run // 4 if piece.high_run else start
-    high = 0 if (piece.run, piece.high_run) == (24, 12) else piece.high_run // 4
-    # A lane's words are read at once from where they may be, or two of keys one by one. Three words of top bits come in
-    # two turns.
-    near = (start | after | count) % piece.words == 0 or (piece.words == 2 and piece.lanes == 4)
+    reads = piece.reads
+    # A lane's words are read at once from where they may be, or two of keys one by one.
+    near = count % piece.words == 0 and not any(at % piece.words for at, _ in reads)
+    near = near or (piece.words == 2 and piece.lanes == 4)
     # What is read behind the last row must lie in the power of two of words that has room for all.
-    last = max(start + kept, after + (high or kept))
-    inside = kept <= count and last - count <= power_of_two(32 * count) - 32 * count
-    gaps = [count - kept, *([count - high] if high else [])]
-    apart = stretch.GATHERS.value or all(gap == power_of_two(gap) for gap in gaps)
-    return near and inside and apart and high in (0, power_of_two(high))
+    inside = max(at + kept for at, kept in reads) - count <= power_of_two(32 * count) - 32 * count
+    apart = all(kept <= count and (stretch.GATHERS.value or stretch.view_of(kept, count)) for _, kept in reads)
+    return near and inside and apart and len(reads) <= MOST_READS
 
 
 @cache

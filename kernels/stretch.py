@@ -8,7 +8,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
-from tqcompile.kernels.operands import doublings, places, shifted, word_layout
+from tqcompile.kernels.operands import doublings, places, shifted, word_layout, word_of
 from tqcompile.kernels.ring import key_layout, read_rows, row_layout
 
 # Its name since Triton 3.9, and the one before.
@@ -21,6 +21,27 @@ GATHERS = gl.constexpr(hasattr(gl.shared_memory_descriptor, "gather"))
 def room_for(count):
     """The power of two of words that has room for `count`."""
     return 1 << (count - 1).bit_length()
+
+
+@gluon.constexpr_function
+def view_of(kept, count):
+    """The words that are looked at of rows of `count` to read `kept` of each: a power of two that leaves another one; 0
+    where none does."""
+    while kept < count and (count - kept) & (count - kept - 1):
+        kept *= 2
+    return kept if kept < count else 0
+
+
+@gluon.constexpr_function
+def reads_of(reads, piece):
+    """How many reads a piece has."""
+    return len(reads[piece])
+
+
+@gluon.constexpr_function
+def read_of(reads, piece, turn, which):
+    """Where the words of a read begin in a row (0), or how many they are (1)."""
+    return reads[piece][turn][which]
 
 
 @gluon.constexpr_function
@@ -81,9 +102,11 @@ def words_along(slot, START: gl.constexpr, COUNT: gl.constexpr, STEP: gl.constex
         at += gl.full([1, ROWS, REPEATS, KEPT], 0, gl.int32, LAYOUT)
         return gl.reshape(slot.gather(gl.reshape(at, [ROWS * REPEATS * KEPT]), 0), [ROWS, REPEATS * KEPT])
     else:
-        GAPS: gl.constexpr = [[1, STEP - 1]] * (STEP > 1) + [[KEPT, COUNT - STEP * KEPT]]
-        APART: gl.constexpr = gl.PaddedSharedLayout.with_identity_for(GAPS, [1, ROWS, KEPT], [2, 1, 0])
-        return read_rows(slot.slice(START, 1, 0)._reinterpret(gl.int32, [1, ROWS, KEPT], APART), LAYOUT, REPEATS)
+        VIEW: gl.constexpr = view_of(STEP * KEPT, COUNT) // STEP
+        GAPS: gl.constexpr = [[1, STEP - 1]] * (STEP > 1) + [[VIEW, COUNT - STEP * VIEW]]
+        APART: gl.constexpr = gl.PaddedSharedLayout.with_identity_for(GAPS, [1, ROWS, VIEW], [2, 1, 0])
+        rows = slot.slice(START, 1, 0)._reinterpret(gl.int32, [1, ROWS, VIEW], APART)
+        return read_rows(rows if VIEW == KEPT else rows.slice(0, KEPT, 2), LAYOUT, REPEATS)
 
 
 @gluon.jit
@@ -123,11 +146,13 @@ def in_order(parts, COUNT: gl.constexpr, WORDS: gl.constexpr):
 
 @gluon.jit
 def run_along(
-    slot, START: gl.constexpr, KEPT: gl.constexpr, COUNT: gl.constexpr, T: gl.constexpr, WORDS: gl.constexpr,
-    ROWS: gl.constexpr,
+    slot, READS: gl.constexpr, PIECE: gl.constexpr, TURN: gl.constexpr, COUNT: gl.constexpr, T: gl.constexpr,
+    WORDS: gl.constexpr, ROWS: gl.constexpr,
 ):
-    """Words [T / ROWS, 32, WORDS] of a tile, of which KEPT words of each row from START on are read; ROWS: 8 for keys,
-    and 4 (b, h, j) for values."""
+    """Words [T / ROWS, 32, WORDS] of a tile that are read of each row at the one turn of a piece; ROWS: 8 for keys, and
+    4 (b, h, j) for values."""
+    START: gl.constexpr = read_of(READS, PIECE, TURN, 0)
+    KEPT: gl.constexpr = read_of(READS, PIECE, TURN, 1)
     words = ()
     for i in gl.static_range(T // ROWS):
         if ROWS == 8:
@@ -138,54 +163,30 @@ def run_along(
 
 
 @gluon.jit
-def runs_along(
-    slot, word, START: gl.constexpr, COUNT: gl.constexpr, T: gl.constexpr, RUN: gl.constexpr, HIGH_RUN: gl.constexpr,
-    WORDS: gl.constexpr, ROWS: gl.constexpr,
+def words_in_line(
+    slot, T: gl.constexpr, LANES: gl.constexpr, READS: gl.constexpr, PIECE: gl.constexpr, COUNT: gl.constexpr,
+    HIGH: gl.constexpr, FIRST: gl.constexpr, ROOM: gl.constexpr, WORDS: gl.constexpr, APART: gl.constexpr,
 ):
-    """Words of nibbles and of top bits [T / ROWS, 32, WORDS] of a tile, and top bits where a lane's first ones lie;
-    rows have COUNT words, these begin at START, and `word` is which of them each is."""
-    HIGH: gl.constexpr = HIGH_RUN // 4
-    KEPT: gl.constexpr = room_for(RUN // 4)
-    AFTER: gl.constexpr = START + RUN // 4
-    words = run_along(slot, START, KEPT, COUNT, T, WORDS, ROWS)
-    if HIGH == 0:
-        return words, words
-    else:
-        if room_for(HIGH) == HIGH:
-            high = run_along(slot, AFTER, HIGH, COUNT, T, WORDS, ROWS)
-        else:
-            # No layout repeats three words: the second turn is read as if it began where the first ends.
-            first = run_along(slot, AFTER, KEPT, COUNT, T, WORDS, ROWS)
-            high = gl.where(word < HIGH, first, run_along(slot, AFTER - HIGH, KEPT, COUNT, T, WORDS, ROWS))
-        return words, shifted(high, word // HIGH)
-
-
-@gluon.jit
-def key_words_along(
-    slot, T: gl.constexpr, START: gl.constexpr, COUNT: gl.constexpr, RUN: gl.constexpr, HIGH_RUN: gl.constexpr,
-    WORDS: gl.constexpr,
-):
-    """Words of nibbles and of top bits [T / 8, 32, WORDS] of a tile of keys."""
-    _, lane, word = places(word_layout(T // 8, WORDS), T // 8, WORDS)
-    return runs_along(slot, lane % 4 * WORDS + word, START, COUNT, T, RUN, HIGH_RUN, WORDS, 8)
-
-
-@gluon.jit
-def value_words_along(
-    slot, T: gl.constexpr, START: gl.constexpr, COUNT: gl.constexpr, RUN: gl.constexpr, HIGH_RUN: gl.constexpr,
-    WORDS: gl.constexpr, SHARED: gl.constexpr,
-):
-    """The same [T / 4 (b, h, j), 32, WORDS] of values; a lane's field of a word that two share is shifted, too."""
-    _, lane, word = places(word_layout(T // 4, WORDS), T // 4, WORDS)
-    word = lane // 4 % 4 if SHARED else lane // 4 * WORDS + word
-    words, high = runs_along(slot, word, START, COUNT, T, RUN, HIGH_RUN, WORDS, 4)
-    if SHARED:
-        high, words = shifted(high, lane // 16 * 2), shifted(words, lane // 16 * 2)
-    return words, high
+    """Words of nibbles and of top bits of a tile, where a lane's first ones lie: [T / 8, 32, WORDS] of keys, of which 4
+    LANES hold a token, or [T / 4 (b, h, j), 32, WORDS] of values. READS says which words of COUNT (`Piece.reads`)."""
+    ROWS: gl.constexpr = 32 // LANES
+    words = run_along(slot, READS, PIECE, 0, COUNT, T, WORDS, ROWS)
+    _, lane, word = places(word_layout(T // ROWS, WORDS), T // ROWS, WORDS)
+    part = lane % 4 if LANES == 4 else lane // 4
+    word, shift = word_of(part, word, LANES, WORDS, ROOM, APART)
+    high = words
+    if HIGH:
+        word += FIRST
+        high = run_along(slot, READS, PIECE, 1, COUNT, T, WORDS, ROWS)
+        for turn in gl.static_range(2, reads_of(READS, PIECE)):
+            later = run_along(slot, READS, PIECE, turn, COUNT, T, WORDS, ROWS)
+            high = gl.where(word < (FIRST // HIGH + turn - 1) * HIGH, high, later)
+        high = shifted(high, word // HIGH + shift)
+    return shifted(words, shift) if LANES * WORDS > ROOM else words, high
 # fmt: on
 
 
 KERNELS = (
     *(room_for, four_layout, fourth, stretches, fetch_stretch, fetch_piece, words_along, eight_keys, four_values),
-    *(in_order, run_along, runs_along, key_words_along, value_words_along),
+    *(view_of, reads_of, read_of, in_order, run_along, words_in_line),
 )

@@ -26,8 +26,6 @@ APPEND_REGISTERS = 128
 STAGES = 2
 RING_PROGRAMS = 8
 RESERVED_BYTES = 1024
-# Bits of a token in registers, padding among them, up to which codes in several pieces have tiles of 64 tokens.
-PIECES_BITS = 576
 # Tokens of a program up to which tiles are small, and how many bytes of codes they then have, or 32 tokens: nothing
 # hides what is done with the last.
 SHORT_SPAN = 256
@@ -145,23 +143,21 @@ def attend_plan(
 
 
 def integer_setting(
-    rows: int, head_dim: int, breadth: int, crowded: bool, ring_tokens: int = 0, bits: int = 0, pieces: int = 1
+    rows: int, head_dim: int, breadth: int, crowded: bool, ring_tokens: int = 0, bits: int = 0, scalars: int = 1
 ) -> Setting:
     """What attention on int8 units does unless a search found better: registers for two tiles of codes at once.
 
     `breadth` is head_dim, or twice that where codes are bytes in registers; `crowded` codes need more registers than
     others of their head_dim, and get smaller tiles. Where tiles come through shared memory, they have `ring_tokens`, or
-    fewer: eight rows leave registers for the largest ones of few `bits` alone. Codes in several `pieces` cost more for
-    each tile, whatever its size.
+    fewer: eight rows leave registers for the largest ones of few `bits` alone. Codes under several `scalars` cost more
+    for each tile, whatever its size.
     """
     block_rows = 4 if rows <= 4 or head_dim > 128 or crowded else 8
     if ring_tokens:
         roomy = block_rows == 4 or (breadth <= 64 and bits <= 3)
-        most = 32 if block_rows * breadth > 1024 else 128 if roomy and pieces == 1 else 64
+        most = 32 if block_rows * breadth > 1024 else 128 if roomy and scalars == 1 else 64
         return Setting(block_rows, min(ring_tokens, most), RING_PROGRAMS, 255)
-    large = block_rows * breadth <= 512 and not crowded
-    if pieces > 1:
-        large = block_rows == 4 and bits * breadth <= PIECES_BITS
+    large = block_rows * breadth <= 512 and not crowded and scalars == 1
     return Setting(block_rows, 64 if large else 32, 8, 255)
 
 
@@ -268,13 +264,13 @@ def processors_of(device: torch.device) -> int:
 
 
 @cache
-def ring_tokens(key_bytes: int, value_bytes: int, pieces: int, device: torch.device) -> int:
-    """Tokens of a tile that comes through shared memory, of so many bytes of codes each, and so many `pieces` on either
-    side; 0 where it has no room."""
+def ring_tokens(key_bytes: int, value_bytes: int, scalars: int, device: torch.device) -> int:
+    """Tokens of a tile that comes through shared memory, of so many bytes of codes each, under so many `scalars` on
+    either side; 0 where it has no room."""
     most = max(key_bytes, value_bytes)
     tokens = 128 if most <= 32 else 64 if most <= 80 else 32
-    # Rows lie at powers of two, or share what they leave of one; each piece has a scalar.
-    row = power_of_two(key_bytes) + power_of_two(value_bytes) + 4 * pieces
+    # Rows lie at powers of two, or share what they leave of one.
+    row = power_of_two(key_bytes) + power_of_two(value_bytes) + 4 * scalars
     while STAGES * tokens * row > shared_bytes_of(device) // RING_PROGRAMS - RESERVED_BYTES:
         tokens //= 2
     return tokens if tokens >= 32 else 0

@@ -36,7 +36,7 @@ class Evicting(torch.nn.Module):
         q, k, v = self.project(x).unflatten(-1, (3, HEADS, HEAD_DIM)).permute(2, 0, 3, 1, 4).unbind()
         if past is not None:
             k, v = torch.cat([past[0], self.stored(k)], 2), torch.cat([past[1], self.stored(v)], 2)
-        hidden = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).triu(k.shape[2] - q.shape[2] + 1)
+        hidden = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=x.device).triu(k.shape[2] - q.shape[2] + 1)
         weights = (q @ k.mT / 4).masked_fill(hidden, float("-inf")).softmax(-1)
         out = weights @ v
         if past is None:
@@ -47,30 +47,31 @@ class Evicting(torch.nn.Module):
         return out, (k, v)
 
 
-def steps(call, lengths):
+def steps(call, lengths, device="cpu"):
     """The results of calls with so many tokens, and the caches behind each."""
     generator, past = torch.Generator().manual_seed(1), None
     for length in lengths:
         with torch.no_grad():
-            out, past = call(torch.randn(2, length, 8, generator=generator), past)
+            out, past = call(torch.randn(2, length, 8, generator=generator).to(device), past)
         yield out, past
 
 
-def pair(choose, codec):
+def pair(choose, codec, device="cpu"):
     torch.manual_seed(0)
     torch.compiler.reset()
-    model, twin = Evicting(choose), Evicting(choose, lambda x: fake_quantised(x, codec))
+    model, twin = Evicting(choose).to(device), Evicting(choose, lambda x: fake_quantised(x, codec)).to(device)
     twin.load_state_dict(model.state_dict())
     options = {"keys": codec, "values": codec, "inner": "eager"}
     return model, torch.compile(model, backend="turboquant", options=options), twin
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("lengths", [(9, 1, 1, 2), (4, 1, 1, 1, 1)], ids=str)
 @pytest.mark.parametrize("codec", CODECS)
 @pytest.mark.parametrize("name", CHOICES)
-def test_what_is_left_is_what_was_encoded_first(name, codec, lengths):
-    model, compiled, twin = pair(CHOICES[name], codec)
-    for (out, caches), (expected, dense) in zip(steps(compiled, lengths), steps(twin, lengths)):
+def test_what_is_left_is_what_was_encoded_first(name, codec, lengths, device):
+    model, compiled, twin = pair(CHOICES[name], codec, device)
+    for (out, caches), (expected, dense) in zip(steps(compiled, lengths, device), steps(twin, lengths, device)):
         torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
         for cache, plain in zip(caches, dense):
             assert isinstance(cache, tqcompile.CompressedKV) and cache.shape == plain.shape

@@ -71,6 +71,9 @@ INTEGER = [
     (("turboquant:3", "turboquant:3"), 64, Reader(), 4, 80),
     (("turboquant:2", "turboquant:2"), 96, Reader("additive"), 8, 90),
     (("turboquant:4", "turboquant:4"), 256, Reader("none", True), 4, 90),
+    (("turboquant:4", "turboquant:4"), 192, Reader("additive"), 4, 90),
+    (("turboquant:5", "turboquant:5"), 96, Reader("bool"), 4, 90),
+    (("turboquant_prod:2", "turboquant_prod:2"), 96, Reader("bool"), 4, 80),
     (("q8_0", "q8_0"), 128, Reader("bool"), 8, 90),
     (("q8_0", "turboquant:3"), 96, Reader(), 4, 80),
     (("q4_0", "q4_0"), 128, Reader("bool"), 8, 90),
@@ -116,6 +119,7 @@ def test_attend_on_int8_units_needs_no_shared_memory_and_spills_nothing(case, te
 RING = [(tuple(f"turboquant:{count}" for count in bits), 128, 4) for bits in ((4, 3), (5, 2))]
 RING += [(("turboquant:3",) * 2, 96, 4), (("turboquant:4",) * 2, 64, 8), (("turboquant:1",) * 2, 128, 8)]
 RING += [((f"turboquant_prod:{bits}",) * 2, 128, 4) for bits in (2, 3, 5)]
+RING += [(("turboquant:4",) * 2, dim, 8) for dim in (96, 192)] + [(("turboquant:2",) * 2, 96, 4)]
 RING += [(("turboquant_prod:4",) * 2, 96, 4), (("turboquant:5", "turboquant_prod:3"), 128, 8)]
 RING += [((name,) * 2, 128, 4) for name in ("turboquant:2.5", "turboquant:3.5") if stretch.GATHERS.value]
 

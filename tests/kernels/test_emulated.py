@@ -21,7 +21,7 @@ def attends_like_the_reference(q, keys, values, mask, causal, names, dims):
 
 @pytest.mark.thinned(3)
 @pytest.mark.parametrize("names", PAIRS, ids=str)
-@pytest.mark.parametrize(("dims", "rows"), [((64, 64), 4), ((96, 128), 8), ((256, 32), 3)], ids=str)
+@pytest.mark.parametrize(("dims", "rows"), [((64, 64), 4), ((96, 128), 8), ((256, 32), 3), ((192, 96), 2)], ids=str)
 @pytest.mark.parametrize("length", [77, 144])
 def test_a_ragged_cache_attends_like_the_reference(names, dims, rows, length):
     torch.manual_seed(0)
@@ -76,10 +76,13 @@ def test_a_piece_that_is_no_number_reaches_what_the_reference_lets_it_reach(name
 @pytest.mark.thinned(3)
 @pytest.mark.parametrize("gathers", [False, True])
 @pytest.mark.parametrize(
-    ("names", "dims"), [((3, 5), (128, 64)), ((5, 3), (32, 32)), ((3, 3), (256, 128)), ((3, 3), (96, 96))], ids=str
+    ("names", "dims"),
+    [((3, 5), (128, 64)), ((5, 3), (32, 32)), ((3, 3), (256, 128)), ((3, 3), (96, 96)), ((4, 2), (96, 192))]
+    + [((2, 4), (80, 160)), ((3, 3), (192, 192)), ((4, 2), (192, 96))],
+    ids=str,
 )
 @pytest.mark.parametrize("length", [16, 208])
-def test_rows_of_two_runs_are_read_where_they_lie_in_a_stretch(gathers, names, dims, length, monkeypatch):
+def test_rows_of_two_runs_or_pieces_are_read_where_they_lie_in_a_stretch(gathers, names, dims, length, monkeypatch):
     """By either way of reading them, of which each release of Triton has one."""
     torch.manual_seed(8)
     monkeypatch.setattr(stretch, "GATHERS", gl.constexpr(gathers))
@@ -90,6 +93,33 @@ def test_rows_of_two_runs_are_read_where_they_lie_in_a_stretch(gathers, names, d
     sides = integer.sides_of(tuple(map(formats.codec, names)), dims)
     assert placement.in_ring(sides, codes, scales, torch.device("cpu"))
     attends_like_the_reference(torch.randn(2, 8, 1, dims[0]), *planes, None, False, names, dims)
+
+
+def test_top_bits_of_a_later_piece_are_read_at_several_turns(monkeypatch):
+    """Rows with so many reads are not copied as it is."""
+    torch.manual_seed(13)
+    monkeypatch.setattr(stretch, "GATHERS", gl.constexpr(True))
+    monkeypatch.setattr(sides, "MOST_READS", 5)
+    monkeypatch.setattr(integer, "source", integer.source.__wrapped__)
+    for module in (integer, placement):
+        monkeypatch.setattr(module, "in_sectors", sides.in_sectors.__wrapped__)
+    monkeypatch.setattr(sides, "in_stretches", sides.in_stretches.__wrapped__)
+    codec = formats.codec("turboquant:5")
+    planes = [compressed(codec, torch.randn(1, 1, 80, 96)) for _ in range(2)]
+    codes, scales = zip(*(split(codec, plane) for plane in planes))
+    assert placement.in_ring(integer.sides_of((codec, codec), (96, 96)), codes, scales, torch.device("cpu"))
+    attends_like_the_reference(torch.randn(1, 4, 1, 96), *planes, None, False, (codec.name, codec.name), (96, 96))
+
+
+@pytest.mark.parametrize("name", ["turboquant:2", "turboquant:4", "turboquant_prod:4"])
+@pytest.mark.parametrize("large", range(0, 96, 8))
+def test_the_largest_number_of_a_query_may_lie_in_any_piece(name, large):
+    torch.manual_seed(14)
+    codec = formats.codec(name)
+    q = torch.randn(1, 4, 1, codec.coordinates(96))
+    q[..., large : large + 8] *= 5
+    planes = [compressed(codec, torch.randn(1, 1, 40, codec.coordinates(96))) for _ in range(2)]
+    attends_like_the_reference(q, *planes, None, False, (name, name), (96, 96))
 
 
 GATHERED = [("turboquant:3.5", 128), ("kvtc:3", 128), ("turboquant_prod:4", 128)]

@@ -45,17 +45,19 @@ def test_a_word_of_keys_becomes_its_numbers(bits, fields, word, high):
         assert found[2 * field] + found[2 * field + 1] == expected
 
 
-@pytest.mark.parametrize(("bits", "fields"), [(5, 1), (4, 1), (3, 2), (3, 1), (2, 2), (2, 1), (1, 4), (1, 2)])
+@pytest.mark.parametrize("count", [8, 4])
+@pytest.mark.parametrize(("bits", "fields"), [(5, 1), (4, 1), (3, 2), (3, 1), (2, 2), (2, 1), (1, 4), (1, 2), (1, 1)])
 @given(words=st.tuples(WORD, WORD, WORD, WORD), high=st.tuples(WORD, WORD, WORD, WORD))
-def test_four_tokens_of_values_become_their_numbers_dim_by_dim(bits, fields, words, high):
+def test_four_tokens_of_values_become_their_numbers_dim_by_dim(bits, fields, count, words, high):
     numbers = numbers_of(bits)
-    found = run(ptx.value_look_up(bits, fields), [*words, *(high if ptx.has_high(bits) else ())], numbers)
+    found = run(ptx.value_look_up(bits, fields, count), [*words, *(high if ptx.has_high(bits) else ())], numbers)
+    assert len(found) == count * fields * ptx.terms_of(bits)
     if bits > 3:
-        found = [[sum(terms) for terms in zip(*found[nibble::8])] for nibble in range(8)]
+        found = [[sum(terms) for terms in zip(*found[nibble::count])] for nibble in range(count)]
     for field in range(fields):
-        for nibble in range(8):
+        for nibble in range(count):
             codes = [code(bits, *pair, nibble, field) for pair in zip(words, high)]
-            assert found[8 * field + nibble] == [numbers[c] for c in codes]
+            assert found[count * field + nibble] == [numbers[c] for c in codes]
 
 
 @given(words=st.tuples(WORD, WORD, WORD, WORD))
