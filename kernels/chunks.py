@@ -44,9 +44,9 @@ KERNELS = (
 @cache
 def piece_of(codec: Codec, head_dim: int) -> Packed | None:
     """How the codes of a token lie, of one term, or None where their numbers are not looked up as bfloat16."""
-    if not isinstance(side := side_of(codec, head_dim, 4), Side) or len(side.terms) > 1:
+    if not isinstance(side := side_of(codec, head_dim, 4), Side) or len(side.packed) > 1:
         return None
-    piece, numbers = side.terms[0], numbers_of(codec, head_dim)
+    piece, numbers = side.packed[0], numbers_of(codec, head_dim)
     is_odd = all(low == -high for low, high in zip(numbers, reversed(numbers)))
     return piece if is_odd and width_of(piece) >= tune.CHUNK_LEAST_DIMS else None
 

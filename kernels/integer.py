@@ -145,7 +145,7 @@ CONSTANTS = (
 )
 KERNELS = (
     *(operands.doublings, operands.word_layout, operands.weight_layout, operands.bytes_of),
-    *(operands.larger, operands.places, operands.shifted, operands.word_of),
+    *(operands.larger, operands.places, operands.shifted, operands.word_of, operands.own_words),
     *(operands.key_operand, operands.four_tokens, operands.eight_nibbles, operands.four_nibbles),
     *(operands.fields_of, operands.value_operand),
     *(
@@ -173,7 +173,7 @@ def module(keys: Side | BlockSide, values: Side | BlockSide, reader: Reader, fol
 
 @cache
 def table_of(codec: Codec, head_dim: int, device: torch.device) -> torch.Tensor:
-    """The look-up operands of a codec's pieces for every lane, int32 [6 pieces, 32]; zeros that nothing reads where
+    """The look-up operands of a codec's terms for every lane, int32 [6 terms, 32]; zeros that nothing reads where
     none are needed."""
     wholes = [
         whole_numbers(term.codes, band.stop - band.start) for term, band in zip(codec.terms, codec.bands(head_dim))

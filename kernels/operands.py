@@ -102,6 +102,13 @@ def word_of(part, word, LANES: gl.constexpr, WORDS: gl.constexpr, ROOM: gl.const
 
 
 @gluon.jit
+def own_words(T: gl.constexpr, LANES: gl.constexpr, WORDS: gl.constexpr, ROOM: gl.constexpr, APART: gl.constexpr):
+    """`word_of` for the words of a tile: of keys, of which 4 LANES hold a token, or of values, of which 8 do."""
+    _, lane, word = places(word_layout(T * LANES // 32, WORDS), T * LANES // 32, WORDS)
+    return word_of(lane % 4 if LANES == 4 else lane // 4, word, LANES, WORDS, ROOM, APART)
+
+
+@gluon.jit
 def load_words(row, word, shift, RUN: gl.constexpr, HIGH_RUN: gl.constexpr, PADDED: gl.constexpr, SHARED: gl.constexpr):
     """Words of nibbles, and of top bits where codes have three. A lane's top bits, and its part of a word that lanes
     share, are shifted to where those of the first lane lie."""

@@ -82,13 +82,18 @@ def four_dims(x, PIECE: gl.constexpr, R: gl.constexpr):
 
 
 @gluon.jit
+def largest_bits(x):
+    """The largest bits [2 R] of what `load_piece` read, as float32 without a sign."""
+    return gl.max(gl.max(gl.abs(x.to(gl.float32)).to(gl.int32, bitcast=True), 1), 0)
+
+
+@gluon.jit
 def sizes_of(x, PIECE: gl.constexpr):
     """The size [2 R] of rows of a piece, and of those after it that have its scalar: what `load_piece` read of each."""
-    most = gl.max(gl.max(gl.abs(x[PIECE]).to(gl.float32).to(gl.int32, bitcast=True), 1), 0)
+    most = largest_bits(x[PIECE])
     for other in gl.static_range(PIECE + 1, KEY_PIECES):
         if KEY_SCALAR[other] == KEY_SCALAR[PIECE]:
-            more = gl.max(gl.max(gl.abs(x[other]).to(gl.float32).to(gl.int32, bitcast=True), 1), 0)
-            most = gl.maximum(most, gl.convert_layout(more, most.type.layout))
+            most = gl.maximum(most, gl.convert_layout(largest_bits(x[other]), most.type.layout))
     return size_of(most)
 
 
@@ -131,5 +136,6 @@ def rows_of(
 
 
 KERNELS = (
-    *(size_of, query_layout, picked_layout, load_query, load_piece, four_dims, sizes_of, query_operand, rows_of),
+    *(size_of, query_layout, picked_layout, load_query, load_piece, four_dims, largest_bits, sizes_of),
+    *(query_operand, rows_of),
 )

@@ -3,14 +3,14 @@
 A program is one warp. Its ring holds some tiles; each is asked for by copies that no register waits for, long before it
 is used, and then read as the matrix unit wants it (`operands`): a lane reads words of the tokens that are its own.
 Rows are as wide as the lanes' words together, and a power of two: one of memory is repeated where it has fewer. Those
-of several runs are for `stretch`.
+of several runs or pieces are for `stretch`.
 """
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
-from tqcompile.kernels.operands import doublings, places, shifted, word_layout, word_of
+from tqcompile.kernels.operands import doublings, own_words, shifted, word_layout
 
 # Its name since Triton 3.9, and the one before.
 copy_async = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
@@ -193,28 +193,18 @@ def each_block(words, COUNT: gl.constexpr, WORDS: gl.constexpr, BLOCKS: gl.const
 
 
 @gluon.jit
-def key_words_of(slot, T: gl.constexpr, WORDS: gl.constexpr, ROOM: gl.constexpr, APART: gl.constexpr):
-    """Words [T / 8, 32, WORDS] of a slot of keys; a lane's part of a word that several share is shifted."""
-    words = read_keys(slot, T, WORDS, 1)[0]
-    if 4 * WORDS > ROOM:
-        _, lane, word = places(word_layout(T // 8, WORDS), T // 8, WORDS)
-        words = shifted(words, word_of(lane % 4, word, 4, WORDS, ROOM, APART)[1])
-    return words
-
-
-@gluon.jit
-def value_words_of(slot, T: gl.constexpr, WORDS: gl.constexpr, ROOM: gl.constexpr, APART: gl.constexpr):
-    """The same [T / 4 (b, h, j), 32, WORDS] of values."""
-    words = read_values(slot, T, WORDS, 1)[0]
-    if 8 * WORDS > ROOM:
-        _, lane, word = places(word_layout(T // 4, WORDS), T // 4, WORDS)
-        words = shifted(words, word_of(lane // 4, word, 8, WORDS, ROOM, APART)[1])
-    return words
+def words_of(
+    slot, T: gl.constexpr, LANES: gl.constexpr, WORDS: gl.constexpr, ROOM: gl.constexpr, APART: gl.constexpr,
+):
+    """Words [T / 8, 32, WORDS] of a slot of keys, of which 4 LANES hold a token, or [T / 4 (b, h, j), 32, WORDS] of
+    values; a lane's part of a word that several share is shifted."""
+    words = read_keys(slot, T, WORDS, 1)[0] if LANES == 4 else read_values(slot, T, WORDS, 1)[0]
+    return shifted(words, own_words(T, LANES, WORDS, ROOM, APART)[1]) if LANES * WORDS > ROOM else words
 # fmt: on
 
 
 KERNELS = (
     *(copied, rows_at_once, copy_layout, slot_layout, row_layout, key_layout, value_layout, slots, fetch_rows),
     *(pair_layout, scale_slots, fetch_scales, read_scales, read_rows, read_keys, read_values, each_block),
-    *(key_words_of, value_words_of),
+    words_of,
 )

@@ -18,13 +18,12 @@ from tqcompile.kernels.query import load_query, rows_of
 from tqcompile.kernels.ring import (
     fetch_rows,
     fetch_scales,
-    key_words_of,
     read_keys,
     read_scales,
     read_values,
     scale_slots,
     slots,
-    value_words_of,
+    words_of,
 )
 from tqcompile.kernels.spans import advanced, clear_tiles, masked_by, reached, reached_in_words, shared_out
 from tqcompile.kernels.stretch import fetch_stretch, stretches, words_in_line
@@ -92,7 +91,7 @@ def keys_in(ring, stage, scales, T: gl.constexpr, SCORES: gl.constexpr, SCALES: 
         words, high = (), ()
         for piece in gl.static_range(KEY_PIECES):
             if KEY_ROW:
-                low = key_words_of(rows, T, KEY_WORDS[piece], KEY_ROOM[piece], KEY_APART[piece])
+                low = words_of(rows, T, 4, KEY_WORDS[piece], KEY_ROOM[piece], KEY_APART[piece])
                 top = low
             else:
                 low, top = words_in_line(
@@ -115,7 +114,7 @@ def values_in(ring, stage, scales, T: gl.constexpr, SCORES: gl.constexpr, SCALES
         words, high = (), ()
         for piece in gl.static_range(VALUE_PIECES):
             if VALUE_ROW:
-                low = value_words_of(rows, T, VALUE_WORDS[piece], VALUE_ROOM[piece], VALUE_APART[piece])
+                low = words_of(rows, T, 8, VALUE_WORDS[piece], VALUE_ROOM[piece], VALUE_APART[piece])
                 top = low
             else:
                 low, top = words_in_line(

@@ -139,17 +139,17 @@ class Side:
         return self.pieces[-1].scalar + 1
 
     @property
-    def terms(self) -> tuple[Packed, ...]:
+    def packed(self) -> tuple[Packed, ...]:
         return tuple(dict.fromkeys(piece.packed for piece in self.pieces))
 
     @property
     def bits(self) -> int:
-        return max(term.bits for term in self.terms)
+        return max(term.bits for term in self.packed)
 
     @property
     def head_dim(self) -> int:
         """Coordinates of all terms."""
-        return sum(term.numbers for term in self.terms)
+        return sum(term.numbers for term in self.packed)
 
     @property
     def breadth(self) -> int:
@@ -161,7 +161,7 @@ class Side:
     @property
     def row_bytes(self) -> int:
         """Bytes of a token's codes."""
-        return sum(term.run + term.high_run for term in self.terms)
+        return sum(term.run + term.high_run for term in self.packed)
 
     @property
     def crowded(self) -> bool:

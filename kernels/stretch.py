@@ -1,4 +1,4 @@
-"""Rows of codes in several runs on their way through shared memory: parts of the skeleton in `ringed`.
+"""Rows of codes in several runs or pieces on their way through shared memory: parts of the skeleton in `ringed`.
 
 A row of nibbles and of top bits behind them, 48 bytes say, is no whole sectors, but the rows of a tile are, where they
 lie without a gap. They are copied as one stretch of memory, and read where they lie in it, a row every COUNT words.
@@ -8,7 +8,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
-from tqcompile.kernels.operands import doublings, places, shifted, word_layout, word_of
+from tqcompile.kernels.operands import doublings, own_words, shifted, word_layout
 from tqcompile.kernels.ring import key_layout, read_rows, row_layout
 
 # Its name since Triton 3.9, and the one before.
@@ -171,9 +171,7 @@ def words_in_line(
     LANES hold a token, or [T / 4 (b, h, j), 32, WORDS] of values. READS says which words of COUNT (`Piece.reads`)."""
     ROWS: gl.constexpr = 32 // LANES
     words = run_along(slot, READS, PIECE, 0, COUNT, T, WORDS, ROWS)
-    _, lane, word = places(word_layout(T // ROWS, WORDS), T // ROWS, WORDS)
-    part = lane % 4 if LANES == 4 else lane // 4
-    word, shift = word_of(part, word, LANES, WORDS, ROOM, APART)
+    word, shift = own_words(T, LANES, WORDS, ROOM, APART)
     high = words
     if HIGH:
         word += FIRST

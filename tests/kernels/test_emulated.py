@@ -73,6 +73,15 @@ def test_a_piece_that_is_no_number_reaches_what_the_reference_lets_it_reach(name
         attends_like_the_reference(q, *planes, mask, False, (name, name), (128, 128))
 
 
+def reads_as_if(gathers, monkeypatch):
+    """Read stretches by either way, of which each release of Triton has one."""
+    monkeypatch.setattr(stretch, "GATHERS", gl.constexpr(gathers))
+    monkeypatch.setattr(integer, "source", integer.source.__wrapped__)
+    for module in (integer, placement):
+        monkeypatch.setattr(module, "in_sectors", sides.in_sectors.__wrapped__)
+    monkeypatch.setattr(sides, "in_stretches", sides.in_stretches.__wrapped__)
+
+
 @pytest.mark.thinned(3)
 @pytest.mark.parametrize("gathers", [False, True])
 @pytest.mark.parametrize(
@@ -85,25 +94,20 @@ def test_a_piece_that_is_no_number_reaches_what_the_reference_lets_it_reach(name
 def test_rows_of_two_runs_or_pieces_are_read_where_they_lie_in_a_stretch(gathers, names, dims, length, monkeypatch):
     """By either way of reading them, of which each release of Triton has one."""
     torch.manual_seed(8)
-    monkeypatch.setattr(stretch, "GATHERS", gl.constexpr(gathers))
-    monkeypatch.setattr(integer, "source", integer.source.__wrapped__)
+    reads_as_if(gathers, monkeypatch)
     names = [f"turboquant:{bits}" for bits in names]
     planes = [compressed(formats.codec(name), torch.randn(2, 2, length, dim)) for name, dim in zip(names, dims)]
     codes, scales = zip(*(split(formats.codec(name), plane) for name, plane in zip(names, planes)))
-    sides = integer.sides_of(tuple(map(formats.codec, names)), dims)
-    assert placement.in_ring(sides, codes, scales, torch.device("cpu"))
+    pair = integer.sides_of(tuple(map(formats.codec, names)), dims)
+    assert placement.in_ring(pair, codes, scales, torch.device("cpu"))
     attends_like_the_reference(torch.randn(2, 8, 1, dims[0]), *planes, None, False, names, dims)
 
 
 def test_top_bits_of_a_later_piece_are_read_at_several_turns(monkeypatch):
     """Rows with so many reads are not copied as it is."""
     torch.manual_seed(13)
-    monkeypatch.setattr(stretch, "GATHERS", gl.constexpr(True))
+    reads_as_if(True, monkeypatch)
     monkeypatch.setattr(sides, "MOST_READS", 5)
-    monkeypatch.setattr(integer, "source", integer.source.__wrapped__)
-    for module in (integer, placement):
-        monkeypatch.setattr(module, "in_sectors", sides.in_sectors.__wrapped__)
-    monkeypatch.setattr(sides, "in_stretches", sides.in_stretches.__wrapped__)
     codec = formats.codec("turboquant:5")
     planes = [compressed(codec, torch.randn(1, 1, 80, 96)) for _ in range(2)]
     codes, scales = zip(*(split(codec, plane) for plane in planes))
@@ -135,12 +139,8 @@ GATHERED = [("turboquant:3.5", 128), ("kvtc:3", 128), ("turboquant_prod:4", 128)
 def test_pieces_are_read_where_they_lie_in_a_stretch(gathers, name, dim, monkeypatch):
     """Rows of some lengths by one of the ways alone."""
     torch.manual_seed(12)
-    monkeypatch.setattr(stretch, "GATHERS", gl.constexpr(gathers))
-    monkeypatch.setattr(integer, "source", integer.source.__wrapped__)
-    for module in (integer, placement):
-        monkeypatch.setattr(module, "in_sectors", sides.in_sectors.__wrapped__)
+    reads_as_if(gathers, monkeypatch)
     codec = formats.codec(name)
-    monkeypatch.setattr(sides, "in_stretches", sides.in_stretches.__wrapped__)
     planes = [compressed(codec, torch.randn(2, 2, 208, codec.coordinates(dim))) for _ in range(2)]
     codes, scales = zip(*(split(codec, plane) for plane in planes))
     ring = placement.in_ring(integer.sides_of((codec, codec), (dim, dim)), codes, scales, torch.device("cpu"))

@@ -46,7 +46,7 @@ def test_pieces_follow_each_other_in_powers_of_two_of_32_numbers(name, head_dim,
 @pytest.mark.parametrize(
     ("head_dim", "widths"), [(32, [32]), (64, [64]), (96, [64, 32]), (192, [128, 64]), (224, [256])]
 )
-def test_heads_of_common_sizes_hold_no_padding(bits, head_dim, widths):
+def test_heads_are_held_as_one_power_of_two_or_as_two(bits, head_dim, widths):
     """224 are three powers of two, which is one piece too many."""
     for lanes in (4, 8):
         assert [piece.width for piece in pieces_of(f"turboquant:{bits}", head_dim, lanes)] == widths
